@@ -1,0 +1,8 @@
+"""The one exception that is the user's to mend."""
+
+
+class Refusal(ValueError):
+    """What was asked cannot be done, and why: one line naming the thing, its value, the rule and the remedy.
+
+    The command line prints it without a traceback and exits with code 2; everything else that is raised is a bug.
+    """
