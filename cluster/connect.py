@@ -1,0 +1,224 @@
+"""One open Ray connection: to a private cluster on this machine, or to somebody's cluster or a refusal in seconds.
+
+Where Ray waits, retries or aborts (a wrong token: 22 s; no Ray node on this machine: 60 s), one cheap authenticated
+call to the cluster's control service (GCS) is made first and its answer turned into a sentence.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster import authentication, package
+from stages.errors import Refusal
+
+PROBE_SECONDS = 4.0  # for the TCP connection and again for the call: together under the ten seconds promised
+LONGEST_TEMP = 24  # characters; Ray's socket paths add about 75, and Linux allows 107
+JOB_SETTINGS = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine (raylet) of the cluster and what Ray may schedule there, not what is free now."""
+
+    node_id: str
+    address: str
+    cpus: float
+    gpus: float
+    memory_bytes: int
+    object_store_bytes: int
+
+
+def nodes() -> list[Node]:
+    """The live nodes of the connected cluster, in the order of their ids."""
+    live = [
+        Node(
+            node_id=entry["NodeID"],
+            address=entry["NodeManagerAddress"],
+            cpus=entry["Resources"].get("CPU", 0.0),
+            gpus=entry["Resources"].get("GPU", 0.0),
+            memory_bytes=int(entry["Resources"].get("memory", 0)),
+            object_store_bytes=int(entry["Resources"].get("object_store_memory", 0)),
+        )
+        for entry in ray.nodes()
+        if entry["Alive"]
+    ]
+    return sorted(live, key=lambda node: node.node_id)
+
+
+@contextlib.contextmanager
+def connect(address: str | None, *, cpus: int, object_store_bytes: int, gpus: int = 0) -> Iterator[None]:
+    """Holds a Ray connection for the block: to `address`, else to RAY_ADDRESS, else to a new cluster on this machine.
+
+    Ray sets RAY_ADDRESS inside a submitted job, so there the cluster that runs the job is used. "local" always means a
+    new cluster. A connection that this process has already (a notebook's `ray.init`) is used as it is and left open.
+    `cpus`, `gpus` and `object_store_bytes` shape a new cluster only.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if address is not None and address not in (here, "auto"):
+            raise Refusal(
+                f"this process is connected to the Ray cluster at {here}, not {address}; ray.shutdown() first"
+            )
+        yield
+    elif address is None or address == "local":
+        with local_cluster(cpus=cpus, object_store_bytes=object_store_bytes, gpus=gpus):
+            yield
+    else:
+        with existing_cluster(address):
+            yield
+
+
+@contextlib.contextmanager
+def local_cluster(*, cpus: int, object_store_bytes: int, gpus: int = 0) -> Iterator[None]:
+    """Holds a new Ray cluster on this machine for the block: never another one, with a token of its own, no dashboard.
+
+    Its files, the token's included, are in a private temporary directory that goes away with it.
+    """
+    home = Path(tempfile.mkdtemp(prefix="esp", dir=_short_temp()))
+    try:
+        token_path = authentication.new_token_file(home)
+        settings: dict[str, str | None] = {
+            authentication.MODE: "token",
+            authentication.TOKEN_PATH: str(token_path),
+            authentication.TOKEN: None,
+            "RAY_ADDRESS": None,
+            JOB_SETTINGS: None,  # inside a Ray job: this cluster does not have that job's packages
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        with authentication.ray_environment(settings):
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    num_gpus=gpus,
+                    object_store_memory=object_store_bytes,
+                    include_dashboard=False,
+                    _temp_dir=str(home / "ray"),
+                    **_quiet(),
+                )
+                yield
+            finally:
+                ray.shutdown()
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def existing_cluster(address: str) -> Iterator[None]:
+    """Holds a connection to the cluster at `address` ("host:port" of its head, or "auto") for the block.
+
+    Its workers run this process's own copy of the project, in its directory: give them absolute paths. Raises Refusal
+    within ten seconds when nothing listens there, what listens is no Ray cluster, the token is missing or wrong, or
+    this machine is no node of the cluster.
+    """
+    credentials = authentication.find_credentials()
+    endpoint = _endpoint(address)
+    with authentication.ray_environment(credentials.environment):
+        probe(endpoint, credentials)
+        try:
+            _attach(endpoint)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def probe(endpoint: str, credentials: authentication.Credentials) -> None:
+    """Returns if a Ray cluster answers at `endpoint`, takes the token and has a node here; raises Refusal otherwise."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    what = f"the Ray cluster at {endpoint}"
+    reachable(endpoint, what)
+    channel = init_grpc_channel(endpoint)  # Ray's own: its TLS settings and the token are in it
+    try:
+        answer = NodeInfoGcsServiceStub(channel).GetAllNodeInfo(GetAllNodeInfoRequest(), timeout=PROBE_SECONDS)
+    except grpc.RpcError as error:
+        if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            raise credentials.refused_by(what) from error
+        raise Refusal(
+            f"{endpoint} is not the control service of a Ray cluster ({error.code().name.lower()}); "
+            f"give host:port of the head node, port 6379 unless `ray start --port` said otherwise"
+        ) from error
+    finally:
+        channel.close()
+    alive = {entry.node_id.hex() for entry in answer.node_info_list if entry.state == 0}
+    if not alive.intersection(_raylets_here()):
+        raise Refusal(
+            f"{what} has {len(alive)} nodes and this machine is none of them; `espalier submit --address "
+            f"http://{endpoint.rpartition(':')[0]}:8265 -- …`, or join with `ray start --address={endpoint}`"
+        )
+
+
+def reachable(endpoint: str, what: str) -> None:
+    """Returns if something listens at `endpoint` (host:port); raises Refusal, after PROBE_SECONDS at most, if not."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
+    except OSError as error:
+        reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
+        raise Refusal(f"{what} cannot be reached: {reason}; is it running, and is the address right?") from error
+
+
+def _endpoint(address: str) -> str:
+    """`address` as host:port. Raises Refusal for "auto" without a cluster and for addresses of another kind."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    wanted = "give host:port of the head node, for example 10.0.0.1:6379"
+    if address.startswith("ray://"):
+        raise Refusal(f"--address {address}: Ray Client is not supported; {wanted}, or use `espalier submit`")
+    if "://" in address:
+        raise Refusal(f"--address {address}: that is a dashboard, which takes jobs (`espalier submit`); {wanted}")
+    if address != "auto" and not address.rpartition(":")[2].isdecimal():
+        raise Refusal(f"--address {address}: no port; {wanted}")
+    try:
+        endpoint = canonicalize_bootstrap_address(address)
+    except (ConnectionError, ValueError, OSError) as error:
+        raise Refusal(f"--address {address}: {_first_line(error)}; {wanted}") from error
+    if endpoint is None:
+        raise Refusal(f"--address {address}: no Ray cluster runs on this machine; {wanted}")
+    return endpoint
+
+
+def _attach(endpoint: str) -> None:
+    """Opens the connection, with the project shipped to the workers unless the job around this process brought it."""
+    with contextlib.ExitStack() as stack:
+        shipped = None
+        if JOB_SETTINGS not in os.environ:
+            shipped = {"working_dir": str(stack.enter_context(package.staged(demo_model=False)))}
+        try:
+            ray.init(address=endpoint, runtime_env=shipped, **_quiet())
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise Refusal(f"the Ray cluster at {endpoint} answers but refuses: {_first_line(error)}") from error
+
+
+def _quiet() -> dict[str, Any]:
+    return {"namespace": f"espalier-{uuid.uuid4().hex[:12]}", "log_to_driver": False, "logging_level": logging.WARNING}
+
+
+def _raylets_here() -> set[str]:
+    """Ids (hex) of the Ray nodes that run on this machine; ray.init looks for them in the same way, for a minute."""
+    from ray._private.services import find_node_ids
+
+    return set(find_node_ids())
+
+
+def _short_temp() -> str | None:
+    """Where Ray's files may go: the usual temporary directory, or /tmp if that is too long for a socket's path."""
+    return None if len(tempfile.gettempdir()) <= LONGEST_TEMP else "/tmp"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

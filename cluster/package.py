@@ -1,0 +1,36 @@
+"""This project as Ray ships it: the code that runs on every node is the code of the one who asked."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGES = ("pipeline", "cluster", "stages")
+LEFT_OUT = ("__pycache__", "*.pyc", ".*", "mlflow.db", "mlruns")
+DEMO_MODEL = ("demo", "model")  # megabytes that only `espalier demo` reads
+
+
+def root() -> Path:
+    """The directory that holds the three packages, in a clone as in site-packages."""
+    return Path(__file__).resolve().parent.parent
+
+
+@contextlib.contextmanager
+def staged(*, demo_model: bool) -> Iterator[Path]:
+    """A temporary directory with the three packages and nothing else of what lies beside them.
+
+    Ray uploads a whole directory; the root may be a clone with a .venv and checkpoints, or all of site-packages.
+    Equal code gives an equal upload, which Ray then skips.
+    """
+
+    def ignore(directory: str, names: list[str]) -> set[str]:
+        dropped = set(shutil.ignore_patterns(*LEFT_OUT)(directory, names))
+        if not demo_model and Path(directory).name == DEMO_MODEL[0]:
+            dropped.add(DEMO_MODEL[1])
+        return dropped
+
+    with tempfile.TemporaryDirectory(prefix="espalier-code-") as directory:
+        for name in PACKAGES:
+            shutil.copytree(root() / name, Path(directory) / name, ignore=ignore)
+        yield Path(directory)
