@@ -1,0 +1,138 @@
+"""MLflow's client as Espalier uses it: quiet, quick to give up, and safe for two processes that start at once.
+
+MLflow takes about 3 s to import, so it is imported where it is used.
+"""
+
+import logging
+import os
+import re
+import threading
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+# Set only where the user has not: short requests and no retries inside MLflow, for the retries are made here, in order.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout belongs to --json
+    "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
+}
+
+
+def default_tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or else a sqlite database in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def sqlite_path(tracking_uri: str) -> Path | None:
+    """The database file behind a sqlite URI (absolute), or None for any other URI."""
+    match = re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", tracking_uri)
+    return Path(match[1]).absolute() if match else None
+
+
+def ui_command(tracking_uri: str) -> str:
+    """What to type to look at the runs kept at `tracking_uri`."""
+    if tracking_uri.startswith(("http://", "https://")):
+        return f"python -m webbrowser {tracking_uri}"
+    database = sqlite_path(tracking_uri)
+    if database is not None and database.parent == Path.cwd():
+        tracking_uri = f"sqlite:///{database.name}"
+    return f"mlflow ui --backend-store-uri {tracking_uri}"
+
+
+def open_client(tracking_uri: str) -> "MlflowClient":
+    """An MLflow client for this URI. A request that gets no answer fails after seconds; a new database is made."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails also raises, and is told in one line
+    warnings.filterwarnings("ignore", module="alembic")
+    database = sqlite_path(tracking_uri)
+    if database is not None and not database.exists():
+        _create_database(database)
+    return MlflowClient(tracking_uri=tracking_uri)
+
+
+def _create_database(path: Path) -> None:
+    """Make MLflow's tables in a file of our own, then link it under its name: of two processes that do so, one wins.
+
+    Two processes in MLflow's own migrations of one file break each other, and can leave it half made.
+    """
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{building}").search_experiments(max_results=1)
+        try:
+            os.link(building, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                os.replace(building, path)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def existing_run(client: "MlflowClient", run_id: str) -> "Run | None":
+    """The run to continue, or None where this server does not have it (any more); then a new run takes its place."""
+    try:
+        run = client.get_run(run_id)
+    except Exception as fault:
+        if is_final(fault):
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def experiment_id(client: "MlflowClient", name: str, tracking_uri: str) -> str:
+    """The id of the experiment, made if need be; artifacts of a sqlite database lie beside it, in `mlartifacts`."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = sqlite_path(tracking_uri)
+        location = (database.parent / "mlartifacts").as_uri() if database is not None else None
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except Exception:
+            found = client.get_experiment_by_name(name)  # made by another process in between
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise RuntimeError(
+            f"experiment {name!r} is deleted; to bring it back: "
+            f"mlflow experiments restore --experiment-id {found.experiment_id}"
+        )
+    return str(found.experiment_id)
+
+
+def is_final(fault: Exception) -> bool:
+    """Whether asking again cannot help: the server understood and said no, or a file to send is not there."""
+    if isinstance(fault, (FileNotFoundError, PermissionError)):
+        return True
+    code = getattr(fault, "get_http_status_code", lambda: 500)()
+    return 400 <= code < 500 and code not in (408, 429)
+
+
+def reason(fault: Exception) -> str:
+    """Why, in a few words: MLflow's messages hold the library's message, which holds the socket's."""
+    text = fault.strerror if isinstance(fault, OSError) and fault.strerror else str(fault)
+    for sign, words in (
+        ("Connection refused", "connection refused"),
+        ("Name or service not known", "unknown host"),
+        ("Failed to resolve", "unknown host"),
+        ("imed out", "no answer in time"),
+        ("database is locked", "database is locked"),
+    ):
+        if sign in text:
+            return words
+    first = text.strip().splitlines()[0] if text.strip() else type(fault).__name__
+    return first if len(first) <= 160 else first[:157] + "..."

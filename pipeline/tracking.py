@@ -1,0 +1,349 @@
+"""The record of a run: MLflow, written off the run's own thread, with a local copy of every number.
+
+A tracking server that is down or slow costs one warning. It never costs the run, nor its speed: `Recorder.metrics`
+appends one line to a local file and returns; a daemon thread imports MLflow, opens the run and sends what has gathered.
+"""
+
+import contextlib
+import json
+import math
+import os
+import queue
+import re
+import shlex
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.mlflow_client import (
+    default_tracking_uri,
+    existing_run,
+    experiment_id,
+    is_final,
+    open_client,
+    reason,
+    ui_command,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+__all__ = ["Recorder", "block_metrics", "default_tracking_uri", "recorded_run", "total_metrics", "ui_command"]
+
+LOCAL_COPY = "metrics.jsonl"
+LINK = "mlflow.json"  # which MLflow run a directory's numbers went to
+GATHER_SECONDS = 0.5  # a batch is what came in during this time
+LONGEST_PAUSE_SECONDS = 30.0  # between two attempts at a server that does not answer
+UNREACHED_CLOSE_SECONDS = 5.0  # the most that a server which never once answered may delay the end of a run
+METRICS_PER_BATCH, ENTRIES_PER_BATCH = 1000, 100  # MLflow's limits for one log_batch, as are the lengths below
+KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH = 250, 6000, 8000
+MB = 1e6
+
+
+def block_metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """MLflow metrics of one entry of run.json's `blocks`; the step is the block. Peak memory in MB (1e6 bytes)."""
+    values = {
+        f"{unit['name']}/{which}": unit.get(which)
+        for unit in report.get("units", ())
+        for which in ("error_before", "error_after")
+    }
+    values["block/sparsity"] = report.get("sparsity")
+    values["block/seconds"] = sum(report.get("seconds", {}).values())
+    values["block/tokens_per_second"] = report.get("tokens_per_second")
+    values["block/gflops"] = report.get("gflops")
+    values["block/peak_memory_mb"] = _megabytes(report.get("peak_memory"))
+    return _present(values)
+
+
+def total_metrics(run: Mapping[str, Any]) -> dict[str, float]:
+    """MLflow metrics of a whole run.json, logged once at the end. Peak memory in MB (1e6 bytes)."""
+    values = {name: run.get(name) for name in ("sparsity", "perplexity", "dense_perplexity")}
+    values |= {f"seconds/{phase}": seconds for phase, seconds in run.get("seconds", {}).items()}
+    peak = run.get("peak_memory", {})
+    values["peak_memory_mb/driver"] = _megabytes(peak.get("driver"))
+    values["peak_memory_mb/shard_max"] = _megabytes(max(peak.get("shards") or [None]))
+    return _present(values)
+
+
+def recorded_run(directory: Path) -> str | None:
+    """The MLflow run that a Recorder of this directory wrote down as soon as it had one, for a resume to continue."""
+    try:
+        return str(json.loads((directory / LINK).read_text())["run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class _Point:
+    key: str
+    value: float
+    milliseconds: int
+    step: int
+
+
+@dataclass(frozen=True)
+class _End:
+    status: str
+    milliseconds: int
+
+
+_Item = _Point | Path | _End
+
+
+class Recorder:
+    """One MLflow run, and its local copy `directory/metrics.jsonl`: a line with the time for each call of `metrics`.
+
+    With `run_id` that MLflow run goes on (a resumed run). Lines that the directory already holds are sent again, so
+    what a killed driver had not sent is not lost; MLflow drops exact repeats. No method raises for the tracker's sake.
+    """
+
+    def __init__(
+        self,
+        *,
+        experiment: str,
+        run_name: str,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        directory: Path,
+        tracking_uri: str | None = None,
+        run_id: str | None = None,
+    ) -> None:
+        self.tracking_uri = tracking_uri or default_tracking_uri()
+        self.run_id: str | None = None
+        self._experiment, self._run_name, self._continues = experiment, run_name, run_id
+        self._params = {_key(name): str(value)[:PARAM_LENGTH] for name, value in params.items()}
+        # Whether a run was made although the answer got lost can be told by this tag.
+        self._token = uuid.uuid4().hex
+        self._tags = {_key(name): str(value)[:TAG_LENGTH] for name, value in tags.items()}
+        self._directory = directory.absolute()
+        self._client: MlflowClient | None = None
+        self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._pending: deque[_Item] = deque()  # the thread's own, in order; an item leaves it once it is sent
+        self._closing, self._deadline = threading.Event(), math.inf
+        self._attempted = threading.Event()  # the server has answered, or failed to, once
+        self._fault: str | None = None  # why the last attempt failed
+        self._lost: list[str] = []  # what the server refused for good
+        self._local_fault: str | None = None
+        self._reached = self._unfinished = False
+        for point in _read_points(self.local_copy):
+            self._queue.put(point)
+        self._thread = threading.Thread(target=self._work, name="espalier-record", daemon=True)
+        self._thread.start()
+
+    @property
+    def local_copy(self) -> Path:
+        return self._directory / LOCAL_COPY
+
+    @property
+    def warning(self) -> str | None:
+        """One line on what is not (or not yet) in MLflow, and where it is instead; None when all is well."""
+        parts = []
+        if self._fault or self._unfinished:
+            quoted = shlex.quote(str(self.local_copy))
+            parts.append(
+                f"MLflow at {self.tracking_uri} did not take the whole record ({self._fault or 'not in time'}): every "
+                f"number is in {self.local_copy}, to be read with: python -m json.tool --json-lines {quoted}"
+            )
+        if self._lost:
+            more = f" and {len(self._lost) - 3} more" if len(self._lost) > 3 else ""
+            parts.append(f"MLflow at {self.tracking_uri} refused {'; '.join(self._lost[:3])}{more}")
+        if self._local_fault:
+            parts.append(f"no local copy of the metrics in {self.local_copy} ({self._local_fault})")
+        return "; ".join(parts) or None
+
+    def wait_for_run_id(self, timeout_seconds: float) -> str | None:
+        """The MLflow run id, waited for until the first attempt to reach the server is over; None if it failed."""
+        self._attempted.wait(timeout_seconds)
+        return self.run_id
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Record `values` at `step`. Takes microseconds, whatever the server does."""
+        milliseconds = time.time_ns() // 1_000_000
+        numbers = {_key(name): float(value) for name, value in values.items()}
+        self._write_line({"time": milliseconds / 1000, "step": step, "metrics": _json_numbers(numbers)})
+        for name, value in numbers.items():
+            self._queue.put(_Point(name, value, milliseconds, step))
+
+    def artifact(self, path: Path) -> None:
+        """Send a file or a folder along, in its turn. It must stay as it is until `close`."""
+        self._queue.put(path.absolute())
+
+    def close(self, status: str = "FINISHED", timeout_seconds: float = 30) -> None:
+        """End the run (FINISHED, FAILED or KILLED) as of now, and wait at most `timeout_seconds` for it to be sent.
+
+        A server that has not answered once since the run began is given UNREACHED_CLOSE_SECONDS at most.
+        """
+        if self._closing.is_set():
+            return
+        self._queue.put(_End(status, time.time_ns() // 1_000_000))
+        self._deadline = time.monotonic() + timeout_seconds
+        self._closing.set()
+        self._thread.join(timeout_seconds)
+        self._unfinished = self._thread.is_alive()
+
+    def _write_line(self, record: Mapping[str, object]) -> None:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with self.local_copy.open("ab+") as file:
+                if file.tell() > 0:  # a driver killed while writing leaves half a line: do not continue it
+                    file.seek(-1, os.SEEK_END)
+                    torn = file.read(1) != b"\n"
+                else:
+                    torn = False
+                file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
+        except OSError as fault:
+            self._local_fault = reason(fault)
+
+    # Everything below runs on the daemon thread.
+
+    def _work(self) -> None:
+        pause, give_up = 0.0, math.inf
+        while True:
+            closing = self._closing.wait(pause)
+            try:
+                self._flush()
+                self._fault, pause = None, GATHER_SECONDS
+            except Exception as fault:  # whatever MLflow or its libraries raise is a warning and another attempt
+                self._fault, pause = reason(fault), min(max(1.0, 2 * pause), LONGEST_PAUSE_SECONDS)
+            self._attempted.set()
+            if not closing:
+                continue
+            if not self._reached and give_up == math.inf:
+                give_up = time.monotonic() + UNREACHED_CLOSE_SECONDS
+            left = min(self._deadline, give_up) - time.monotonic()
+            if self._fault is None or left <= 0:
+                return
+            time.sleep(min(GATHER_SECONDS, left))
+
+    def _flush(self) -> None:
+        """Send all that has gathered, oldest first. Raises where the server does not answer; the rest stays pending."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._pending.append(self._queue.get_nowait())
+        if self._client is None:
+            self._open()
+        while self._pending:
+            points = list(takewhile(lambda item: isinstance(item, _Point), islice(self._pending, METRICS_PER_BATCH)))
+            taken = points or [self._pending[0]]
+            try:
+                self._send(taken)
+            except Exception as fault:
+                if not is_final(fault):
+                    raise
+                self._lost.append(f"{_describe(taken[0])} ({reason(fault)})")
+            for _ in taken:
+                self._pending.popleft()
+
+    def _send(self, items: list[_Item]) -> None:
+        from mlflow.entities import Metric
+
+        assert self._client is not None and self.run_id is not None
+        first = items[0]
+        if isinstance(first, Path):
+            if first.is_dir():
+                self._client.log_artifacts(self.run_id, str(first))
+            else:
+                self._client.log_artifact(self.run_id, str(first))
+        elif isinstance(first, _End):
+            self._client.set_terminated(self.run_id, status=first.status, end_time=first.milliseconds)
+        else:
+            points = [item for item in items if isinstance(item, _Point)]
+            sent = [Metric(p.key, p.value, p.milliseconds, p.step) for p in points]
+            self._client.log_batch(self.run_id, metrics=sent)
+
+    def _open(self) -> None:
+        """Find or make the MLflow run, give it its parameters, and note its id beside the local copy."""
+        from mlflow.entities import Param, RunTag
+
+        client = open_client(self.tracking_uri)
+        run = existing_run(client, self._continues) if self._continues else None
+        if run is not None:
+            client.update_run(run.info.run_id, status="RUNNING")
+        else:
+            run = self._make_run(client)
+        self._reached = True
+        known = run.data.params
+        params = [Param(name, value) for name, value in self._params.items() if name not in known]
+        tags = [RunTag(name, value) for name, value in self._tags.items()]
+        # MLflow's parameters cannot change: what a resumed run does differently (its shards, say) becomes a tag.
+        tags += [
+            RunTag(f"espalier.resumed.{name}"[:KEY_LENGTH], value)
+            for name, value in self._params.items()
+            if known.get(name, value) != value
+        ]
+        for some in _chunks(params):
+            client.log_batch(run.info.run_id, params=some)
+        for some in _chunks(tags):
+            client.log_batch(run.info.run_id, tags=some)
+        self.run_id, self._client = run.info.run_id, client
+        self._attempted.set()
+        self._note_link()
+
+    def _make_run(self, client: "MlflowClient") -> "Run":
+        experiment = experiment_id(client, self._experiment, self.tracking_uri)
+        if self._fault is not None:  # the answer to an earlier attempt may have been lost, and not the run
+            found = client.search_runs([experiment], f"tags.`espalier.recorder` = '{self._token}'", max_results=1)
+            if found:
+                return found[0]
+        return client.create_run(experiment, tags={"espalier.recorder": self._token}, run_name=self._run_name)
+
+    def _note_link(self) -> None:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            partial = self._directory / f".{LINK}.partial"
+            partial.write_text(json.dumps({"run_id": self.run_id, "tracking_uri": self.tracking_uri}) + "\n")
+            partial.replace(self._directory / LINK)
+        except OSError as fault:
+            self._local_fault = reason(fault)
+
+
+def _read_points(path: Path) -> Iterator[_Point]:
+    """The metrics of a local copy, with their own times; a line that was cut off is passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            record = json.loads(line)
+            points = [
+                _Point(name, float(value), round(record["time"] * 1000), int(record["step"]))
+                for name, value in record["metrics"].items()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        yield from points
+
+
+def _describe(item: _Item) -> str:
+    if isinstance(item, Path):
+        return f"artifact {item.name}"
+    return "metrics" if isinstance(item, _Point) else "end of the run"
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^\w\-. :/]", "_", str(name))[:KEY_LENGTH]
+
+
+def _json_numbers(values: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no infinity and no NaN: they become the strings that `float` reads back."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+
+
+def _present(values: Mapping[str, Any]) -> dict[str, float]:
+    return {_key(name): float(value) for name, value in values.items() if value is not None}
+
+
+def _megabytes(size: float | None) -> float | None:
+    return None if size is None else size / MB
+
+
+def _chunks(entries: list[Any]) -> Iterable[list[Any]]:
+    return (entries[start : start + ENTRIES_PER_BATCH] for start in range(0, len(entries), ENTRIES_PER_BATCH))
