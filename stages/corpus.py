@@ -52,8 +52,8 @@ def documents(source: str | Path | Sequence[str], purpose: str) -> Iterator[Iter
     match = HUB_ID.fullmatch(str(source))
     if match is None or path.suffix in (".txt", ".md", *JSON_SUFFIXES, *PARQUET_SUFFIXES) or path.parent.is_dir():
         raise Refusal(
-            f"{purpose} text "{source}": no such file or folder; give a text, JSONL or Parquet file, a folder of those, "
-            "or a hub data set as owner/name[:config][:split]"
+            f'{purpose} text "{source}": no such file or folder; give a text, JSONL or Parquet file, a folder of '
+            "those, or a hub data set as owner/name[:config][:split]"
         )
     yield from _hub_documents(match["name"], match["config"], match["split"], f"{purpose} data set {source}")
 
@@ -167,8 +167,8 @@ def _hub_documents(repository: str, config: str | None, split: str | None, name:
         ) from error
     except OfflineModeIsEnabled as error:
         raise Refusal(
-            f"{name}: no such file here, and HF_HUB_OFFLINE keeps the hub off; unset it, or give a local text, JSONL or "
-            "Parquet file"
+            f"{name}: no such file here, and HF_HUB_OFFLINE keeps the hub off; unset it, or give a local text, "
+            "JSONL or Parquet file"
         ) from error
     except Exception as error:  # httpx, huggingface_hub and the operating system each have their own for "offline"
         raise Refusal(
