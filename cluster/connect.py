@@ -123,7 +123,7 @@ def existing_cluster(address: str) -> Iterator[None]:
     this machine is no node of the cluster.
     """
     credentials = authentication.find_credentials()
-    endpoint = _endpoint(address)
+    endpoint = endpoint_of(address)
     with authentication.ray_environment(credentials.environment):
         probe(endpoint, credentials)
         try:
@@ -172,7 +172,7 @@ def reachable(endpoint: str, what: str) -> None:
         raise Refusal(f"{what} cannot be reached: {reason}; is it running, and is the address right?") from error
 
 
-def _endpoint(address: str) -> str:
+def endpoint_of(address: str) -> str:
     """`address` as host:port. Raises Refusal for "auto" without a cluster and for addresses of another kind."""
     from ray._private.services import canonicalize_bootstrap_address
 

@@ -1,0 +1,62 @@
+"""What `espalier submit` makes of its arguments and environment before it makes a job of them."""
+
+import pytest
+
+from cluster.jobs import JobOutcome
+from pipeline import submit
+from pipeline.submit import absolute, job_environment
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    for name in ("wanda", "prune", "model", "text.txt", "sub/model"):
+        (tmp_path / name).mkdir(parents=True) if "." not in name else (tmp_path / name).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_paths_become_absolute_and_nothing_else_does(here) -> None:
+    given = [
+        "prune",
+        "model",
+        "--output",
+        "out",
+        "--calibration=text.txt",
+        "--eval",
+        "allenai/c4",
+        "--criterion",
+        "wanda",
+    ]
+    assert absolute(given) == [
+        *("prune", f"{here}/model", "--output", f"{here}/out", f"--calibration={here}/text.txt"),
+        *("--eval", "allenai/c4", "--criterion", "wanda"),
+    ]
+
+
+def test_an_argument_after_a_flag_is_no_value_of_it(here) -> None:
+    assert absolute(["eval", "--json", "model", "--sparsity", "0.5"])[2] == f"{here}/model"
+
+
+def test_a_path_with_a_slash_is_one_after_any_option(here) -> None:
+    assert absolute(["prune", "--unheard-of", "sub/model"])[2] == f"{here}/sub/model"
+
+
+def test_mlflow_goes_where_a_local_run_would_log_and_secrets_stay(here, monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    passed = job_environment()
+    assert passed["MLFLOW_TRACKING_URI"] == f"sqlite:///{here}/mlflow.db"
+    assert passed["HF_HUB_OFFLINE"] == "1" and "HF_TOKEN" not in passed
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    assert job_environment()["MLFLOW_TRACKING_URI"] == "http://tracker:5000"
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0, 0), (3, 3), (None, 0)])
+def test_the_exit_code_is_the_job_s(monkeypatch, given, expected) -> None:
+    def instead(entrypoint, **_):
+        assert entrypoint[:3] == ["python", "-m", "pipeline.cli"]
+        return JobOutcome("id", "whatever", given)
+
+    monkeypatch.setattr(submit, "submit", instead)
+    assert submit.submit_command(["doctor"], address=None) == expected
