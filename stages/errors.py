@@ -6,3 +6,7 @@ class Refusal(ValueError):
 
     The command line prints it without a traceback and exits with code 2; everything else that is raised is a bug.
     """
+
+
+class OutOfStep(RuntimeError):
+    """A shard was asked for something whose forerunner it has not seen, as after a restart: stream to it again."""

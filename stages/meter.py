@@ -1,0 +1,49 @@
+"""What a process spent: peak memory, and when each phase ran."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+def peak_bytes(device: str = "cpu") -> int:
+    """The most memory this process ever held: resident set on a CPU, allocated device memory on a GPU."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One stretch of work; times are seconds since the epoch."""
+
+    phase: str
+    block: int | None
+    start: float
+    end: float
+
+
+class Timeline:
+    """The phases of one shard, adjoining stretches of the same phase merged."""
+
+    def __init__(self) -> None:
+        self._phases: list[Phase] = []
+
+    @contextmanager
+    def phase(self, name: str, block: int | None = None) -> Iterator[None]:
+        start = time.time()
+        try:
+            yield
+        finally:
+            last = self._phases[-1] if self._phases else None
+            if last and (last.phase, last.block) == (name, block) and start - last.end < 0.5:
+                start = self._phases.pop().start
+            self._phases.append(Phase(name, block, start, time.time()))
+
+    def export(self) -> list[dict[str, Any]]:
+        """All phases so far, oldest first."""
+        return [asdict(phase) for phase in self._phases]

@@ -1,0 +1,220 @@
+"""A pruned unit fitted to what the dense unit gave on the same inputs. Methods §6 (Free Lunch, 2510.14444).
+
+Letters: S = samples of a batch, L = tokens of a sample, D = hidden size.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stages.blocks import Call, Unit
+from stages.spool import Spool
+
+WARM_UP = 0.1  # share of the steps over which the learning rate rises
+VALIDATION = 8  # one sample in this many is held out to judge the fit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitSettings:
+    """How a unit is fitted."""
+
+    epochs: int = 1
+    batch: int = 2  # samples a step
+    learning_rate: float = 0.008  # share of the RMS of the unit's prunable weights
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """What fitting one unit did. Errors are ‖f̃(x) − f(x)‖² / ‖f(x)‖² on the held-out samples."""
+
+    error_before: float
+    error_after: float
+    improved: bool
+    steps: int
+    learning_rate: float  # peak, absolute
+    flops: float  # of the matrix products with weights, forward and backward
+
+
+class UnitModules(nn.Module):
+    """One unit as a module of its own: its norm, its component, its second norm, called as the block calls them."""
+
+    def __init__(self, block: nn.Module, unit: Unit) -> None:
+        super().__init__()
+        self.names = unit.modules
+        self.parts = nn.ModuleList(block.get_submodule(name) for name in unit.modules)
+        self.component = unit.modules.index(unit.name)
+
+    def forward(self, hidden_SLD: Tensor, call: Call) -> Tensor:
+        for index, part in enumerate(self.parts):
+            hidden_SLD = call.run(part, hidden_SLD) if index == self.component else part(hidden_SLD)
+        return hidden_SLD
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Parameter name relative to the block -> parameter."""
+        return {
+            f"{name}.{inside}": parameter
+            for name, part in zip(self.names, self.parts, strict=True)
+            for inside, parameter in part.named_parameters()
+        }
+
+
+def matrix_units_bf16(device: torch.device) -> bool:
+    """True where bf16 matrix products run on units of their own, several times faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+class _Masters:
+    """AdamW on float32 masters, stepped inside the backward pass.
+
+    A weight's step runs as soon as its gradient is complete and frees the gradient, so no more than one matrix's
+    gradient lives at a time: 14 bytes a parameter with bf16 working weights, 16 with float32 ones.
+    """
+
+    def __init__(
+        self, working: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor], masters: Mapping[str, Tensor]
+    ) -> None:
+        self.learning_rate = 0.0
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._stepper(masters[name], keep.get(name)))
+            for name, parameter in working.items()
+        ]
+
+    def _stepper(self, master: Tensor, keep: Tensor | None) -> Callable[[Tensor], None]:
+        optimizer = torch.optim.AdamW([master], lr=0.0, weight_decay=0.0, fused=True)
+
+        def step(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            assert gradient is not None
+            if keep is not None:
+                gradient.mul_(keep)  # zero weight, zero gradient, no decay: a pruned weight stays exactly zero
+            master.grad = gradient.float()
+            optimizer.param_groups[0]["lr"] = self.learning_rate
+            optimizer.step()
+            master.grad = parameter.grad = None
+            with torch.no_grad():
+                parameter.copy_(master)
+
+        return step
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def weight_rms(weights: list[Tensor]) -> float:
+    """Root mean square over all the weights together."""
+    squares = sum(float(w.float().square().sum(dtype=torch.float64)) for w in weights)
+    return (squares / max(sum(w.numel() for w in weights), 1)) ** 0.5
+
+
+def learning_rate_at(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first tenth of the steps, then a linear decay that would reach zero one step later."""
+    warm = max(1, round(steps * WARM_UP))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (steps - step) / max(steps - warm, 1)
+
+
+def split_samples(samples: int) -> tuple[list[int], list[int]]:
+    """Sample numbers to fit on, and the held-out eighth (at least one; a single sample serves as both)."""
+    held = list(range(VALIDATION - 1, samples, VALIDATION)) or [samples - 1]
+    fitted = [index for index in range(samples) if index not in set(held)] or held
+    return fitted, held
+
+
+@torch.no_grad()
+def relative_error(unit: UnitModules, call: Call, inputs: Spool, targets: Spool, samples: list[int]) -> float:
+    """‖f̃(x) − f(x)‖² / ‖f(x)‖² over the given samples, one sample at a time, summed in float64."""
+    device = next(unit.parameters()).device
+    error = total = 0.0
+    for index in samples:
+        target = targets[index].to(device).float()
+        output = unit(inputs[index].to(device)[None], call)[0].float()
+        error += float((output - target).square().sum(dtype=torch.float64))
+        total += float(target.square().sum(dtype=torch.float64))
+    return error / total if total else error
+
+
+def fit(
+    unit: UnitModules,
+    keep: Mapping[str, Tensor],
+    call: Call,
+    inputs: Spool,
+    targets: Spool,
+    settings: FitSettings,
+    dense_rms: float,
+) -> tuple[dict[str, Tensor], Fit]:
+    """The unit's parameters after fitting, by name relative to the block, and what the fit did.
+
+    `unit` holds the pruned weights and is left as it was; `keep` has a mask for each pruned weight; `call` is how the
+    block calls the component for one sample; `dense_rms` is the RMS of the unit's prunable weights before pruning.
+    Minimises the mean squared error of the unit's output against `targets` over the kept weights, the biases and
+    the norm gains: AdamW without weight decay, float32 masters, bf16 products where the device has units for them.
+    If the held-out error did not fall, the parameters come back as they were.
+    """
+    fitted, held = split_samples(len(inputs))
+    before = relative_error(unit, call, inputs, targets, held)
+    peak = settings.learning_rate * dense_rms
+    masters = _train(unit, keep, call, inputs, targets, settings, peak, fitted)
+    candidate = copy.deepcopy(unit)
+    with torch.no_grad():
+        for name, parameter in candidate.named().items():
+            parameter.copy_(masters[name] if name not in keep else masters[name] * keep[name])
+    after = relative_error(candidate, call, inputs, targets, held)
+    improved = after < before  # false for nan, too
+    chosen = candidate if improved else unit
+    tokens = inputs[0].shape[0] * len(fitted) * settings.epochs
+    matrices = sum(master.numel() for master in masters.values() if master.dim() == 2)
+    report = Fit(
+        error_before=before,
+        error_after=after if improved else before,
+        improved=improved,
+        steps=_steps(len(fitted), settings),
+        learning_rate=peak,
+        flops=6.0 * matrices * tokens,
+    )
+    return {name: parameter.detach() for name, parameter in chosen.named().items()}, report
+
+
+def _steps(samples: int, settings: FitSettings) -> int:
+    return settings.epochs * -(-samples // settings.batch)
+
+
+def _train(
+    unit: UnitModules,
+    keep: Mapping[str, Tensor],
+    call: Call,
+    inputs: Spool,
+    targets: Spool,
+    settings: FitSettings,
+    peak: float,
+    samples: list[int],
+) -> dict[str, Tensor]:
+    """The float32 masters after all steps, by name."""
+    device = next(unit.parameters()).device
+    dtype = torch.bfloat16 if matrix_units_bf16(device) else torch.float32
+    call = call.to(dtype)
+    working = copy.deepcopy(unit).to(dtype).requires_grad_(True)
+    masters = {name: parameter.detach().float().clone() for name, parameter in unit.named().items()}
+    state = _Masters(working.named(), keep, masters)
+    generator = torch.Generator().manual_seed(settings.seed)
+    first_targets = targets.batch(samples[: settings.batch]).float()
+    scale = 1.0 / max(float(first_targets.square().mean()), 1e-30)  # a relative error, whatever the activations' units
+    step, steps = 0, _steps(len(samples), settings)
+    for _ in range(settings.epochs):
+        order = [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
+        for start in range(0, len(order), settings.batch):
+            batch = order[start : start + settings.batch]
+            state.learning_rate = learning_rate_at(step, steps, peak)
+            output = working(inputs.batch(batch).to(device=device, dtype=dtype), call)
+            loss = nn.functional.mse_loss(output.float(), targets.batch(batch).to(device).float()) * scale
+            loss.backward()
+            step += 1
+    state.close()
+    return masters

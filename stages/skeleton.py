@@ -1,0 +1,180 @@
+"""A whole model without its weights: the model's own code runs around blocks that live elsewhere.
+
+The model is built from its config on the meta device and its decoder layers are replaced by stubs. The model's own
+forward then tells how each layer is called, makes the first layer's input, and turns the last layer's output into
+logits: embedding scale, position embeddings, masks, rotary tables, final norm and soft-capping are never rewritten.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from stages.blocks import BlockLayout, Call, layout_of
+from stages.checkpoint import Checkpoint
+from stages.errors import Refusal
+
+
+class _Stop(Exception):
+    """Ends a forward pass at a stub, carrying what reached it."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class _Stub(nn.Module):
+    """Stands for one decoder layer; what the model reads off the layer (its attention type, say) it reads through."""
+
+    def __init__(self, layer: nn.Module, index: int, visit: Callable[[int, Call, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._kept = (layer,)  # a tuple: not registered as a submodule
+        self._index, self._visit = index, visit
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_kept"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._visit(self._index, Call.seen(args, kwargs), Call.hidden_of(args, kwargs))
+
+
+def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config. Raises Refusal if it cannot be read or names no model family known here."""
+    try:
+        model_type = json.loads((directory / "config.json").read_text()).get("model_type", "")
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{directory / 'config.json'}: cannot be read ({error})") from None
+    layout_of(model_type)
+    return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+class Skeleton:
+    """A model of `config` without weights; `dtype` is what its hidden states are computed in."""
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str = "cpu") -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.layout: BlockLayout = layout_of(config.model_type)
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        holder, _, attribute = self.layout.blocks.rpartition(".")
+        layers = self.model.get_submodule(self.layout.blocks)
+        self.layers: list[nn.Module] = list(layers)  # on the meta device, to be materialised one by one
+        stubs = nn.ModuleList(_Stub(layer, index, self._on_visit) for index, layer in enumerate(self.layers))
+        setattr(self.model.get_submodule(holder), attribute, stubs)
+        self._visit: Callable[[int, Call, Tensor], Tensor] = lambda index, call, hidden: hidden
+        self.outer = [name for name, _ in self.model.named_parameters()]
+        self.hidden_size: int = config.get_text_config().hidden_size
+        self.vocabulary: int = config.get_text_config().vocab_size
+        self._fill_outer({})
+
+    def _on_visit(self, index: int, call: Call, hidden: Tensor) -> Tensor:
+        return self._visit(index, call, hidden)
+
+    @contextmanager
+    def _visiting(self, visit: Callable[[int, Call, Tensor], Tensor]) -> Iterator[None]:
+        previous, self._visit = self._visit, visit
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._visit = previous
+
+    def block_tensors(self, index: int) -> dict[str, str]:
+        """Name inside block `index` -> name in the checkpoint."""
+        return {name: f"{self.layout.blocks}.{index}.{name}" for name in self.layers[index].state_dict()}
+
+    def _fill_outer(self, tensors: dict[str, Tensor]) -> None:
+        """Give the parameters outside the blocks their values; those not given become zeros that take no memory."""
+        for name in self.outer:
+            holder, _, attribute = name.rpartition(".")
+            module = self.model.get_submodule(holder)
+            shape = getattr(module, attribute).shape
+            value = tensors.get(name)
+            if value is None:
+                value = torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
+            setattr(module, attribute, nn.Parameter(value, requires_grad=False))
+        for name, buffer in list(self.model.named_buffers()):
+            holder, _, attribute = name.rpartition(".")
+            self.model.get_submodule(holder)._buffers[attribute] = buffer.to(self.device)
+
+    def load_ends(self, checkpoint: Checkpoint, embedding: bool = True, head: bool = True) -> None:
+        """Load what lies outside the blocks: the input embedding, the output head, or both, and all smaller parts.
+
+        Where the config ties the head to the embedding, a checkpoint without the head is read as tied.
+        """
+        tied = tied_names(self.model)
+        of_embedding = _parameters_of(self.model, self.model.get_input_embeddings())
+        of_head = _parameters_of(self.model, self.model.get_output_embeddings())
+        unwanted = (set() if embedding else of_embedding) | (set() if head else of_head)
+        tensors: dict[str, Tensor] = {}
+        for name in (name for name in self.outer if name not in unwanted):
+            source = name if name in checkpoint else tied.get(name, name)
+            if source not in tensors:
+                tensors.update(checkpoint.load([source], dtype=self.dtype, device=self.device))
+            tensors[name] = tensors[source]
+        self._fill_outer(tensors)
+
+    def calls(self, samples: int, length: int) -> list[Call]:
+        """How the model calls each layer for a microbatch of (samples, length) tokens."""
+        seen: list[Call] = []
+
+        def visit(index: int, call: Call, hidden: Tensor) -> Tensor:
+            seen.append(call)
+            if index + 1 == len(self.layers):
+                raise _Stop(hidden)
+            return hidden
+
+        nothing = torch.zeros((), dtype=self.dtype, device=self.device).expand(samples, length, self.hidden_size)
+        with self._visiting(visit), suppress(_Stop):
+            self.model(inputs_embeds=nothing, use_cache=False)
+        return seen
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The first layer's input for tokens (samples, length): (samples, length, hidden)."""
+
+        def visit(index: int, call: Call, hidden: Tensor) -> Tensor:
+            raise _Stop(hidden)
+
+        with self._visiting(visit):
+            try:
+                self.model(input_ids=tokens.to(self.device), use_cache=False)
+            except _Stop as stop:
+                return stop.hidden
+        raise AssertionError("the model never called its first layer")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits (samples, length, vocabulary) from its last layer's output."""
+        with self._visiting(lambda index, call, _: hidden):
+            return self.model(inputs_embeds=hidden, use_cache=False).logits
+
+    def assembled(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
+        """Layer `index` holding `tensors` (names inside the block); the skeleton's own layer stays on meta."""
+        layer = copy.deepcopy(self.layers[index], {id(self.config): self.config})
+        layer.load_state_dict(tensors, assign=True, strict=True)
+        return layer.requires_grad_(False).eval()
+
+
+def _parameters_of(model: nn.Module, module: nn.Module | None) -> set[str]:
+    """The names of one submodule's parameters in the whole model."""
+    return {
+        f"{name}.{parameter}"
+        for name, candidate in model.named_modules()
+        if module is not None and candidate is module
+        for parameter, _ in candidate.named_parameters()
+    }
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter -> the parameter that the config ties it to."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return {}
+    return dict(getattr(model, "_tied_weights_keys", None) or {})

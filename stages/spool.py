@@ -1,0 +1,112 @@
+"""Activations set aside between the stream and the work: in memory up to a budget, then in Arrow files on disk.
+
+One record is one sample. What goes to disk is read back with plain reads, not through a memory map: mapped pages would
+count as the process's memory, and its bound is a promise.
+"""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from stages.errors import Refusal
+
+_SCHEMA = pa.schema([("sample", pa.large_binary())])
+
+
+class SpoolBudget:
+    """Bytes of memory that a shard's spools may hold together."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self.peak = 0
+
+    def take(self, wanted: int) -> bool:
+        """True, and counted, if `wanted` more bytes fit."""
+        if self.used + wanted > self.limit:
+            return False
+        self.used += wanted
+        self.peak = max(self.peak, self.used)
+        return True
+
+    def give_back(self, freed: int) -> None:
+        self.used -= freed
+
+
+class Spool:
+    """A sequence of samples, each (length, channels) of one dtype, appended once and read in any order.
+
+    Bits go in and come out unchanged. `close` frees the memory and removes the file.
+    """
+
+    def __init__(self, path: Path, budget: SpoolBudget) -> None:
+        self._path, self._budget = path, budget
+        self._held: list[Tensor] = []  # the first samples, in memory
+        self._on_disk = 0
+        self._writer: pa.ipc.RecordBatchFileWriter | None = None
+        self._reader: pa.ipc.RecordBatchFileReader | None = None
+        self._shape: tuple[int, ...] = ()
+        self._dtype = torch.float32
+
+    def __len__(self) -> int:
+        return len(self._held) + self._on_disk
+
+    @property
+    def disk_bytes(self) -> int:
+        return self._on_disk * int(np.prod(self._shape, dtype=np.int64)) * self._dtype.itemsize
+
+    def append(self, samples: Tensor) -> None:
+        """Add samples (n, length, channels). Raises Refusal when neither the budget nor the disk has room."""
+        for sample in samples.detach():
+            self._shape, self._dtype = tuple(sample.shape), sample.dtype
+            if self._writer is None and self._budget.take(sample.nbytes):
+                self._held.append(sample.to("cpu", copy=True).contiguous())
+            else:
+                self._write(sample.to("cpu").contiguous())
+
+    def _write(self, sample: Tensor) -> None:
+        raw = sample.reshape(-1).view(torch.uint8).numpy()
+        offsets = pa.py_buffer(np.array([0, raw.nbytes], dtype=np.int64))
+        column = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(raw)])
+        try:
+            if self._writer is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._writer = pa.ipc.new_file(str(self._path), _SCHEMA)
+            self._writer.write_batch(pa.record_batch([column], schema=_SCHEMA))
+        except OSError as error:
+            raise Refusal(
+                f"{self._path}: cannot spool activations ({error.strerror or error}); free some disk, "
+                "point --scratch at a larger one, raise --spool-memory, or use fewer --samples"
+            ) from None
+        self._on_disk += 1
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Sample `index`, (length, channels)."""
+        if index < len(self._held):
+            return self._held[index]
+        if self._reader is None:
+            assert self._writer is not None
+            self._writer.close()
+            self._reader = pa.ipc.open_file(pa.OSFile(str(self._path), "rb"))
+        column = self._reader.get_batch(index - len(self._held)).column(0)
+        raw = np.frombuffer(column.buffers()[2], dtype=np.uint8).copy()
+        return torch.from_numpy(raw).view(self._dtype).view(self._shape)
+
+    def batch(self, indices: list[int]) -> Tensor:
+        """Samples `indices` stacked: (n, length, channels)."""
+        return torch.stack([self[index] for index in indices])
+
+    def close(self) -> None:
+        self._budget.give_back(sum(sample.nbytes for sample in self._held))
+        self._held = []
+        for handle in (self._writer, self._reader):
+            if handle is not None:
+                with contextlib.suppress(OSError):
+                    handle.close() if isinstance(handle, pa.ipc.RecordBatchFileWriter) else None
+        self._writer = self._reader = None
+        self._on_disk = 0
+        self._path.unlink(missing_ok=True)
