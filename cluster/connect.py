@@ -5,6 +5,7 @@ call to the cluster's control service (GCS) is made first and its answer turned 
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -22,7 +23,8 @@ from cluster import authentication, package
 from stages.errors import Refusal
 
 PROBE_SECONDS = 4.0  # for the TCP connection and again for the call: together under the ten seconds promised
-LONGEST_TEMP = 24  # characters; Ray's socket paths add about 75, and Linux allows 107
+LONGEST_TEMP = 16  # characters; Ray's socket paths add up to 90, and Linux allows 107
+HOME_PREFIX = "espalier-"
 JOB_SETTINGS = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
 
 
@@ -66,10 +68,8 @@ def connect(address: str | None, *, cpus: int, object_store_bytes: int, gpus: in
     address = address or os.environ.get("RAY_ADDRESS") or None
     if ray.is_initialized():
         here = ray.get_runtime_context().gcs_address
-        if address is not None and address not in (here, "auto"):
-            raise Refusal(
-                f"this process is connected to the Ray cluster at {here}, not {address}; ray.shutdown() first"
-            )
+        if address is not None and (address == "local" or endpoint_of(address) != here):
+            raise Refusal(f"--address {address}: this process is connected to Ray at {here}; ray.shutdown() first")
         yield
     elif address is None or address == "local":
         with local_cluster(cpus=cpus, object_store_bytes=object_store_bytes, gpus=gpus):
@@ -83,10 +83,9 @@ def connect(address: str | None, *, cpus: int, object_store_bytes: int, gpus: in
 def local_cluster(*, cpus: int, object_store_bytes: int, gpus: int = 0) -> Iterator[None]:
     """Holds a new Ray cluster on this machine for the block: never another one, with a token of its own, no dashboard.
 
-    Its files, the token's included, are in a private temporary directory that goes away with it.
+    Its files, the token's and the spilled objects' included, are in a private temporary directory that goes with it.
     """
-    home = Path(tempfile.mkdtemp(prefix="esp", dir=_short_temp()))
-    try:
+    with _home() as home:
         token_path = authentication.new_token_file(home)
         settings: dict[str, str | None] = {
             authentication.MODE: "token",
@@ -110,8 +109,6 @@ def local_cluster(*, cpus: int, object_store_bytes: int, gpus: int = 0) -> Itera
                 yield
             finally:
                 ray.shutdown()
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -181,14 +178,16 @@ def endpoint_of(address: str) -> str:
         raise Refusal(f"--address {address}: Ray Client is not supported; {wanted}, or use `espalier submit`")
     if "://" in address:
         raise Refusal(f"--address {address}: that is a dashboard, which takes jobs (`espalier submit`); {wanted}")
-    if address != "auto" and not address.rpartition(":")[2].isdecimal():
-        raise Refusal(f"--address {address}: no port; {wanted}")
+    port = address.rpartition(":")[2]
+    if address != "auto" and not (port.isdecimal() and 0 < int(port) < 65536):
+        raise Refusal(f"--address {address}: no port, or none that can be; {wanted}")
     try:
         endpoint = canonicalize_bootstrap_address(address)
     except (ConnectionError, ValueError, OSError) as error:
-        raise Refusal(f"--address {address}: {_first_line(error)}; {wanted}") from error
-    if endpoint is None:
-        raise Refusal(f"--address {address}: no Ray cluster runs on this machine; {wanted}")
+        reason = "no Ray cluster runs on this machine" if address == "auto" else _first_line(error)
+        raise Refusal(f"--address {address}: {reason}; {wanted}") from error
+    if endpoint is None:  # RAY_ADDRESS=local, asked for by --address auto
+        raise Refusal(f"--address {address}: RAY_ADDRESS names no cluster; {wanted}")
     return endpoint
 
 
@@ -215,9 +214,21 @@ def _raylets_here() -> set[str]:
     return set(find_node_ids())
 
 
-def _short_temp() -> str | None:
-    """Where Ray's files may go: the usual temporary directory, or /tmp if that is too long for a socket's path."""
-    return None if len(tempfile.gettempdir()) <= LONGEST_TEMP else "/tmp"
+@contextlib.contextmanager
+def _home() -> Iterator[Path]:
+    """A private directory for the block, locked while its owner lives; those of owners that were killed go first."""
+    parent = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST_TEMP else "/tmp")
+    for lock in parent.glob(f"{HOME_PREFIX}*/lock"):
+        with contextlib.suppress(OSError), open(lock) as file:  # locked, or somebody else's: not ours to remove
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent)
+    home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir=parent))
+    with open(home / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield home
+        finally:
+            shutil.rmtree(home, ignore_errors=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from cluster import connect
-from cluster.connect import existing_cluster, local_cluster, nodes
+from cluster.connect import existing_cluster, nodes
 from stages.errors import Refusal
 
 pytestmark = pytest.mark.ray
@@ -85,14 +85,27 @@ def test_nobody_listening_is_refused_within_ten_seconds() -> None:
         assert "cannot be reached" in refusal(f"127.0.0.1:{bound.getsockname()[1]}")
 
 
-def test_a_listener_that_is_no_ray_cluster_is_refused_within_ten_seconds() -> None:
+def test_a_listener_that_is_no_ray_cluster_is_refused_after_the_time_for_a_probe(monkeypatch) -> None:
+    monkeypatch.setattr(connect, "PROBE_SECONDS", 0.5)
     with socket.create_server(("", 0)) as silent:
         assert "not the control service" in refusal(f"127.0.0.1:{silent.getsockname()[1]}")
 
 
-@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http://127.0.0.1:8265", "head", "head:port", ""])
+@pytest.mark.parametrize(
+    "address", ["ray://127.0.0.1:10001", "http://127.0.0.1:8265", "head", "head:port", "head:65536", ""]
+)
 def test_an_address_of_another_kind_is_refused_with_the_kind_that_is_wanted(address) -> None:
     assert "host:port" in refusal(address)
+
+
+def test_auto_without_any_cluster_is_refused(monkeypatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def none_running(address: str) -> str:
+        raise ConnectionError("Could not find any running Ray instance.\nAnd more.")
+
+    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", none_running)
+    assert "no Ray cluster runs on this machine" in refusal("auto")
 
 
 def test_a_cluster_without_a_node_on_this_machine_is_refused_and_not_waited_for(member, monkeypatch) -> None:
@@ -106,25 +119,33 @@ def test_ray_address_counts_as_the_address(member, monkeypatch) -> None:
         assert len(nodes()) == 2
 
 
-def test_a_local_cluster_is_new_private_and_leaves_nothing(member, monkeypatch) -> None:
+def test_a_local_cluster_is_new_and_private_and_a_failed_run_leaves_nothing_of_it(member, monkeypatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", member.address)
     before = {name: os.environ.get(name) for name in AUTH}
-    with connect.connect("local", cpus=1, object_store_bytes=STORE):
+    shape = {"cpus": 1, "object_store_bytes": STORE}
+    with pytest.raises(RuntimeError, match="the run"), connect.connect("local", **shape):
         (only,) = nodes()
         assert (only.cpus, only.object_store_bytes) == (1, STORE)
         assert ray.get_runtime_context().gcs_address != member.address
         token_path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
         assert stat.S_IMODE(token_path.stat().st_mode) == 0o600
         assert token_path.read_text() != member.token_path.read_text()
-        with connect.connect(None, cpus=1, object_store_bytes=STORE):  # a run inside a run shares the connection
+        with connect.connect(None, **shape):  # a run inside a run shares the connection
             assert nodes() == [only]
         assert ray.is_initialized()
+        with pytest.raises(Refusal, match="this process is connected"), connect.connect(member.address, **shape):
+            pass
+        raise RuntimeError("the run")
     assert not ray.is_initialized() and not token_path.parent.exists()
     assert {name: os.environ.get(name) for name in AUTH} == before
 
 
-def test_a_local_cluster_is_shut_down_when_the_run_in_it_fails() -> None:
-    with pytest.raises(RuntimeError, match="the run"), local_cluster(cpus=1, object_store_bytes=STORE):
-        home = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).parent
-        raise RuntimeError("the run")
-    assert not ray.is_initialized() and not home.exists()
+def test_the_files_of_a_killed_run_go_with_the_next_and_those_of_a_live_one_stay(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(connect.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(connect, "LONGEST_TEMP", 200)
+    killed = tmp_path / f"{connect.HOME_PREFIX}killed"
+    killed.mkdir()
+    (killed / "lock").touch()
+    with connect._home() as live, connect._home() as second:
+        assert live.exists() and second.exists() and not killed.exists()
+    assert list(tmp_path.iterdir()) == []

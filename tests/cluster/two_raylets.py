@@ -8,6 +8,7 @@ Commands: "kill N" (SIGKILL to raylet N, 0 is the head's), "add" (one more rayle
 import json
 import os
 import secrets
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def main(home: Path, cpus: int) -> None:
             tell({"done": line.strip(), "raylets": len(raylets)})
     finally:
         cluster.shutdown()
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def tell(message: dict[str, object]) -> None:
