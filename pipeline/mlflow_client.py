@@ -61,6 +61,14 @@ def open_client(tracking_uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri=tracking_uri)
 
 
+def client_errors() -> tuple[type[Exception], ...]:
+    """What a client raises when it cannot do its work: MLflow's own errors, its database's, and (as OSError) HTTP's."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError
+
+
 def _create_database(path: Path) -> None:
     """Make MLflow's tables in a file of our own, then link it under its name: of two processes that do so, one wins.
 
