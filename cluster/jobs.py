@@ -6,6 +6,7 @@ RAY_ADDRESS to the address it is given, and it waits without a limit for a serve
 
 import asyncio
 import contextlib
+import logging
 import os
 import shlex
 import sys
@@ -58,6 +59,8 @@ def submit(
     the nodes have it. An entrypoint that begins with "python" runs in a Python that has Ray. Ctrl-C stops the job.
     Raises Refusal within ten seconds where no dashboard answers or the token is not accepted.
     """
+    for chatty in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
     url, credentials = dashboard(address)
     settings = {**credentials.environment, "RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}
     with authentication.ray_environment(settings):

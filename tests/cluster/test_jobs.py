@@ -1,12 +1,8 @@
 """Jobs on a real cluster: their output, their exit codes, their code, and the refusals before one is made."""
 
 import contextlib
-import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 
@@ -82,27 +78,18 @@ def test_a_job_that_nobody_waits_for_is_handed_back_at_once(member) -> None:
 
 
 def test_ctrl_c_stops_the_job_which_still_gets_to_say_how_to_resume(member) -> None:
-    script = "import sys\nfrom cluster.jobs import submit\n" + (
-        f"print(submit(['python', '-c', {WAITS!r}], address={member.dashboard_url!r}, env={{}},"
-        " on_line=lambda line: print(line, flush=True)))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=package.root())
-    overdue = threading.Timer(60, process.kill)
-    overdue.start()
-    try:
-        assert process.stdout is not None
-        seen: list[str] = []
-        for line in process.stdout:
-            seen.append(line.strip())
-            if line.startswith("waiting"):
-                os.kill(process.pid, signal.SIGINT)
-        assert process.wait() == 0
-    finally:
-        overdue.cancel()
-        process.kill()
-    assert "resume with: espalier resume DIR" in seen
-    assert "status='STOPPED', exit_code=130" in seen[-1]
-    assert seen.count("waiting") == 1  # the log is sent anew after Ctrl-C, and passed on once
+    lines: list[str] = []
+
+    def press(line: str) -> None:
+        lines.append(line)
+        if line == "waiting":
+            signal.raise_signal(signal.SIGINT)
+
+    outcome = submit(["python", "-c", WAITS], address=member.dashboard_url, env={}, on_line=press)
+    assert (outcome.status, outcome.exit_code) == ("STOPPED", 130)
+    assert "resume with: espalier resume DIR" in lines
+    assert any(line.startswith("Ctrl-C: stopping job") for line in lines)
+    assert lines.count("waiting") == 1  # the log is sent anew after Ctrl-C, and passed on once
 
 
 def test_a_wrong_token_is_refused_within_ten_seconds(stranger) -> None:
