@@ -31,6 +31,11 @@ LOST_AFTER = 5  # attempts in a row that fail before the server counts as gone
 STOP_SECONDS = 30  # between the job's SIGINT and its SIGKILL: a run closes its journal and says how to resume
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 LOST = (ConnectionError, OSError, RuntimeError, requests.RequestException, aiohttp.ClientError)
+CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 T = TypeVar("T")
 
 
@@ -59,8 +64,8 @@ def submit(
     the nodes have it. An entrypoint that begins with "python" runs in a Python that has Ray. Ctrl-C stops the job.
     Raises Refusal within ten seconds where no dashboard answers or the token is not accepted.
     """
-    for chatty in ("dashboard_sdk", "job.sdk"):
-        logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     url, credentials = dashboard(address)
     settings = {**credentials.environment, "RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}
     with authentication.ray_environment(settings):
