@@ -3,11 +3,14 @@
 import csv
 import difflib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.figures import draw_perplexity
@@ -33,7 +36,7 @@ COLUMNS: dict[str, tuple[str, Any]] = {
     "dense_perplexity": ("dense", number),
     "sparsity": ("zeros", lambda share: percent(share, places=2)),
     "seconds": ("time", duration),
-    "shard_peak_mb": ("peak of a shard", lambda megabytes: f"{megabytes:,.0f} MB"),
+    "shard_peak_mb": ("peak", lambda megabytes: f"{megabytes:,.0f} MB"),
     "status": ("status", lambda status: status.lower()),
 }
 NUMERIC = {"perplexity", "dense_perplexity", "sparsity", "seconds", "shard_peak_mb"}
@@ -49,17 +52,31 @@ class Comparison:
     files: list[Path] = field(default_factory=list)
 
     def table(self) -> Table:
-        shown = Table(title=self.title, title_justify="left")
-        for column in self._columns():
-            shown.add_column(COLUMNS[column][0], justify="right" if column in NUMERIC else "left", overflow="fold")
-        for row in self.rows:
-            style = None if row["status"] == "FINISHED" else "dim"
-            shown.add_row(*(_cell(row, column) for column in self._columns()), style=style)
+        """For a terminal: the recipe in one column, and none of the columns that say the same for each run."""
+        dense = {row["dense_perplexity"] for row in self.rows} - {None}
+        title = f"{self.title}: dense perplexity {number(dense.pop())}" if len(dense) == 1 else self.title
+        columns = ["target", "perplexity", "dense_perplexity", "sparsity", "seconds", "shard_peak_mb"]
+        if title != self.title:
+            columns.remove("dense_perplexity")
+        names = [
+            row["run"] + ("" if row["status"] == "FINISHED" else f" ({row['status'].lower()})") for row in self.rows
+        ]
+        shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        shown.add_column("run", overflow="fold", min_width=min(12, max(map(len, names))))
+        shown.add_column("recipe", overflow="fold")
+        for column in columns:
+            shown.add_column(COLUMNS[column][0], justify="right" if column in NUMERIC else "left", no_wrap=True)
+        for name, row in zip(names, self.rows, strict=True):
+            recipe_of_any_target = recipe(row | {"pattern": None})
+            cells = (name, recipe_of_any_target, *(_cell(row, column) for column in columns))
+            shown.add_row(*map(escape, cells), style=None if row["status"] == "FINISHED" else "dim")
+        shown.caption, shown.caption_justify = "peak: memory of the largest shard", "left"
         return shown
 
     def markdown(self) -> str:
         header = [COLUMNS[column][0] for column in self._columns()]
-        return table(header, [[_cell(row, column) for column in self._columns()] for row in self.rows])
+        cells = [[_cell(row, column) for column in self._columns()] for row in self.rows]
+        return table(header, cells) + "\n\nPeak: memory of the largest shard."
 
     def _columns(self) -> list[str]:
         """The columns in which some row has something to show; what no run used would only make the table wide."""
@@ -172,6 +189,10 @@ def _row(run: "Run") -> dict[str, Any]:
         value = params.get(name)
         return None if value in (None, "", "None", "none", "null") else value
 
+    def metric(name: str) -> float | None:
+        value = metrics.get(name)  # MLflow's database has no infinity and keeps the largest float in its place
+        return math.inf if value is not None and value >= sys.float_info.max else value
+
     rebuilt = param("reconstruct")
     sparsity = param("sparsity")
     return {
@@ -182,8 +203,8 @@ def _row(run: "Run") -> dict[str, Any]:
         "reconstruct": rebuilt,
         "inputs": param("inputs") if rebuilt else None,
         "epochs": param("epochs") if rebuilt else None,
-        "perplexity": metrics.get("perplexity"),
-        "dense_perplexity": metrics.get("dense_perplexity"),
+        "perplexity": metric("perplexity"),
+        "dense_perplexity": metric("dense_perplexity"),
         "sparsity": metrics.get("sparsity"),
         "seconds": metrics.get("seconds/total"),
         "shard_peak_mb": metrics.get("peak_memory_mb/shard_max"),
@@ -263,5 +284,4 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> Path | None:
 
 
 def _positive(value: float | None) -> bool:
-    # MLflow's database has no infinity and keeps the largest float in its place.
-    return value is not None and math.isfinite(value) and 0 < value < 1e300
+    return value is not None and math.isfinite(value) and value > 0

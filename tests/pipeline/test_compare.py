@@ -1,6 +1,8 @@
 """Comparing runs: the order, the files, and what is refused."""
 
 import csv
+import io
+import math
 import socket
 import time
 from pathlib import Path
@@ -74,12 +76,23 @@ def test_an_experiment_by_name_and_runs_by_either_id(recorded: tuple[str, dict[s
     assert [row["run"] for row in chosen.rows] == ["rebuilt", "magnitude"]
 
 
-def test_the_table_shows_every_run(recorded: tuple[str, dict[str, str]]) -> None:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(compare([], tracking_uri=recorded[0]).table())
+def test_the_table_shows_every_run_whole_on_eighty_columns(recorded: tuple[str, dict[str, str]]) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(compare(["recipes"], tracking_uri=recorded[0]).table())
     text = console.export_text()
     assert all(name in text for name in RUNS)
-    assert "50.00 %" in text and "900 MB" in text and "refine" not in text  # no run refined: no column
+    assert "dense perplexity 3.63" in text and "50.00 %" in text and "900 MB" in text and "(failed)" in text
+    assert "…" not in text
+
+
+def test_an_infinite_perplexity_is_last_and_reads_as_such(recorded: tuple[str, dict[str, str]]) -> None:
+    uri = recorded[0]
+    client = open_client(uri)
+    experiment = experiment_id(client, "diverged", uri)
+    for name, perplexity in (("lost", math.inf), ("kept", 7.0)):
+        record(client, experiment, name, {"criterion": "wanda", "perplexity": perplexity, "sparsity": 0.9})
+    rows = compare(["diverged"], tracking_uri=uri).rows
+    assert [(row["run"], row["perplexity"]) for row in rows] == [("kept", 7.0), ("lost", math.inf)]
 
 
 def test_files_are_written_and_the_picture_is_not_blank(recorded: tuple[str, dict[str, str]], tmp_path: Path) -> None:
