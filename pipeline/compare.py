@@ -40,7 +40,7 @@ COLUMNS: dict[str, tuple[str, Any]] = {
     "status": ("status", lambda status: status.lower()),
 }
 NUMERIC = {"perplexity", "dense_perplexity", "sparsity", "seconds", "shard_peak_mb"}
-FILE_COLUMNS = [*COLUMNS, "model", "seed", "run_id"]
+FILE_COLUMNS = [*COLUMNS, "scope", "model", "seed", "run_id"]
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,7 @@ def _row(run: "Run") -> dict[str, Any]:
         "seconds": metrics.get("seconds/total"),
         "shard_peak_mb": metrics.get("peak_memory_mb/shard_max"),
         "status": run.info.status,
+        "scope": param("scope"),
         "model": param("model"),
         "seed": param("seed"),
         "run_id": run.info.run_id,
@@ -232,6 +233,8 @@ def _rank(row: dict[str, Any]) -> tuple[bool, float, str]:
 def recipe(row: dict[str, Any]) -> str:
     """What was done, without how much of it: runs that share this make one line in the picture."""
     text = " ".join(filter(None, (row["criterion"] or "unknown criterion", row["pattern"])))
+    if row["scope"] not in (None, "row"):
+        text += f" per {row['scope']}"
     if row["refine"]:
         text += f" + {row['refine']}"
     if row["reconstruct"]:

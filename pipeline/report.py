@@ -172,8 +172,13 @@ def _loading(run: Mapping[str, Any]) -> str:
 
 
 def _recipe(run: Mapping[str, Any]) -> str:
-    named = ("model", "output", "config")  # given on the command line
-    config = {name: value for name, value in run.get("config", {}).items() if name not in named and value is not None}
+    config = {name: value for name, value in run.get("config", {}).items() if value is not None}
+    for name in ("model", "output", "config"):  # given on the command line
+        config.pop(name, None)
+    if "pattern" in config:  # the two exclude each other, and an unused sparsity has a default
+        config.pop("sparsity", None)
+    if isinstance(config.get("calibration"), (list, tuple)):  # texts or token ids given in Python, possibly millions
+        config["calibration"] = "CALIBRATION_TEXT"
     command = run.get("command", "prune")
     command = "prune" if command in ("resume", "demo") else command
     model = shlex.quote(str(run["model"]["path"]))
@@ -209,7 +214,10 @@ def plain(value: Any) -> Any:
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    for kind in (int, float):  # pydantic's sizes are a kind of int that YAML does not know
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
+    return value if value is None or isinstance(value, bool) else str(value)
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -24,6 +24,7 @@ class BlockCalibration:
         self, index: int, block: nn.Module, anatomy: Anatomy, directory: Path, budget: SpoolBudget, spool: bool
     ) -> None:
         self.index, self.anatomy = index, anatomy
+        self.complete = False  # set when the pass that fills it has ended
         self.statistics: dict[str, InputStatistics] = {}
         for group in anatomy.shared_inputs:
             linear = block.get_submodule(group[0])

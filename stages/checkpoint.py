@@ -182,6 +182,19 @@ def resolve(model: str) -> Path:
         raise Refusal(f"{model}: no such directory, and the hub refuses that id ({first_line})") from None
 
 
+def grouped(entries: Iterable[TensorEntry], limit: int) -> list[list[TensorEntry]]:
+    """The entries in order, cut into groups of at most `limit` bytes (a larger tensor is a group of its own)."""
+    groups: list[list[TensorEntry]] = []
+    filled = limit
+    for entry in entries:
+        if filled + entry.bytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += entry.bytes
+    return groups
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write one safetensors file and return its digest: temporary name, fsync, read back, then the final name.
 

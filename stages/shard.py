@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stages.blocks import Call, Unit, trace
 from stages.calibrate import BlockCalibration
-from stages.checkpoint import Checkpoint, resolve, write_tensors
+from stages.checkpoint import Checkpoint, grouped, resolve, write_tensors
 from stages.criteria import score
 from stages.errors import OutOfStep
 from stages.masks import Scope, keep_mask
@@ -31,6 +31,7 @@ from stages.skeleton import Skeleton, read_config
 from stages.spool import Spool, SpoolBudget
 
 TRACE_TOKENS = 4
+ENDS_FILE_BYTES = 256 << 20
 HEAD_POSITIONS = 256  # positions turned into logits at a time: a vocabulary of 128 k costs 0.1 GB, not 1 GB
 
 
@@ -153,6 +154,8 @@ class Shard:
         self._in_step(microbatch)
         for index in range(self.spec.first, self.spec.last):
             hidden = self._through(index, hidden.to(self.spec.device))
+        if microbatch + 1 == self._microbatches:
+            self._finished_pass()
         return hidden
 
     def receive(self, microbatch: int, hidden: Tensor) -> None:
@@ -184,6 +187,7 @@ class Shard:
         hidden = self._through(self.spec.last - 1, self._carried(microbatch))
         if microbatch + 1 == self._microbatches:
             self._close_carry()
+            self._finished_pass()
         return hidden
 
     def _in_step(self, microbatch: int) -> None:
@@ -225,6 +229,14 @@ class Shard:
             )
         return self._calibrations[index]
 
+    def calibrated(self) -> set[int]:
+        """The blocks whose calibration is here, whole."""
+        return {index for index, calibration in self._calibrations.items() if calibration.complete}
+
+    def _finished_pass(self) -> None:
+        for index in self._collect:
+            self._calibrations[index].complete = True
+
     def _new_carry(self, index: int) -> Spool:
         return Spool(self._scratch / f"shard-{self.spec.index}" / f"carry-{index:05d}.arrow", self._budget)
 
@@ -257,6 +269,20 @@ class Shard:
                     count += stop - start
         return total, count
 
+    # -- outside the blocks ----------------------------------------------------------------------------------------
+
+    def copy_ends(self) -> dict[str, list[str]]:
+        """Copy every tensor outside the blocks to the output, a few at a time: file -> tensor names."""
+        inside = f"{self.skeleton.layout.blocks}."
+        outside = [entry for entry in self.checkpoint.entries.values() if not entry.name.startswith(inside)]
+        files: dict[str, list[str]] = {}
+        for position, group in enumerate(grouped(outside, ENDS_FILE_BYTES)):
+            file = f"model-ends-{position:05d}.safetensors"
+            names = [entry.name for entry in group]
+            write_tensors(Path(self.spec.output) / file, self.checkpoint.load(names, dtype=self.skeleton.dtype))
+            files[file] = names
+        return files
+
     # -- the work --------------------------------------------------------------------------------------------------
 
     def work(self, index: int) -> dict[str, Any]:
@@ -265,7 +291,7 @@ class Shard:
         Raises OutOfStep if the calibration stream has not (wholly) passed through the block, as after a restart.
         """
         calibration = self._calibrations.get(index)
-        if calibration is None or self._expected != self._microbatches:
+        if calibration is None or not calibration.complete:
             raise OutOfStep(f"shard {self.spec.index} has no calibration for block {index}")
         assert self.spec.recipe is not None
         work = BlockWork(self.spec.recipe, index, self._block(index), calibration, self.skeleton, self.timeline)

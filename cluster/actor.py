@@ -1,0 +1,113 @@
+"""The Ray actor around one shard. Every method fetches, calls the stage, hands back; none holds state of its own.
+
+A restarted actor is an empty one: what it is then asked raises OutOfStep, and the fleet opens it and streams to it
+again. So every method may be retried.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import torch
+
+from cluster.transport import pack, unpack
+from stages.errors import OutOfStep, Refusal
+from stages.meter import peak_bytes
+from stages.shard import Shard, ShardSpec
+
+Wanted = Literal["hidden", "loss", "nothing"]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFacts:
+    """Where a shard lives."""
+
+    index: int
+    first: int
+    last: int
+    node: str
+    pid: int
+    device: str
+
+
+class ShardWorker:
+    """What a shard's process does; `ShardActor` is this as a Ray actor."""
+
+    def __init__(self, spec: ShardSpec, threads: int, run_file: str | None) -> None:
+        torch.set_num_threads(threads)
+        self._spec, self._run_file = spec, run_file
+        self._shard: Shard | None = None
+
+    @property
+    def _open(self) -> Shard:
+        if self._shard is None:
+            raise OutOfStep(f"shard {self._spec.index} is not open")
+        return self._shard
+
+    def open(self, pruned: bool = False) -> ShardFacts:
+        """Load this shard's tensors. Raises Refusal if this node does not see the run's directory or its model."""
+        spec = self._spec
+        if self._run_file and not Path(self._run_file).exists():
+            raise Refusal(
+                f"{spec.output}: not visible on node {socket.gethostname()}; "
+                "with several nodes --output must lie on storage that all of them share"
+            )
+        shard = self._shard or Shard(spec)
+        shard.open(pruned)
+        self._shard = shard
+        return ShardFacts(spec.index, spec.first, spec.last, _node(), os.getpid(), spec.device)
+
+    def state(self) -> tuple[bool, set[int]]:
+        """Whether the shard is open, and the blocks whose calibration it holds whole."""
+        return (False, set()) if self._shard is None else (True, self._shard.calibrated())
+
+    def begin(self, microbatches: int, collect: set[int]) -> None:
+        self._open.begin(microbatches, collect)
+
+    def forward(self, microbatch: int, source: np.ndarray, wanted: Wanted, targets: np.ndarray | None = None) -> Any:
+        """One microbatch through all blocks; `source` is tokens for the shard that embeds, else hidden states."""
+        hidden = self._open.forward(microbatch, self._hidden(source))
+        return self._answer(hidden, wanted, targets)
+
+    def receive(self, microbatch: int, source: np.ndarray) -> None:
+        self._open.receive(microbatch, self._hidden(source))
+
+    def advance(self) -> None:
+        self._open.advance()
+
+    def emit(self, microbatch: int, wanted: Wanted, targets: np.ndarray | None = None) -> Any:
+        return self._answer(self._open.emit(microbatch), wanted, targets)
+
+    def work(self, block: int) -> dict[str, Any]:
+        return self._open.work(block)
+
+    def copy_ends(self) -> dict[str, list[str]]:
+        return self._open.copy_ends()
+
+    def record(self) -> tuple[int, list[dict[str, Any]]]:
+        """Peak memory in bytes, and the phases so far."""
+        phases = [] if self._shard is None else self._shard.timeline.export()
+        return peak_bytes(self._spec.device), phases
+
+    def _hidden(self, source: np.ndarray) -> torch.Tensor:
+        return self._open.embed(unpack(source)) if self._spec.embeds else unpack(source)
+
+    def _answer(self, hidden: torch.Tensor, wanted: Wanted, targets: np.ndarray | None) -> Any:
+        if wanted == "hidden":
+            return pack(hidden)
+        if wanted == "loss":
+            assert targets is not None
+            return self._open.negative_log_likelihood(hidden, unpack(targets))
+        return None
+
+
+def _node() -> str:
+    return ray.util.get_node_ip_address()
+
+
+# Restarted wherever there is room, for ever, and asked again: the fleet counts the restarts that bring nothing.
+ShardActor = ray.remote(max_restarts=-1, max_task_retries=-1)(ShardWorker)

@@ -1,0 +1,17 @@
+"""Hidden states as Ray objects: numpy arrays, which Ray's store hands to readers without a copy; bits are unchanged."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pack(hidden: Tensor) -> np.ndarray:
+    """The tensor as a numpy array; bfloat16, which numpy lacks, travels as uint16."""
+    hidden = hidden.detach().cpu().contiguous()
+    return hidden.view(torch.uint16).numpy() if hidden.dtype == torch.bfloat16 else hidden.numpy()
+
+
+def unpack(packed: np.ndarray) -> Tensor:
+    """The tensor that was packed, in memory of its own (the store's pages are read-only)."""
+    tensor = torch.from_numpy(packed.copy())
+    return tensor.view(torch.bfloat16) if packed.dtype == np.uint16 else tensor

@@ -1,0 +1,47 @@
+"""Block files and ends -> a plain Hugging Face checkpoint. The index is written last: without it there is no model."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.rundir import write_synced
+from stages.checkpoint import INDEX, Checkpoint, sync_directory
+from stages.errors import Refusal
+
+# Weights and what the run writes itself; everything else beside them (tokenizer, chat template, licence) is copied.
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx")
+COPIED_BYTES = 64 << 20  # larger files beside the weights are not part of a model
+
+
+def copy_companions(model: Path, output: Path, dtype: str) -> None:
+    """Copy config, tokenizer and the like; config.json names the dtype that the weights were saved in."""
+    for path in sorted(model.iterdir()):
+        if path.is_file() and not path.name.endswith((*_NOT_COPIED, INDEX)) and path.stat().st_size <= COPIED_BYTES:
+            shutil.copyfile(path, output / path.name)
+    config = json.loads((output / "config.json").read_text())
+    for key in ("dtype", "torch_dtype"):
+        if config.get(key, dtype) != dtype:
+            config[key] = dtype
+            write_synced(output / "config.json", json.dumps(config, indent=2))
+
+
+def write_index(output: Path, files: Iterable[str]) -> None:
+    """Write model.safetensors.index.json over `files`, read back from their headers.
+
+    Raises Refusal if a file is missing or cut short.
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in files:
+        if not (output / file).is_file():
+            raise Refusal(f"{output / file}: gone since it was written; `espalier resume {output}` makes it again")
+        for entry in Checkpoint.of_file(output / file).entries.values():
+            weight_map[entry.name] = file
+            total += entry.bytes
+    temporary = output / f".{INDEX}.tmp"
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_synced(temporary, json.dumps(index, indent=1))
+    os.replace(temporary, output / INDEX)
+    sync_directory(output)

@@ -1,0 +1,348 @@
+"""The order of work of a pruning run. It decides and records; weights and activations never pass through here."""
+
+import math
+import resource
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cluster.connect import connect
+from cluster.fleet import Fleet, Stream
+from pipeline.assemble import copy_companions, write_index
+from pipeline.config import PruneConfig, build_config
+from pipeline.layout import Layout, ShardLayout, arrange
+from pipeline.plan import ModelFacts, check_headers, check_pattern_fits, microbatch_size, model_facts, window_length
+from pipeline.progress import Reporter, reporter_for
+from pipeline.report import write_report
+from pipeline.rundir import RunDirectory, check_free
+from pipeline.tracking import Recorder, block_metrics, recorded_run, total_metrics
+from stages.checkpoint import Checkpoint, resolve
+from stages.errors import Refusal
+from stages.shard import Recipe
+from stages.skeleton import read_config
+from stages.tokens import TokenTable, build_token_table
+
+SUMMARY = (
+    *("output", "sparsity", "dense_perplexity", "perplexity", "seconds", "peak_memory", "estimate"),
+    *("shards", "blocks", "mlflow_run_id", "tracking_uri", "warnings"),
+)
+PACKAGES = ("torch", "transformers", "ray", "mlflow", "datasets", "pyarrow", "safetensors", "espalier-llm")
+
+
+@dataclass(frozen=True, slots=True)
+class PruneResult:
+    """What a finished run gave; `run` is all of run.json."""
+
+    output: Path
+    sparsity: float
+    perplexity: float | None
+    dense_perplexity: float | None
+    run: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """The object that `prune --json` prints."""
+        return {name: self.run[name] for name in SUMMARY}
+
+
+def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
+    """Prune a model as `config` says; the result's directory is a plain Hugging Face checkpoint.
+
+    Raises Refusal, before anything is written, for what cannot work; and later for what the machine does not allow.
+    """
+    output = Path(config.output).expanduser().absolute()
+    check_free(output)
+    facts, fingerprint = _inspect(config)
+    layout = arrange(config, facts)
+    run = {
+        "run_id": uuid.uuid4().hex[:12],
+        "command": "prune",
+        "status": "running",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": config.model_dump(mode="json"),
+        "model": facts.summary(),
+        "fingerprint": fingerprint,
+        "output": str(output),
+    }
+    return _Run(config, facts, layout, RunDirectory.claim(output, run), run, reporter).go()
+
+
+def resume(output: Path, shards: int | None = None, reporter: Reporter | None = None) -> PruneResult:
+    """Go on with an interrupted run, with another number of shards if wanted; the bytes come out the same.
+
+    Raises Refusal if there is no run to go on with, or the model is not the one it began with.
+    """
+    directory, run = RunDirectory.reopen(output.expanduser().absolute())
+    config = build_config({**run["config"], **({"shards": shards} if shards else {})} | _one_target(run["config"]))
+    facts, fingerprint = _inspect(config)
+    if fingerprint != run["fingerprint"]:
+        raise Refusal(f"{config.model}: not the checkpoint that this run began with; put that one back, or start anew")
+    return _Run(config, facts, arrange(config, facts), directory, run, reporter).go()
+
+
+def _one_target(values: dict[str, Any]) -> dict[str, Any]:
+    return {"sparsity": values["sparsity"]} if values["pattern"] is None else {"pattern": values["pattern"]}
+
+
+def _inspect(config: PruneConfig) -> tuple[ModelFacts, str]:
+    model = resolve(config.model)
+    facts = model_facts(read_config(model, config.trust_remote_code), config.model, config.dtype)
+    check_pattern_fits(facts, config.groups)
+    return facts, check_headers(facts, Checkpoint(model))
+
+
+class _Run:
+    """One run from tokens to report. `run` grows into run.json."""
+
+    def __init__(
+        self,
+        config: PruneConfig,
+        facts: ModelFacts,
+        layout: Layout,
+        directory: RunDirectory,
+        run: dict[str, Any],
+        reporter: Reporter | None,
+    ) -> None:
+        self.config, self.facts, self.layout, self.directory, self.run = config, facts, layout, directory, run
+        self.reporter = reporter or reporter_for(Console(stderr=True))
+        self.length = window_length(facts, config.length)
+        self.started = time.time()
+        self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self.scratch = Path(config.scratch or directory.home / "scratch").expanduser().absolute() / run["run_id"]
+
+    def go(self) -> PruneResult:
+        """The whole run. On any failure the directory stays as `espalier resume` wants it."""
+        recorder = self._recorder()
+        try:
+            with ExitStack() as held:
+                held.callback(self.reporter.close)
+                held.callback(shutil.rmtree, self.scratch, ignore_errors=True)
+                calibration, evaluation = self._tokens()
+                shard_layout = self._connected(held)
+                fleet = held.enter_context(
+                    Fleet(shard_layout.specs, self.config.threads, str(self.directory.run_file), self._warn)
+                )
+                self._work(fleet, shard_layout, calibration, evaluation, recorder)
+            self._finish(recorder)
+        except BaseException as failure:
+            recorder.close("KILLED" if isinstance(failure, KeyboardInterrupt) else "FAILED", timeout_seconds=5)
+            raise
+        run = self.run
+        return PruneResult(Path(run["output"]), run["sparsity"], run["perplexity"], run["dense_perplexity"], run)
+
+    # -- phases ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def _tokens(self) -> tuple[TokenTable, TokenTable | None]:
+        with self._phase("tokens"):
+            calibration = self._table("calibration", self.config.calibration, self.config.samples)
+            if self.config.eval is None:
+                return calibration, None
+            return calibration, self._table("evaluation", self.config.eval, None)
+
+    def _table(self, purpose: str, source: Any, samples: int | None) -> TokenTable:
+        path = self.directory.home / f"tokens-{purpose}.arrow"
+        if path.exists():
+            return TokenTable.open(path)
+        tokenizer = None
+        if isinstance(source, str) or (source and isinstance(source[0], str)):
+            tokenizer = load_tokenizer(self.config.model, self.config.trust_remote_code)
+        return build_token_table(
+            source,
+            tokenizer,
+            length=self.length,
+            samples=samples,
+            seed=self.config.seed,
+            path=path,
+            vocab_size=self.facts.vocabulary,
+            purpose=purpose,
+        )
+
+    def _connected(self, held: ExitStack) -> ShardLayout:
+        """Ray connected for as long as `held` is, and the shards laid out on what the cluster has."""
+        with self._phase("connect"):
+            layout = self.layout
+            held.enter_context(
+                connect(
+                    self.config.address,
+                    cpus=layout.local_cpus,
+                    gpus=layout.local_gpus,
+                    object_store_bytes=layout.object_store_bytes,
+                )
+            )
+            placed = layout.place(str(self.directory.output), str(self.scratch), self._recipe())
+        shards = [{"index": spec.index, "first": spec.first, "last": spec.last - 1} for spec in placed.specs]
+        self.run |= {"estimate": placed.estimate, "shards": shards}
+        self.directory.write(self.run)
+        return placed
+
+    def _recipe(self) -> Recipe:
+        config = self.config
+        return Recipe(
+            criterion=config.criterion,
+            sparsity=None if config.groups else config.sparsity,
+            pattern=config.groups,
+            scope=config.scope,
+            reconstruct=config.reconstruct,
+            epochs=config.epochs,
+            batch=config.batch,
+            learning_rate=config.learning_rate,
+            seed=config.seed,
+        )
+
+    def _work(
+        self,
+        fleet: Fleet,
+        layout: ShardLayout,
+        calibration: TokenTable,
+        evaluation: TokenTable | None,
+        recorder: Recorder,
+    ) -> None:
+        with self._phase("load"):
+            facts = fleet.open()
+        for shard, fact in zip(self.run["shards"], facts, strict=True):
+            shard |= {"node": fact.node, "device": fact.device}
+        self.reporter.note(self._headline(layout))
+        self.run["dense_perplexity"] = self._perplexity(fleet, evaluation, "dense_perplexity")
+        finished = self.directory.finished_blocks()
+        todo = set(range(self.facts.blocks)) - set(finished)
+        stream = self._stream(calibration)
+        if todo:
+            with self._phase("stream"):
+                fleet.calibrate(stream, todo, self.reporter.pass_begins("calibrate", stream.microbatches))
+        with self._phase("work"):
+            finished |= self._prune_blocks(fleet, layout, stream, todo, finished, recorder)
+        self.run["blocks"] = [finished[block] for block in sorted(finished)]
+        with self._phase("assemble"):
+            ends = next((entry["files"] for entry in self.directory.noted("ends")), None) or fleet.copy_ends()
+            self.directory.note("ends", files=ends)
+            output = Path(self.run["output"])
+            copy_companions(resolve(self.config.model), output, self.facts.dtype)
+            write_index(output, [*(report["file"] for report in self.run["blocks"]), *ends])
+        self.run["perplexity"] = self._perplexity(fleet, evaluation, "perplexity")
+        records = fleet.record()
+        self.run["peak_memory"] = {"shards": [peak for peak, _ in records]}
+        self.run["timeline"] = [
+            phase | {"shard": shard, "start": phase["start"] - self.started, "end": phase["end"] - self.started}
+            for shard, (_, phases) in enumerate(records)
+            for phase in phases
+        ]
+
+    def _prune_blocks(
+        self,
+        fleet: Fleet,
+        layout: ShardLayout,
+        stream: Stream,
+        todo: set[int],
+        finished: dict[int, dict[str, Any]],
+        recorder: Recorder,
+    ) -> dict[int, dict[str, Any]]:
+        self.reporter.work_begins(
+            {spec.index: len(todo & set(range(spec.first, spec.last))) for spec in layout.specs}, len(finished)
+        )
+        reports: dict[int, dict[str, Any]] = {}
+        for report in fleet.work(stream, todo) if todo else ():
+            self.directory.note("block", **report)
+            recorder.metrics(block_metrics(report), step=report["block"])
+            self.reporter.block_done(report, self.config.recipe_name.split(" + ")[0], self.facts.blocks)
+            reports[report["block"]] = report
+        return reports
+
+    def _stream(self, table: TokenTable) -> Stream:
+        size = microbatch_size(self.config.microbatch, self.length)
+        return Stream(
+            batches=lambda microbatch: table.rows(microbatch * size, min((microbatch + 1) * size, len(table))),
+            microbatches=math.ceil(len(table) / size),
+            window=self.config.window,
+        )
+
+    def _perplexity(self, fleet: Fleet, table: TokenTable | None, which: str) -> float | None:
+        if table is None:
+            return None
+        for entry in self.directory.noted(which):
+            return float(entry["value"])
+        pruned = which == "perplexity"
+        stream = self._stream(table)
+        with self._phase("evaluate" if pruned else "evaluate_dense"):
+            if pruned:
+                fleet.open(pruned=True)
+            step = self.reporter.pass_begins("evaluate", stream.microbatches)
+            loss, tokens = fleet.loss(stream, step, pruned)
+        value = math.exp(loss / tokens)
+        self.directory.note(which, value=value, tokens=tokens)
+        return value
+
+    # -- the record ------------------------------------------------------------------------------------------------
+
+    def _recorder(self) -> Recorder:
+        config = self.config
+        return Recorder(
+            experiment=config.experiment,
+            run_name=config.run_name or f"{Path(config.model).name} {config.recipe_name}",
+            params=config.model_dump(mode="json", exclude={"calibration"})
+            | {"calibration": config.calibration if isinstance(config.calibration, str) else "a list"}
+            | {"length": self.length, "blocks": self.facts.blocks, "family": self.facts.family},
+            tags={"espalier.run_id": self.run["run_id"], "espalier.command": "prune"},
+            directory=self.directory.home,
+            run_id=recorded_run(self.directory.home),
+        )
+
+    def _headline(self, layout: ShardLayout) -> str:
+        facts, config = self.facts, self.config
+        peak = max(shard["peak"] for shard in layout.estimate["shards"])
+        return (
+            f"{config.recipe_name}: {Path(config.model).name} ({facts.family}, {facts.parameters / 1e6:,.1f} M "
+            f"parameters, {facts.blocks} blocks, {facts.dtype}) on {len(layout.specs)} shards, "
+            f"resident {layout.resident}; estimate {peak / 1e9:.2f} GB a shard"
+        )
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.reporter.note(f"warning: {text}")
+
+    def _finish(self, recorder: Recorder) -> None:
+        run, layers = self.run, [layer for block in self.run["blocks"] for layer in block["layers"].values()]
+        run["sparsity"] = sum(layer["zeros"] for layer in layers) / sum(layer["weights"] for layer in layers)
+        run["peak_memory"] = {
+            "driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            **run["peak_memory"],
+        }
+        run["seconds"] = {**self.seconds, "total": time.time() - self.started}
+        run["versions"] = {name: version(name) for name in PACKAGES}
+        run["status"], run["warnings"] = "finished", self.warnings
+        run["tracking_uri"], run["mlflow_run_id"] = recorder.tracking_uri, recorder.wait_for_run_id(5)
+        recorder.metrics(total_metrics(run))
+        self.directory.write(run)
+        for path in [self.directory.run_file, *write_report(run, self.directory.home)]:
+            recorder.artifact(path)
+        recorder.close()
+        if recorder.warning:
+            self._warn(recorder.warning)
+            self.directory.write(run)
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer. Raises Refusal if it has none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve(model), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(f"{model}: its tokenizer cannot be read ({first}); give token ids instead of text") from None

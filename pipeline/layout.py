@@ -1,0 +1,155 @@
+"""Which shard owns which blocks, on what the machine or the cluster has: decided before any work starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.connect import Node, nodes
+from cluster.devices import smallest_gpu_bytes
+from pipeline.config import PruneConfig
+from pipeline.machine import cores, memory_available
+from pipeline.plan import (
+    ModelFacts,
+    ShardEstimate,
+    as_dicts,
+    choose_resident,
+    estimate_shard,
+    free_bytes,
+    microbatch_size,
+    split_blocks,
+    window_length,
+)
+from stages.errors import Refusal
+from stages.shard import Recipe, ShardSpec
+
+DRIVER_BYTES = 1_200_000_000
+STORE_BYTES = 128 << 20  # the least that Ray's object store is given
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardLayout:
+    """The shards of a run, and what they are expected to need."""
+
+    specs: list[ShardSpec]
+    resident: Literal["all", "one"]
+    estimate: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """A run's layout before the cluster is known: what a cluster of its own would be made with."""
+
+    config: PruneConfig
+    facts: ModelFacts
+    length: int
+    shards: int | None  # None: as many as the cluster has room for
+    local_cpus: int
+    local_gpus: int
+    object_store_bytes: int
+
+    def place(self, output: str, scratch: str, recipe: Recipe) -> ShardLayout:
+        """The shards on the connected cluster. Raises Refusal, with the figures, for what does not fit on it."""
+        config, facts = self.config, self.facts
+        members = nodes()
+        device = "cuda" if config.device != "cpu" and any(node.gpus for node in members) else "cpu"
+        room = sum(int(node.gpus) if device == "cuda" else int(node.cpus // config.threads) for node in members)
+        shards = self.shards or max(1, min(room, facts.blocks))
+        if shards > room:
+            what = "GPUs" if device == "cuda" else f"CPUs for {config.threads} threads each"
+            raise Refusal(f"shards {shards}: the cluster has {what} for {room}; give --shards {room} or add nodes")
+        ranges = split_blocks(facts.block_bytes, shards)
+        estimates = estimates_by_resident(config, facts, self.length, ranges)
+        resident = choose_resident(config.resident, estimates, _memory_per_shard(members, shards, device))
+        specs = [
+            ShardSpec(
+                index=index,
+                first=first,
+                last=last,
+                embeds=index == 0,
+                heads=index == shards - 1,
+                model=config.model if not Path(config.model).exists() else str(Path(config.model).absolute()),
+                output=output,
+                scratch=scratch,
+                length=self.length,
+                dtype=config.dtype,
+                device=device,
+                resident=resident,
+                spool_memory=int(config.spool_memory),
+                trust_remote_code=config.trust_remote_code,
+                recipe=recipe,
+            )
+            for index, (first, last) in enumerate(ranges)
+        ]
+        estimate = {"driver": DRIVER_BYTES, "resident": resident, "shards": as_dicts(estimates[resident])}
+        return ShardLayout(specs=specs, resident=resident, estimate=estimate)
+
+
+def arrange(config: PruneConfig, facts: ModelFacts) -> Layout:
+    """The layout as far as this machine alone decides it. Raises Refusal for what no cluster could make right."""
+    length = window_length(facts, config.length)
+    shards = None if config.shards == "auto" else config.shards
+    if shards is not None:
+        split_blocks(facts.block_bytes, shards)
+    gpus = _local_gpus() if config.device != "cpu" else 0
+    if config.device == "cuda" and not gpus and config.address is None:
+        raise Refusal("device cuda: this machine has no CUDA device; use --device cpu or --address of a GPU cluster")
+    wanted = shards or min(facts.blocks, gpus or max(1, cores() // config.threads))
+    microbatch_bytes = microbatch_size(config.microbatch, length) * length * facts.hidden * facts.itemsize
+    _check_disk(config, facts)
+    return Layout(
+        config=config,
+        facts=facts,
+        length=length,
+        shards=shards,
+        local_cpus=wanted * config.threads,
+        local_gpus=gpus,
+        object_store_bytes=STORE_BYTES + 2 * config.window * wanted * microbatch_bytes,
+    )
+
+
+def estimates_by_resident(
+    config: PruneConfig, facts: ModelFacts, length: int, ranges: list[tuple[int, int]]
+) -> dict[str, list[ShardEstimate]]:
+    """Each shard's estimate, with all its blocks in memory and with one at a time."""
+    return {
+        resident: [
+            estimate_shard(
+                facts,
+                first,
+                last,
+                resident=resident,
+                tokens=config.samples * length,
+                step_tokens=config.batch * length,
+                spool_memory=int(config.spool_memory),
+                reconstruct=config.reconstruct != "none",
+            )
+            for first, last in ranges
+        ]
+        for resident in ("all", "one")
+    }
+
+
+def _check_disk(config: PruneConfig, facts: ModelFacts) -> None:
+    """Raises Refusal if the pruned model cannot fit where it is to go."""
+    output = Path(config.output).expanduser().absolute()
+    if (free := free_bytes(output)) < facts.total_bytes:
+        raise Refusal(
+            f"output {output}: the pruned model takes {facts.total_bytes / 1e9:.2f} GB, the disk has "
+            f"{free / 1e9:.2f} GB free; give a directory on a larger one"
+        )
+
+
+def _memory_per_shard(members: list[Node], shards: int, device: str) -> int:
+    """Bytes that each shard may take on the tightest node, the shards spread evenly."""
+    if device == "cuda":
+        return smallest_gpu_bytes()
+    if len(members) == 1:
+        return max(0, memory_available()[0] - DRIVER_BYTES) // shards
+    share = -(-shards // len(members))
+    return min(node.memory_bytes for node in members) // share
+
+
+def _local_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,222 @@
+"""From a model's config and the request: which shard owns which blocks, what it will hold, and every early refusal.
+
+Nothing here reads a weight. Sizes come from the model built on the meta device, checked against the headers.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+from stages.blocks import prunable
+from stages.checkpoint import Checkpoint
+from stages.errors import Refusal
+from stages.masks import check_divisible
+from stages.shard import compute_dtype
+from stages.skeleton import Skeleton, tied_names
+
+PROCESS_BYTES = 600 << 20  # a shard's process with torch, transformers and Ray loaded and nothing else
+MICROBATCH_TOKENS = 2048
+LENGTH = 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """Sizes of one model, in bytes of the dtype it will be computed in."""
+
+    path: str
+    family: str
+    dtype: str
+    itemsize: int
+    hidden: int
+    vocabulary: int
+    context: int
+    parameters: int
+    ends_bytes: int
+    block_bytes: tuple[int, ...]
+    unit_parameters: tuple[tuple[int, ...], ...]  # parameters of each component, block by block
+    largest_matrix: int
+    linears: tuple[tuple[str, int, int], ...]  # (checkpoint name, out, in) of every prunable weight
+
+    @property
+    def blocks(self) -> int:
+        return len(self.block_bytes)
+
+    @property
+    def prunable(self) -> int:
+        return sum(out * into for _, out, into in self.linears)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.block_bytes) + self.ends_bytes
+
+    def summary(self) -> dict[str, Any]:
+        """For run.json."""
+        return {
+            "path": self.path,
+            "family": self.family,
+            "blocks": self.blocks,
+            "parameters": self.parameters,
+            "prunable": self.prunable,
+            "dtype": self.dtype,
+        }
+
+
+def model_facts(config: PreTrainedConfig, path: str, dtype: str = "auto") -> ModelFacts:
+    """Sizes from the config alone. Raises Refusal for a family that is not known here."""
+    torch_dtype = compute_dtype(config, dtype)
+    skeleton = Skeleton(config, torch_dtype)
+    text = config.get_text_config()
+    item = torch_dtype.itemsize
+    linears, units, sizes = [], [], []
+    for index, layer in enumerate(skeleton.layers):
+        names = skeleton.block_tensors(index)
+        shapes = {name: tensor.shape for name, tensor in layer.state_dict().items()}
+        sizes.append(sum(shape.numel() for shape in shapes.values()) * item)
+        components = prunable(layer, skeleton.layout)
+        units.append(tuple(sum(shapes[n].numel() for n in shapes if n.startswith(f"{c}.")) for c in components))
+        for linear in (name for members in components.values() for name in members):
+            out, into = shapes[f"{linear}.weight"]
+            linears.append((names[f"{linear}.weight"], out, into))
+    tied = tied_names(skeleton.model)
+    ends = sum(p.numel() for name, p in skeleton.model.named_parameters() if name not in tied)
+    return ModelFacts(
+        path=path,
+        family=config.model_type,
+        dtype=str(torch_dtype).removeprefix("torch."),
+        itemsize=item,
+        hidden=skeleton.hidden_size,
+        vocabulary=skeleton.vocabulary,
+        context=getattr(text, "max_position_embeddings", LENGTH) or LENGTH,
+        parameters=sum(sizes) // item + ends,
+        ends_bytes=ends * item,
+        block_bytes=tuple(sizes),
+        unit_parameters=tuple(units),
+        largest_matrix=max(out * into for _, out, into in linears),
+        linears=tuple(linears),
+    )
+
+
+def check_headers(facts: ModelFacts, checkpoint: Checkpoint) -> str:
+    """A digest of the checkpoint's headers. Raises Refusal if a prunable weight is missing or of another shape."""
+    for name, out, into in facts.linears:
+        entry = checkpoint.entries.get(name)
+        if entry is None:
+            raise Refusal(f"{checkpoint.directory}: no tensor {name}; the checkpoint does not match its config.json")
+        if entry.shape != (out, into):
+            raise Refusal(f"{entry.file}: {name} is {entry.shape}, config.json says {(out, into)}; fetch both again")
+    text = json.dumps([(e.name, e.shape, e.dtype) for e in checkpoint.entries.values()])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_pattern_fits(facts: ModelFacts, pattern: tuple[int, int] | None) -> None:
+    """Raises Refusal naming the first layer whose rows groups of M do not fill."""
+    if pattern is not None:
+        for name, _, into in facts.linears:
+            check_divisible(into, pattern, name)
+
+
+def window_length(facts: ModelFacts, asked: int | Literal["auto"]) -> int:
+    """Tokens of a window. Raises Refusal if it is longer than the model's context."""
+    if asked == "auto":
+        return min(LENGTH, facts.context)
+    if asked > facts.context:
+        raise Refusal(f"length {asked}: the model's context is {facts.context} tokens; give --length {facts.context}")
+    return asked
+
+
+def microbatch_size(asked: int | Literal["auto"], length: int) -> int:
+    """Windows streamed together."""
+    return max(1, MICROBATCH_TOKENS // length) if asked == "auto" else asked
+
+
+def split_blocks(costs: tuple[int, ...], shards: int) -> list[tuple[int, int]]:
+    """Consecutive (first, last) of each shard, `last` excluded, as even in cost as whole blocks allow.
+
+    Raises Refusal for more shards than blocks.
+    """
+    if shards > len(costs):
+        raise Refusal(f"shards {shards}: the model has {len(costs)} blocks and a shard needs one; at most {len(costs)}")
+    total, bounds, reached = sum(costs), [0], 0
+    for index, cost in enumerate(costs):
+        left = shards - len(bounds)  # boundaries still to be set
+        if left and index > bounds[-1]:
+            target = total * len(bounds) / shards
+            must = len(costs) - index == left
+            if must or (reached + cost / 2 >= target and len(costs) - index >= left):
+                bounds.append(index)
+        reached += cost
+    return list(zip(bounds, [*bounds[1:], len(costs)], strict=True))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardEstimate:
+    """Bytes one shard is expected to need."""
+
+    weights: int
+    training: int
+    spool_memory: int
+    spool_disk: int
+    peak: int
+
+
+def estimate_shard(
+    facts: ModelFacts,
+    first: int,
+    last: int,
+    *,
+    resident: str,
+    tokens: int,
+    step_tokens: int,
+    spool_memory: int,
+    reconstruct: bool,
+) -> ShardEstimate:
+    """What blocks `first` to `last` need: weights, one unit's training state, activations set aside."""
+    sizes = facts.block_bytes[first:last]
+    ends = facts.ends_bytes if first == 0 or last == facts.blocks else 0
+    weights = ends + (sum(sizes) if resident == "all" else max(sizes))
+    unit = max(max(units) for units in facts.unit_parameters[first:last])
+    # bf16 working copy, fp32 master, two moments; the largest gradient twice; a step's activations.
+    training = 14 * unit + 6 * facts.largest_matrix + step_tokens * facts.hidden * 40 if reconstruct else 0
+    spooled = 4 * tokens * facts.hidden * facts.itemsize * (last - first) if reconstruct else 0
+    carried = 2 * tokens * facts.hidden * facts.itemsize if resident == "one" else 0
+    in_memory = min(spooled + carried, spool_memory)
+    copy = max(sizes)  # the pruned copy of the block in work
+    return ShardEstimate(
+        weights=weights,
+        training=training,
+        spool_memory=in_memory,
+        spool_disk=spooled + carried - in_memory,
+        peak=PROCESS_BYTES + weights + copy + training + in_memory,
+    )
+
+
+def choose_resident(
+    asked: Literal["all", "one", "auto"], estimates: dict[str, list[ShardEstimate]], memory_per_shard: int
+) -> Literal["all", "one"]:
+    """All blocks in memory if every shard then fits. Raises Refusal, with the figures, if not even one block does."""
+    order: list[Literal["all", "one"]] = ["all", "one"] if asked == "auto" else [asked]
+    for resident in order:
+        if max(estimate.peak for estimate in estimates[resident]) <= memory_per_shard:
+            return resident
+    need = max(estimate.peak for estimate in estimates[order[-1]])
+    raise Refusal(
+        f"resident {asked}: a shard would need {need / 1e9:.1f} GB and has {memory_per_shard / 1e9:.1f} GB; "
+        "use fewer shards a node, a smaller --spool-memory, --resident one or --reconstruct none"
+    )
+
+
+def as_dicts(estimates: list[ShardEstimate]) -> list[dict[str, int]]:
+    return [asdict(estimate) for estimate in estimates]
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes where `path` lies or will lie."""
+    import shutil
+
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
