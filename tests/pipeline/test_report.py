@@ -9,6 +9,7 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
+from pipeline.config import PruneConfig, build_config
 from pipeline.figures import _lanes
 from pipeline.report import duration, number, size, write_report
 
@@ -123,6 +124,19 @@ def test_the_recipe_in_the_report_is_the_config(written: tuple[str, list[Path]])
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert recipe == {"criterion": "wanda", "sparsity": 0.5, "reconstruct": "component", "seed": 0}
     assert "espalier prune models/tiny --output NEW_DIRECTORY --config recipe.yaml" in text
+
+
+def test_the_recipe_of_a_python_run_with_a_pattern_can_be_given_back(tmp_path: Path) -> None:
+    run = a_run()
+    run["config"] = PruneConfig(
+        model="models/tiny", output="out", calibration=[[1, 2, 3]] * 1000, pattern="2:4"
+    ).model_dump()
+    text = write_report(run, tmp_path)[0].read_text()
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    config = build_config(recipe | {"model": "models/tiny", "output": "out"})
+    assert config.pattern == "2:4"
+    assert config.spool_memory == run["config"]["spool_memory"]
+    assert config.calibration == "CALIBRATION_TEXT"
 
 
 def test_a_run_without_reconstruction_or_evaluation_has_a_report_without_errors(tmp_path: Path) -> None:
