@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,32 +15,15 @@ from stages.masks import check_pattern, check_sparsity
 Count = Annotated[int, Field(ge=1)]
 
 
-class PruneConfig(BaseModel):
-    """Everything that decides a pruning run. Each field is also a flag of `espalier prune` and a key of its YAML."""
+class ClusterConfig(BaseModel):
+    """What every command that runs a model on shards needs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(description="Checkpoint directory (safetensors) or hub id.")
-    output: str = Field(description="Directory for the pruned checkpoint; must be new or empty.")
-    calibration: str | list[str] | list[list[int]] = Field(
-        description="Calibration text: text file, JSONL, Parquet, a folder of those, or hub data set."
-    )
-    sparsity: float = Field(0.5, description="Share of the weights to remove, at least 0 and below 1.")
-    pattern: str | None = Field(None, description="N:M instead of --sparsity: keep N of every M inputs, such as 2:4.")
-    criterion: str = Field("wanda", description=f"How weights are scored: {', '.join(CRITERIA)}.")
-    scope: Literal["row", "matrix"] = Field("row", description="Compare scores within each output row or the matrix.")
-    reconstruct: Literal["component", "none"] = Field(
-        "component", description="Refit attention and MLP, each against its dense output, or leave the kept weights."
-    )
-    epochs: Count = Field(1, description="Passes over the calibration while refitting.")
-    batch: Count = Field(2, description="Samples in one refitting step.")
-    learning_rate: float = Field(0.008, gt=0, description="Peak, as a share of the RMS of the unit's weights.")
-    samples: Count = Field(128, description="Calibration windows.")
     length: int | Literal["auto"] = Field(
         "auto", description="Tokens in a window; auto: 2048, or the model's context if that is shorter."
     )
-    eval: str | None = Field(None, description="Text to measure perplexity on, dense and pruned; same forms.")
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
     shards: Count | Literal["auto"] = Field(
         "auto", description="Actors that share the blocks; auto: one a GPU or core."
     )
@@ -55,13 +38,50 @@ class PruneConfig(BaseModel):
     spool_memory: ByteSize = Field(
         ByteSize(1 << 30), validate_default=True, description="Memory of a shard for activations; beyond it, disk."
     )
-    scratch: str | None = Field(None, description="Directory for activations; default: inside the output.")
+    scratch: str | None = Field(None, description="Directory for activations; default: beside the result.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Compute and save in; auto: the model's.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where shards work; auto: GPUs if there are.")
     address: str | None = Field(None, description="An existing Ray cluster (host:port); default: one of its own.")
+    trust_remote_code: bool = Field(False, description="Let the checkpoint's own Python code run.")
+
+    @field_validator("length")
+    @classmethod
+    def _length(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 2:
+            raise Refusal(f"length {value}: a window must have at least 2 tokens")
+        return value
+
+
+class EvalConfig(ClusterConfig):
+    """What `espalier eval` was asked for."""
+
+    data: str = Field(description="Text: text file, JSONL, Parquet, a folder of those, or hub data set.")
+    against: str | None = Field(None, description="A second checkpoint, the dense one say, measured on the same text.")
+
+
+class PruneConfig(ClusterConfig):
+    """Everything that decides a pruning run. Each field is also a flag of `espalier prune` and a key of its YAML."""
+
+    output: str = Field(description="Directory for the pruned checkpoint; must be new or empty.")
+    calibration: str | list[str] | list[list[int]] = Field(
+        description="Calibration text: text file, JSONL, Parquet, a folder of those, or hub data set."
+    )
+    sparsity: float = Field(0.5, description="Share of the weights to remove, at least 0 and below 1.")
+    pattern: str | None = Field(None, description="N:M instead of --sparsity: keep N of every M inputs, such as 2:4.")
+    criterion: str = Field("wanda", description=f"How weights are scored: {', '.join(CRITERIA)}.")
+    scope: Literal["row", "matrix"] = Field("row", description="Compare scores within each output row or the matrix.")
+    reconstruct: Literal["component", "none"] = Field(
+        "component", description="Refit attention and MLP, each against its dense output, or leave the kept weights."
+    )
+    inputs: Literal["dense"] = Field("dense", description="What a unit reads while refitted: the dense activations.")
+    epochs: Count = Field(1, description="Passes over the calibration while refitting.")
+    batch: Count = Field(2, description="Samples in one refitting step.")
+    learning_rate: float = Field(0.008, gt=0, description="Peak, as a share of the RMS of the unit's weights.")
+    samples: Count = Field(128, description="Calibration windows.")
+    eval: str | None = Field(None, description="Text to measure perplexity on, dense and pruned; same forms.")
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
     experiment: str = Field("espalier", description="MLflow experiment.")
     run_name: str | None = Field(None, description="Name of the run in MLflow; default: made from the recipe.")
-    trust_remote_code: bool = Field(False, description="Let the checkpoint's own Python code run.")
 
     @field_validator("sparsity")
     @classmethod
@@ -78,13 +98,6 @@ class PruneConfig(BaseModel):
     def _pattern(cls, value: str | None) -> str | None:
         if value is not None:
             parse_pattern(value)
-        return value
-
-    @field_validator("length")
-    @classmethod
-    def _length(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 2:
-            raise Refusal(f"length {value}: a window must have at least 2 tokens")
         return value
 
     @model_validator(mode="after")
@@ -105,6 +118,9 @@ class PruneConfig(BaseModel):
         return f"{self.criterion} {amount}" + ("" if self.reconstruct == "none" else f" + {self.reconstruct}")
 
 
+Config = TypeVar("Config", bound=ClusterConfig)
+
+
 def parse_pattern(text: str) -> tuple[int, int]:
     """`2:4` as (2, 4). Raises Refusal for anything else."""
     parts = text.split(":")
@@ -113,16 +129,16 @@ def parse_pattern(text: str) -> tuple[int, int]:
     return check_pattern((int(parts[0]), int(parts[1])))
 
 
-def build_config(values: Mapping[str, Any]) -> PruneConfig:
+def build_config(values: Mapping[str, Any], kind: type[Config]) -> Config:
     """A checked configuration. Raises Refusal, one line, for an unknown or missing name and for a bad value."""
-    known = list(PruneConfig.model_fields)
+    known = list(kind.model_fields)
     for name in values:
         if name not in known:
             nearest = get_close_matches(str(name), known, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else f"options: {', '.join(known)}"
             raise Refusal(f"option {name!r} is unknown; {hint}")
     try:
-        return PruneConfig(**values)
+        return kind(**values)
     except ValidationError as error:
         problem = error.errors()[0]
         name = str(problem["loc"][0]) if problem["loc"] else "configuration"

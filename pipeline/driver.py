@@ -19,7 +19,7 @@ from cluster.connect import connect
 from cluster.fleet import Fleet, Stream
 from pipeline.assemble import copy_companions, write_index
 from pipeline.config import PruneConfig, build_config
-from pipeline.layout import Layout, ShardLayout, arrange
+from pipeline.layout import Layout, Load, ShardLayout, arrange, check_disk
 from pipeline.plan import ModelFacts, check_headers, check_pattern_fits, microbatch_size, model_facts, window_length
 from pipeline.progress import Reporter, reporter_for
 from pipeline.report import write_report
@@ -61,7 +61,8 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     output = Path(config.output).expanduser().absolute()
     check_free(output)
     facts, fingerprint = _inspect(config)
-    layout = arrange(config, facts)
+    layout = arrange(config, facts, Load.of_pruning(config))
+    check_disk(output, facts)
     run = {
         "run_id": uuid.uuid4().hex[:12],
         "command": "prune",
@@ -81,15 +82,18 @@ def resume(output: Path, shards: int | None = None, reporter: Reporter | None = 
     Raises Refusal if there is no run to go on with, or the model is not the one it began with.
     """
     directory, run = RunDirectory.reopen(output.expanduser().absolute())
-    config = build_config({**run["config"], **({"shards": shards} if shards else {})} | _one_target(run["config"]))
+    config = build_config(_request(run["config"], shards), PruneConfig)
     facts, fingerprint = _inspect(config)
     if fingerprint != run["fingerprint"]:
         raise Refusal(f"{config.model}: not the checkpoint that this run began with; put that one back, or start anew")
-    return _Run(config, facts, arrange(config, facts), directory, run, reporter).go()
+    return _Run(config, facts, arrange(config, facts, Load.of_pruning(config)), directory, run, reporter).go()
 
 
-def _one_target(values: dict[str, Any]) -> dict[str, Any]:
-    return {"sparsity": values["sparsity"]} if values["pattern"] is None else {"pattern": values["pattern"]}
+def _request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
+    """The options that a run.json records, as they were given: one of sparsity and pattern, shards as wanted now."""
+    unused = "sparsity" if recorded["pattern"] is not None else "pattern"
+    kept = {name: value for name, value in recorded.items() if name != unused}
+    return kept | ({"shards": shards} if shards else {})
 
 
 def _inspect(config: PruneConfig) -> tuple[ModelFacts, str]:
@@ -265,12 +269,7 @@ class _Run:
         return reports
 
     def _stream(self, table: TokenTable) -> Stream:
-        size = microbatch_size(self.config.microbatch, self.length)
-        return Stream(
-            batches=lambda microbatch: table.rows(microbatch * size, min((microbatch + 1) * size, len(table))),
-            microbatches=math.ceil(len(table) / size),
-            window=self.config.window,
-        )
+        return stream_of(table, microbatch_size(self.config.microbatch, self.length), self.config.window)
 
     def _perplexity(self, fleet: Fleet, table: TokenTable | None, which: str) -> float | None:
         if table is None:
@@ -335,6 +334,15 @@ class _Run:
         if recorder.warning:
             self._warn(recorder.warning)
             self.directory.write(run)
+
+
+def stream_of(table: TokenTable, microbatch: int, window: int) -> Stream:
+    """The whole table, so many windows at a time."""
+    return Stream(
+        batches=lambda number: table.rows(number * microbatch, min((number + 1) * microbatch, len(table))),
+        microbatches=math.ceil(len(table) / microbatch),
+        window=window,
+    )
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:

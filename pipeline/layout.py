@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from cluster.connect import Node, nodes
 from cluster.devices import smallest_gpu_bytes
-from pipeline.config import PruneConfig
+from pipeline.config import ClusterConfig, PruneConfig
 from pipeline.machine import cores, memory_available
 from pipeline.plan import (
     ModelFacts,
@@ -27,6 +27,18 @@ STORE_BYTES = 128 << 20  # the least that Ray's object store is given
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What the shards will have to hold besides weights: windows set aside, and one fitting step's windows."""
+
+    samples: int = 0
+    batch: int = 0
+
+    @classmethod
+    def of_pruning(cls, config: PruneConfig) -> "Load":
+        return cls() if config.reconstruct == "none" else cls(samples=config.samples, batch=config.batch)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardLayout:
     """The shards of a run, and what they are expected to need."""
 
@@ -39,15 +51,16 @@ class ShardLayout:
 class Layout:
     """A run's layout before the cluster is known: what a cluster of its own would be made with."""
 
-    config: PruneConfig
+    config: ClusterConfig
     facts: ModelFacts
+    load: Load
     length: int
     shards: int | None  # None: as many as the cluster has room for
     local_cpus: int
     local_gpus: int
     object_store_bytes: int
 
-    def place(self, output: str, scratch: str, recipe: Recipe) -> ShardLayout:
+    def place(self, output: str, scratch: str, recipe: Recipe | None) -> ShardLayout:
         """The shards on the connected cluster. Raises Refusal, with the figures, for what does not fit on it."""
         config, facts = self.config, self.facts
         members = nodes()
@@ -58,7 +71,7 @@ class Layout:
             what = "GPUs" if device == "cuda" else f"CPUs for {config.threads} threads each"
             raise Refusal(f"shards {shards}: the cluster has {what} for {room}; give --shards {room} or add nodes")
         ranges = split_blocks(facts.block_bytes, shards)
-        estimates = estimates_by_resident(config, facts, self.length, ranges)
+        estimates = estimates_by_resident(config, facts, self.load, self.length, ranges)
         resident = choose_resident(config.resident, estimates, _memory_per_shard(members, shards, device))
         specs = [
             ShardSpec(
@@ -84,7 +97,7 @@ class Layout:
         return ShardLayout(specs=specs, resident=resident, estimate=estimate)
 
 
-def arrange(config: PruneConfig, facts: ModelFacts) -> Layout:
+def arrange(config: ClusterConfig, facts: ModelFacts, load: Load) -> Layout:
     """The layout as far as this machine alone decides it. Raises Refusal for what no cluster could make right."""
     length = window_length(facts, config.length)
     shards = None if config.shards == "auto" else config.shards
@@ -95,10 +108,10 @@ def arrange(config: PruneConfig, facts: ModelFacts) -> Layout:
         raise Refusal("device cuda: this machine has no CUDA device; use --device cpu or --address of a GPU cluster")
     wanted = shards or min(facts.blocks, gpus or max(1, cores() // config.threads))
     microbatch_bytes = microbatch_size(config.microbatch, length) * length * facts.hidden * facts.itemsize
-    _check_disk(config, facts)
     return Layout(
         config=config,
         facts=facts,
+        load=load,
         length=length,
         shards=shards,
         local_cpus=wanted * config.threads,
@@ -108,7 +121,7 @@ def arrange(config: PruneConfig, facts: ModelFacts) -> Layout:
 
 
 def estimates_by_resident(
-    config: PruneConfig, facts: ModelFacts, length: int, ranges: list[tuple[int, int]]
+    config: ClusterConfig, facts: ModelFacts, load: Load, length: int, ranges: list[tuple[int, int]]
 ) -> dict[str, list[ShardEstimate]]:
     """Each shard's estimate, with all its blocks in memory and with one at a time."""
     return {
@@ -118,10 +131,10 @@ def estimates_by_resident(
                 first,
                 last,
                 resident=resident,
-                tokens=config.samples * length,
-                step_tokens=config.batch * length,
+                tokens=load.samples * length,
+                step_tokens=load.batch * length,
                 spool_memory=int(config.spool_memory),
-                reconstruct=config.reconstruct != "none",
+                reconstruct=load.batch > 0,
             )
             for first, last in ranges
         ]
@@ -129,9 +142,8 @@ def estimates_by_resident(
     }
 
 
-def _check_disk(config: PruneConfig, facts: ModelFacts) -> None:
+def check_disk(output: Path, facts: ModelFacts) -> None:
     """Raises Refusal if the pruned model cannot fit where it is to go."""
-    output = Path(config.output).expanduser().absolute()
     if (free := free_bytes(output)) < facts.total_bytes:
         raise Refusal(
             f"output {output}: the pruned model takes {facts.total_bytes / 1e9:.2f} GB, the disk has "

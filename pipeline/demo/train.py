@@ -66,7 +66,6 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
-        model_max_length=LONGEST,
         clean_up_tokenization_spaces=False,
     )
 

@@ -133,7 +133,7 @@ def test_the_recipe_of_a_python_run_with_a_pattern_can_be_given_back(tmp_path: P
     ).model_dump()
     text = write_report(run, tmp_path)[0].read_text()
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    config = build_config(recipe | {"model": "models/tiny", "output": "out"})
+    config = build_config(recipe | {"model": "models/tiny", "output": "out"}, PruneConfig)
     assert config.pattern == "2:4"
     assert config.spool_memory == run["config"]["spool_memory"]
     assert config.calibration == "CALIBRATION_TEXT"

@@ -1,0 +1,83 @@
+"""`espalier demo`: the bundled model pruned three ways on two shard actors, offline, and one table."""
+
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cluster.connect import connect
+from pipeline.config import PruneConfig
+from pipeline.demo.sources import write_texts
+from pipeline.driver import prune
+from pipeline.progress import reporter_for
+from pipeline.rundir import check_free
+from stages.checkpoint import resolve
+
+MODEL = Path(__file__).parent / "model"
+EXPERIMENT = "espalier-demo"
+SAMPLES, LENGTH = 128, 256
+CALIBRATION_BYTES, HELD_OUT_BYTES = 400_000, 100_000
+RECIPES: dict[str, dict[str, Any]] = {
+    "magnitude 50%": {"criterion": "magnitude", "reconstruct": "none"},
+    "wanda 50%": {"criterion": "wanda", "reconstruct": "none"},
+    "wanda 50% + reconstruction": {"criterion": "wanda", "reconstruct": "component"},
+}
+
+
+def run_demo(output: Path, address: str | None = None) -> dict[str, Any]:
+    """Prune the bundled model with each recipe. Keys: rows, recovered, checkpoint, report, experiment, tracking_uri.
+
+    Raises Refusal if `output` is not new or empty.
+    """
+    check_free(output)
+    resolve(str(MODEL))
+    output = output.absolute()
+    reporter = reporter_for(Console(stderr=True))
+    rows: list[dict[str, Any]] = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="espalier-demo-") as texts:
+            calibration, held_out = write_texts(Path(texts), CALIBRATION_BYTES, HELD_OUT_BYTES)
+            with connect(address, cpus=2, object_store_bytes=256 << 20):
+                for title, recipe in RECIPES.items():
+                    reporter.note(f"\n{title}")
+                    config = PruneConfig(
+                        model=str(MODEL),
+                        output=str(output / title.replace(" 50%", "").replace(" + ", "-")),
+                        calibration=str(calibration),
+                        eval=str(held_out),
+                        samples=SAMPLES,
+                        length=LENGTH,
+                        shards=2,
+                        device="cpu",
+                        experiment=EXPERIMENT,
+                        run_name=title,
+                        **recipe,
+                    )
+                    run = prune(config, reporter).run
+                    if not rows:
+                        rows.append(_row("dense", run, run["dense_perplexity"], 0.0, "evaluate_dense"))
+                    rows.append(_row(title, run, run["perplexity"], run["sparsity"], "stream", "work", "assemble"))
+    finally:
+        reporter.close()
+    dense, _, bare, rebuilt = (row["perplexity"] for row in rows)
+    return {
+        "rows": rows,
+        "recovered": math.log(bare / rebuilt) / math.log(bare / dense),
+        "checkpoint": os.path.relpath(run["output"]),
+        "report": os.path.relpath(Path(run["output"]) / "espalier" / "report.md"),
+        "experiment": EXPERIMENT,
+        "tracking_uri": run["tracking_uri"],
+    }
+
+
+def _row(recipe: str, run: dict[str, Any], perplexity: float, sparsity: float, *phases: str) -> dict[str, Any]:
+    return {
+        "recipe": recipe,
+        "perplexity": perplexity,
+        "sparsity": sparsity,
+        "seconds": sum(run["seconds"][phase] for phase in phases),
+        "peak_memory": max(run["peak_memory"]["shards"]),
+    }

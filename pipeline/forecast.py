@@ -1,0 +1,93 @@
+"""`espalier plan`: shards, bytes and memory from a config alone."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from pipeline.config import PruneConfig, build_config
+from pipeline.layout import DRIVER_BYTES, Load, estimates_by_resident
+from pipeline.machine import cores, memory_available
+from pipeline.plan import choose_resident, model_facts, split_blocks, window_length
+from stages.checkpoint import resolve
+from stages.errors import Refusal
+from stages.skeleton import read_config
+
+
+def forecast(
+    model: str,
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    gpu_memory: str,
+    memory: str | None,
+    shards: int | None,
+    samples: int,
+    length: str,
+    spool_memory: str,
+    reconstruct: str,
+    dtype: str,
+) -> dict[str, Any]:
+    """What each shard would hold, and whether blocks stay resident. Reads config.json only.
+
+    Raises Refusal if the model cannot be read, or does not fit even one block at a time (with the figures).
+    """
+    path = Path(model)
+    directory = path.parent if path.name == "config.json" and path.is_file() else resolve(model)
+    config = build_config(
+        {
+            "model": model,
+            "output": "-",
+            "calibration": "-",
+            "samples": samples,
+            "length": length,
+            "spool_memory": spool_memory,
+            "reconstruct": reconstruct,
+            "dtype": dtype,
+        },
+        PruneConfig,
+    )
+    facts = model_facts(read_config(directory), model, config.dtype)
+    places = nodes * gpus_per_node or shards or min(facts.blocks, cores())
+    count = shards or min(places, facts.blocks)
+    if gpus_per_node and count > places:
+        raise Refusal(f"shards {count}: {nodes} nodes of {gpus_per_node} GPUs hold {places}; one shard a GPU")
+    tokens_per_window = window_length(facts, config.length)
+    ranges = split_blocks(facts.block_bytes, count)
+    estimates = estimates_by_resident(config, facts, Load.of_pruning(config), tokens_per_window, ranges)
+    room = _bytes(gpu_memory, "gpu-memory") if gpus_per_node else _machine_share(memory, count, nodes)
+    resident = choose_resident("auto", estimates, room)
+    chosen = estimates[resident]
+    return {
+        "model": facts.summary() | {"bytes": facts.total_bytes},
+        "tokens": samples * tokens_per_window,
+        "resident": resident,
+        "memory_per_shard": room,
+        "disk": sum(estimate.spool_disk for estimate in chosen) + facts.total_bytes,
+        "driver": DRIVER_BYTES,
+        "shards": [
+            {
+                "index": index,
+                "first": first,
+                "last": last - 1,
+                "weights": estimate.weights,
+                "training": estimate.training,
+                "spool_memory": estimate.spool_memory,
+                "spool_disk": estimate.spool_disk,
+                "peak": estimate.peak,
+            }
+            for index, ((first, last), estimate) in enumerate(zip(ranges, chosen, strict=True))
+        ],
+    }
+
+
+def _machine_share(memory: str | None, shards: int, nodes: int) -> int:
+    whole = _bytes(memory, "memory") if memory else memory_available()[0]
+    return max(0, whole - DRIVER_BYTES) // -(-shards // nodes)
+
+
+def _bytes(text: str, name: str) -> int:
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise Refusal(f"{name} {text!r}: not a size; write such as 80GB or 24GiB") from None
