@@ -35,8 +35,8 @@ def check_criterion(name: str) -> str:
     """The name itself. Raises Refusal naming the nearest criterion if there is none of this name."""
     if name not in CRITERIA:
         nearest = get_close_matches(name, CRITERIA, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise Refusal(f"criterion {name!r} is unknown{hint} There are: {', '.join(CRITERIA)}")
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise Refusal(f"criterion {name!r} is unknown; {hint}there are: {', '.join(CRITERIA)}")
     return name
 
 

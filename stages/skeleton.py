@@ -50,10 +50,14 @@ class _Stub(nn.Module):
 def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's config. Raises Refusal if it cannot be read or names no model family known here."""
     try:
-        model_type = json.loads((directory / "config.json").read_text()).get("model_type", "")
-    except (OSError, ValueError) as error:
+        config = json.loads((directory / "config.json").read_text())
+        model_type, quantised = config.get("model_type", ""), config.get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
         raise Refusal(f"{directory / 'config.json'}: cannot be read ({error})") from None
     layout_of(model_type)
+    if quantised:  # packed or scaled weights: their numbers are not the model's
+        method = quantised.get("quant_method", "an unknown method") if isinstance(quantised, dict) else quantised
+        raise Refusal(f"{directory}: quantised by {method}; prune the original checkpoint, then quantise the result")
     return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
@@ -120,7 +124,7 @@ class Skeleton:
             source = name if name in checkpoint else tied.get(name, name)
             if source not in tensors:
                 tensors.update(checkpoint.load([source], dtype=self.dtype, device=self.device))
-            tensors[name] = tensors[source]
+            tensors[name] = _fitting(source, tensors[source], self.model.get_parameter(name).shape)
         self._fill_outer(tensors)
 
     def calls(self, samples: int, length: int) -> list[Call]:
@@ -158,9 +162,18 @@ class Skeleton:
 
     def assembled(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
         """Layer `index` holding `tensors` (names inside the block); the skeleton's own layer stays on meta."""
+        wanted = self.layers[index].state_dict()
+        for name, outside in self.block_tensors(index).items():
+            _fitting(outside, tensors[name], wanted[name].shape)
         layer = copy.deepcopy(self.layers[index], {id(self.config): self.config})
         layer.load_state_dict(tensors, assign=True, strict=True)
         return layer.requires_grad_(False).eval()
+
+
+def _fitting(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    if tensor.shape != shape:
+        raise Refusal(f"{name} is {tuple(tensor.shape)}, config.json says {tuple(shape)}; fetch both again")
+    return tensor
 
 
 def _parameters_of(model: nn.Module, module: nn.Module | None) -> set[str]:
