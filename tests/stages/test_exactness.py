@@ -1,0 +1,102 @@
+"""The invariant: however a model is cut and wherever its activations wait, the bits are the same."""
+
+import hashlib
+import itertools
+
+import pytest
+import torch
+from streaming import make_shards, microbatches, prune, same_bits, stream, whole_model
+
+from stages.shard import Recipe
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LENGTH = 20  # longer than the sliding windows
+UNTIED_CUTS = [(1, "all"), (3, "one")]
+TIED_CUTS = [(2, "all"), (4, "all"), (1, "one")]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_to_four_shards_give_the_whole_models_logits(
+    tiny_checkpoint, tiny_tokens, tmp_path, family, dtype, tied
+) -> None:
+    directory = tiny_checkpoint(family, dtype, tied=tied, sharded=(dtype == "float32") != tied)
+    assert (directory / "model.safetensors.index.json").exists() == ((dtype == "float32") != tied)
+    tokens = tiny_tokens(5, LENGTH)  # two microbatches of two samples, one of one
+    whole = whole_model(directory, getattr(torch, dtype))
+    expected = [whole(part) for part in microbatches(tokens)]
+    for count, resident in TIED_CUTS if tied else UNTIED_CUTS:
+        shards = make_shards(directory, tmp_path, count, LENGTH, resident=resident, spool_memory=1000)
+        logits = [shards[-1].logits(hidden) for hidden in stream(shards, tokens)]
+        for number, (ours, theirs) in enumerate(zip(logits, expected, strict=True)):
+            assert same_bits(ours, theirs), f"{count} shards, resident {resident}, microbatch {number}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_float32_checkpoint_computed_in_bfloat16_equals_transformers(
+    tiny_checkpoint, tiny_tokens, tmp_path, family
+) -> None:
+    directory, tokens = tiny_checkpoint(family, "float32"), tiny_tokens(2, LENGTH)
+    shards = make_shards(directory, tmp_path, 2, LENGTH, dtype="bfloat16")
+    logits = shards[-1].logits(stream(shards, tokens)[0])
+    assert same_bits(logits, whole_model(directory, torch.bfloat16)(tokens))
+
+
+def test_the_sliding_window_is_seen(tiny_checkpoint, tiny_tokens, tmp_path) -> None:
+    """Guards the test above: a token outside the window matters not to Mistral's first block, but to Llama's."""
+    tokens = tiny_tokens(1, LENGTH)
+    changed = tokens.clone()
+    changed[0, 0] = (tokens[0, 0] + 1) % 100 + 3
+    moved = {}
+    for family in ("mistral", "llama"):
+        shard = make_shards(tiny_checkpoint(family), tmp_path, 4, LENGTH)[0]  # one block
+        moved[family] = not torch.equal(stream([shard], tokens)[0][0, -1], stream([shard], changed)[0][0, -1])
+    assert moved == {"mistral": False, "llama": True}
+
+
+def digests(directory) -> dict[str, str]:
+    files = sorted((directory / "output").iterdir())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+VARIANTS = [
+    {"shards": 2},
+    {"shards": 3, "resident": "one", "spool_memory": 5000},
+    {"shards": 1, "spool_memory": 0},
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "reconstruct"),
+    [
+        ("llama", "float32", "component"),
+        ("qwen3", "bfloat16", "component"),
+        ("qwen2", "bfloat16", "none"),
+        ("mistral", "float32", "none"),
+    ],
+)
+def test_pruned_files_are_the_same_bytes_for_any_cut_and_any_spool(
+    tiny_checkpoint, tiny_tokens, tmp_path, family, dtype, reconstruct
+) -> None:
+    directory, tokens = tiny_checkpoint(family, dtype), tiny_tokens(10, LENGTH)
+    recipe = Recipe(reconstruct=reconstruct, seed=3)
+    seen = []
+    for number, variant in enumerate([{"shards": 1}, *VARIANTS]):
+        home = tmp_path / str(number)
+        prune(make_shards(directory, home, length=LENGTH, recipe=recipe, **variant), tokens)
+        assert not list((home / "scratch").rglob("*.arrow")), f"{variant} left spools behind"
+        seen.append(digests(home))
+    assert sorted(seen[0]) == [f"model-block-{index:05d}.safetensors" for index in range(4)]
+    for variant, files in zip(VARIANTS, seen[1:], strict=True):
+        assert files == seen[0], variant
+
+
+def test_reconstruction_changes_the_files(tiny_checkpoint, tiny_tokens, tmp_path) -> None:
+    """Guards the test above: equal bytes would mean little if fitting did nothing."""
+    directory, tokens = tiny_checkpoint("llama"), tiny_tokens(10, LENGTH)
+    seen = []
+    for number, recipe in enumerate([Recipe(reconstruct="none"), Recipe(), Recipe(seed=1)]):
+        prune(make_shards(directory, tmp_path / str(number), 1, LENGTH, recipe=recipe), tokens)
+        seen.append(digests(tmp_path / str(number)))
+    assert all(left[name] != right[name] for left, right in itertools.combinations(seen, 2) for name in left)

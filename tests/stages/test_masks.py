@@ -1,0 +1,125 @@
+"""Masks against a full stable sort, on matrices full of ties, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stages import masks
+from stages.errors import Refusal
+from stages.masks import check_divisible, check_pattern, check_sparsity, keep_mask
+
+quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+def by_full_sort(rows: torch.Tensor, drop: int) -> torch.Tensor:
+    """The obvious way: sort each row in float64, ties in order, and drop the first."""
+    order = rows.double().sort(dim=-1, stable=True).indices
+    keep = torch.ones_like(rows, dtype=torch.bool)
+    return keep.scatter_(-1, order[:, :drop], False)
+
+
+@st.composite
+def matrices(draw, multiple: int = 1) -> torch.Tensor:
+    rows, columns = draw(st.integers(1, 7)), draw(st.integers(1, 12)) * multiple
+    levels = draw(st.sampled_from([1, 2, 3, 1000]))  # 1: all equal; 2, 3: mostly ties
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    values = torch.randint(0, levels, (rows, columns), generator=generator).float() / 7
+    if draw(st.booleans()):
+        values[draw(st.integers(0, rows - 1))] = 0.0
+    if draw(st.booleans()):
+        values[draw(st.integers(0, rows - 1))] = 5.0
+    return values
+
+
+@quick
+@given(matrices(), st.floats(0, 0.999))
+def test_rows_lose_exactly_the_lowest(scores, sparsity) -> None:
+    drop = int(scores.shape[-1] * sparsity)
+    keep = keep_mask(scores, sparsity)
+    assert (keep.dtype, keep.shape) == (torch.bool, scores.shape)
+    assert ((~keep).sum(-1) == drop).all()
+    assert torch.equal(keep, by_full_sort(scores, drop))
+
+
+@quick
+@given(matrices(), st.floats(0, 0.999))
+def test_a_matrix_loses_exactly_its_lowest(scores, sparsity) -> None:
+    drop = int(scores.numel() * sparsity)
+    keep = keep_mask(scores, sparsity, scope="matrix")
+    assert int((~keep).sum()) == drop
+    assert torch.equal(keep.reshape(1, -1), by_full_sort(scores.reshape(1, -1), drop))
+
+
+@pytest.mark.parametrize(
+    "pattern", [(2, 4), (4, 8), (1, 4), (3, 4), (6, 8), (1, 1), (4, 4), (8, 16), (14, 16), (5, 12)]
+)
+def test_every_group_keeps_exactly_its_n_best(pattern) -> None:
+    @quick
+    @given(matrices(multiple=pattern[1]))
+    def check(scores: torch.Tensor) -> None:
+        keep = keep_mask(scores, pattern=pattern)
+        groups = keep.reshape(-1, pattern[1])
+        assert (groups.sum(-1) == pattern[0]).all()
+        assert torch.equal(groups, by_full_sort(scores.reshape(groups.shape), pattern[1] - pattern[0]))
+
+    check()
+
+
+def test_selection_in_chunks_equals_selection_at_once(monkeypatch) -> None:
+    scores = torch.randint(0, 9, (50, 24), generator=torch.Generator().manual_seed(0)).float()
+    whole = keep_mask(scores, 0.4)
+    for elements in (1, 24, 100, 24 * 50):
+        monkeypatch.setattr(masks, "CHUNK_ELEMENTS", elements)
+        assert torch.equal(keep_mask(scores, 0.4), whole)
+
+
+def test_the_scores_are_left_as_they_were() -> None:
+    scores = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    before = scores.clone()
+    for choice in ({"sparsity": 0.5}, {"pattern": (2, 4)}, {"sparsity": 0.5, "scope": "matrix"}):
+        keep_mask(scores, **choice)
+        assert torch.equal(scores, before)
+
+
+def test_a_transposed_view_gives_the_mask_of_its_copy() -> None:
+    scores = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)).T
+    for choice in ({"sparsity": 0.5}, {"pattern": (2, 4)}, {"sparsity": 0.5, "scope": "matrix"}):
+        assert torch.equal(keep_mask(scores, **choice), keep_mask(scores.contiguous(), **choice))
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, math.nan, math.inf])
+def test_a_ratio_outside_its_range_is_refused(sparsity) -> None:
+    with pytest.raises(Refusal, match=rf"sparsity {sparsity}: .*at least 0 and below 1"):
+        check_sparsity(sparsity)
+    with pytest.raises(Refusal):
+        keep_mask(torch.ones(2, 4), sparsity)
+
+
+@pytest.mark.parametrize("pattern", [(3, 2), (0, 4), (-1, 4), (0, 0)])
+def test_a_pattern_that_makes_no_sense_is_refused(pattern) -> None:
+    with pytest.raises(Refusal, match=rf"pattern {pattern[0]}:{pattern[1]}: .*1 <= N <= M"):
+        check_pattern(pattern)
+    with pytest.raises(Refusal):
+        keep_mask(torch.ones(2, 4), pattern=pattern)
+
+
+def test_rows_that_groups_do_not_fill_are_refused_with_the_numbers() -> None:
+    with pytest.raises(Refusal, match=r"mlp\.down_proj: 10 inputs cannot be cut into groups of 4.* 2:4 "):
+        check_divisible(10, (2, 4), "mlp.down_proj")
+    with pytest.raises(Refusal, match="10 inputs"):
+        keep_mask(torch.ones(2, 10), pattern=(2, 4))
+
+
+def test_either_a_ratio_or_a_pattern() -> None:
+    with pytest.raises(ValueError, match="either"):
+        keep_mask(torch.ones(2, 4))
+    with pytest.raises(ValueError, match="either"):
+        keep_mask(torch.ones(2, 4), 0.5, (2, 4))
+
+
+def test_nothing_goes_at_ratio_zero() -> None:
+    assert keep_mask(torch.zeros(3, 5), 0.0).all()
+    assert keep_mask(torch.zeros(3, 5), 0.19).all()  # int(5 · 0.19) = 0

@@ -1,0 +1,224 @@
+"""A shard by itself: what it refuses, what it leaves as it was, what it frees, and the perplexity it measures."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from streaming import BATCH, make_shards, microbatches, prune, same_bits, stream, whole_model
+
+from stages.errors import OutOfStep, Refusal
+from stages.shard import Recipe, Shard, ShardSpec, block_file, derived_seed
+
+LENGTH = 16
+
+
+@pytest.fixture
+def shard(tiny_checkpoint, tmp_path) -> Shard:
+    return make_shards(tiny_checkpoint("llama", blocks=3), tmp_path, 1, LENGTH, blocks=3, recipe=Recipe())[0]
+
+
+def test_a_microbatch_out_of_order_is_out_of_step(shard, tiny_tokens) -> None:
+    hidden = shard.embed(tiny_tokens(BATCH, LENGTH))
+    shard.begin(3)
+    shard.forward(0, hidden)
+    with pytest.raises(OutOfStep, match="expected microbatch 1, got 2"):
+        shard.forward(2, hidden)
+    with pytest.raises(OutOfStep, match="expected microbatch 1, got 0"):
+        shard.forward(0, hidden)
+    shard.forward(1, hidden)  # the one it waits for is still welcome
+
+
+def test_block_by_block_out_of_step(tiny_checkpoint, tiny_tokens, tmp_path) -> None:
+    shard = make_shards(tiny_checkpoint("llama", blocks=3), tmp_path, 1, LENGTH, blocks=3, resident="one")[0]
+    hidden = shard.embed(tiny_tokens(BATCH, LENGTH))
+    shard.begin(2)
+    shard.receive(0, hidden)
+    with pytest.raises(OutOfStep, match="holds 1 of 2"):
+        shard.advance()
+    with pytest.raises(OutOfStep, match="not advanced"):
+        shard.emit(0)
+
+
+def test_work_before_calibration_is_out_of_step(shard, tiny_tokens) -> None:
+    with pytest.raises(OutOfStep, match="no calibration for block 1"):
+        shard.work(1)
+    shard.begin(2, {1})
+    shard.forward(0, shard.embed(tiny_tokens(BATCH, LENGTH)))
+    assert shard.calibrated() == set()  # the pass has not ended
+    with pytest.raises(OutOfStep, match="no calibration for block 1"):
+        shard.work(1)
+    shard.forward(1, shard.embed(tiny_tokens(BATCH, LENGTH, seed=1)))
+    assert shard.calibrated() == {1}
+    shard.work(1)
+    with pytest.raises(OutOfStep):  # its calibration was used up
+        shard.work(1)
+
+
+def test_a_broken_off_pass_is_forgotten_when_the_next_begins(shard, tiny_tokens, tiny_checkpoint, tmp_path) -> None:
+    tokens = tiny_tokens(8, LENGTH)
+    shard.begin(4, range(3))
+    shard.forward(0, shard.embed(tokens[:2]))  # and then the driver died
+    prune([shard], tokens, blocks=3)
+    other = make_shards(tiny_checkpoint("llama", blocks=3), tmp_path / "b", 1, LENGTH, blocks=3, recipe=Recipe())[0]
+    prune([other], tokens, blocks=3)
+    for index in range(3):
+        ours, theirs = (tmp_path / part / block_file(index) for part in ("output", "b/output"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_work_leaves_the_dense_blocks_as_they_were(shard, tiny_tokens) -> None:
+    tokens = tiny_tokens(8, LENGTH)
+    before = stream([shard], tokens)
+    prune([shard], tokens, blocks=3)
+    after = stream([shard], tokens)
+    assert all(same_bits(left, right) for left, right in zip(before, after, strict=True))
+
+
+def test_opened_pruned_it_streams_the_finished_files(shard, tiny_tokens, tiny_checkpoint, tmp_path) -> None:
+    tokens = tiny_tokens(8, LENGTH)
+    dense = stream([shard], tokens)
+    prune([shard], tokens, blocks=3)
+    shard.open(pruned=True)
+    pruned = stream([shard], tokens)
+    assert not torch.equal(dense[0], pruned[0])
+    # The same, as a whole checkpoint of the finished files, by transformers.
+    source = tiny_checkpoint("llama", blocks=3)
+    tensors = load_file(source / "model.safetensors")
+    for index in range(3):
+        tensors |= load_file(tmp_path / "output" / block_file(index))
+    (tmp_path / "whole").mkdir()
+    save_file(tensors, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "whole" / "config.json").write_text((source / "config.json").read_text())
+    whole = whole_model(tmp_path / "whole", torch.float32)
+    assert all(
+        same_bits(shard.logits(hidden), whole(part)) for hidden, part in zip(pruned, microbatches(tokens), strict=True)
+    )
+    shard.open()
+    assert same_bits(stream([shard], tokens)[0], dense[0])  # and back
+
+
+@pytest.mark.parametrize("spool_memory", [0, 20_000, 1 << 30])
+def test_work_frees_every_spool(tiny_checkpoint, tiny_tokens, tmp_path, spool_memory) -> None:
+    model = tiny_checkpoint("llama", blocks=3)
+    shard = make_shards(
+        model, tmp_path, 1, LENGTH, blocks=3, recipe=Recipe(), spool_memory=spool_memory, resident="one"
+    )[0]
+    stream([shard], tiny_tokens(8, LENGTH), range(3))
+    files = list((tmp_path / "scratch").rglob("*.arrow"))
+    assert bool(files) == (spool_memory < 1 << 30)
+    assert (shard._budget.used > 0) == (spool_memory > 0)
+    for index in range(3):
+        shard.work(index)
+    assert shard._budget.used == 0
+    assert 0 <= shard._budget.peak <= spool_memory
+    assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_perplexity_is_that_of_the_whole_model(tiny_checkpoint, tiny_tokens, tmp_path, dtype, monkeypatch) -> None:
+    monkeypatch.setattr("stages.shard.HEAD_POSITIONS", 5)  # so that 15 predictions are cut into three pieces
+    directory, tokens = tiny_checkpoint("qwen3", dtype, tied=True), tiny_tokens(6, LENGTH)
+    shards = make_shards(directory, tmp_path, 2, LENGTH)
+    total, count = 0.0, 0
+    for hidden, part in zip(stream(shards, tokens), microbatches(tokens), strict=True):
+        nats, scored = shards[-1].negative_log_likelihood(hidden, part)
+        total, count = total + nats, count + scored
+    assert count == 6 * (LENGTH - 1)
+    whole, plain = whole_model(directory, getattr(torch, dtype)), 0.0
+    for part in microbatches(tokens):
+        log_p = whole(part).double().log_softmax(-1)
+        plain -= sum(
+            float(log_p[sample, place - 1, int(part[sample, place])])
+            for sample in range(len(part))
+            for place in range(1, LENGTH)
+        )
+    assert math.exp(total / count) == pytest.approx(math.exp(plain / count), rel=1e-6)
+
+
+def test_the_report_counts_what_is_in_the_file(shard, tiny_tokens, tmp_path) -> None:
+    reports = prune([shard], tiny_tokens(8, LENGTH), blocks=3)
+    for index, report in enumerate(reports):
+        tensors = load_file(tmp_path / "output" / report["file"])
+        zeros = {
+            name: int((tensors[f"model.layers.{index}.{name}.weight"] == 0).sum())
+            for name in ("self_attn.q_proj", "mlp.down_proj")
+        }
+        assert {name: report["layers"][name]["zeros"] for name in zeros} == zeros
+        assert len(report["layers"]) == 7
+        assert report["sparsity"] == 0.5
+        assert (report["block"], report["tokens"]) == (index, 8 * LENGTH)
+        assert [unit["name"] for unit in report["units"]] == ["self_attn", "mlp"]
+
+
+def test_every_tensor_outside_the_blocks_is_copied_once(tiny_checkpoint, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("stages.shard.ENDS_FILE_BYTES", 10_000)  # less than the embedding: several files
+    directory = tiny_checkpoint("llama", "bfloat16", sharded=True)
+    shard = make_shards(directory, tmp_path, 1, LENGTH)[0]
+    files = shard.copy_ends()
+    copied = {name: tensor for file in files for name, tensor in load_file(tmp_path / "output" / file).items()}
+    assert sorted(name for names in files.values() for name in names) == sorted(copied)
+    assert sorted(copied) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
+    assert len(files) > 1
+    dense = {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert all(same_bits(tensor, dense[name]) for name, tensor in copied.items())
+
+
+def test_nan_in_calibration_names_block_layer_and_sample(shard, tiny_tokens) -> None:
+    hidden = shard.embed(tiny_tokens(BATCH, LENGTH))
+    broken = hidden.clone()
+    broken[1, 3, 7] = math.nan
+    shard.begin(2, {0})
+    shard.forward(0, hidden)
+    with pytest.raises(Refusal, match=r"block 0, self_attn.q_proj: sample 3: NaN or infinity"):
+        shard.forward(1, broken)
+
+
+def test_a_config_that_does_not_match_the_weights_is_refused(tiny_checkpoint, tmp_path) -> None:
+    source = tiny_checkpoint("llama", blocks=3)
+    for number, (change, message) in enumerate(
+        [
+            (('"intermediate_size": 48', '"intermediate_size": 40'), r"model\.layers\.0\.mlp\.\w+\.weight.*config"),
+            (('"vocab_size": 128', '"vocab_size": 120'), r"(embed_tokens|lm_head)\.weight.*config"),
+            (('"num_hidden_layers": 3', '"num_hidden_layers": 5'), r"no tensor model\.layers\.3\..*config"),
+        ]
+    ):
+        model = tmp_path / str(number)
+        model.mkdir()
+        text = (source / "config.json").read_text()
+        assert change[0] in text
+        (model / "config.json").write_text(text.replace(*change))
+        (model / "model.safetensors").symlink_to(source / "model.safetensors")
+        with pytest.raises(Refusal, match=message):
+            make_shards(model, tmp_path, 1, LENGTH, blocks=5 if "hidden_layers" in change[0] else 3)
+
+
+def test_seeds_differ_by_run_block_component_and_sweep() -> None:
+    assert derived_seed(0, 1, "mlp", 0) == derived_seed(0, 1, "mlp", 0)
+    parts = [(run, block, unit, sweep) for run in (0, 1) for block in (0, 1, 11) for unit in "ab" for sweep in (0, 1)]
+    seeds = {derived_seed(*part) for part in parts}
+    assert len(seeds) == len(parts)
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+def test_only_what_a_shard_owns_is_loaded(tiny_checkpoint, tmp_path) -> None:
+    directory = tiny_checkpoint("llama", tied=False)
+    middle = Shard(
+        ShardSpec(
+            index=1,
+            first=1,
+            last=3,
+            embeds=False,
+            heads=False,
+            model=str(directory),
+            output=str(tmp_path),
+            scratch=str(tmp_path),
+            length=LENGTH,
+        )
+    )
+    middle.open()
+    held = sum(p.numel() for block in middle._blocks.values() for p in block.parameters())
+    whole = sum(entry.elements for entry in middle.checkpoint.entries.values() if ".layers." in entry.name)
+    assert held == whole // 2
+    for name, parameter in middle.skeleton.model.named_parameters():
+        assert parameter.untyped_storage().nbytes() <= 8, f"{name} takes memory in a shard without ends"
