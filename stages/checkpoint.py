@@ -96,7 +96,11 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
     if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
         bad = (~torch.isfinite(tensor)).sum().item()
         if bad:
-            raise Refusal(f"{name}: {bad} of {tensor.numel()} weights are NaN or infinite; repair the checkpoint")
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise Refusal(
+                f"{name}: {bad} of {tensor.numel()} weights are NaN or infinite as {dtype}; repair the checkpoint, "
+                "or choose a --dtype with a wider range"
+            )
     return tensor
 
 
@@ -133,13 +137,14 @@ def _files(directory: Path) -> dict[str, list[str]]:
     """File name -> the tensors that the index promises in it (none promised without an index)."""
     index = directory / INDEX
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise Refusal(f"{index}: not a safetensors index ({error!r}); fetch that file again") from None
         files: dict[str, list[str]] = {}
-        for name, file in weight_map.items():
-            files.setdefault(file, []).append(name)
+        try:
+            for name, file in json.loads(index.read_text())["weight_map"].items():
+                if not file or Path(file).name != file:
+                    raise ValueError(f"{file!r} is not the name of a file beside it")
+                files.setdefault(file, []).append(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Refusal(f"{index}: not a safetensors index ({error!r}); fetch that file again") from None
         return files
     found = sorted(path.name for path in directory.glob("*.safetensors"))
     if len(found) > 1 and "model.safetensors" not in found:

@@ -78,11 +78,14 @@ class Spool:
                 self._writer = pa.ipc.new_file(str(self._path), _SCHEMA)
             self._writer.write_batch(pa.record_batch([column], schema=_SCHEMA))
         except OSError as error:
-            raise Refusal(
-                f"{self._path}: cannot spool activations ({error.strerror or error}); free some disk, "
-                "point --scratch at a larger one, raise --spool-memory, or use fewer --samples"
-            ) from None
+            raise self._refusal(error) from None
         self._on_disk += 1
+
+    def _refusal(self, error: OSError) -> Refusal:
+        return Refusal(
+            f"{self._path}: cannot spool activations ({error.strerror or error}); free some disk, "
+            "point --scratch at a larger one, raise --spool-memory, or use fewer --samples"
+        )
 
     def __getitem__(self, index: int) -> Tensor:
         """Sample `index`, (length, channels)."""
@@ -90,7 +93,10 @@ class Spool:
             return self._held[index]
         if self._reader is None:
             assert self._writer is not None
-            self._writer.close()
+            try:
+                self._writer.close()  # writes the footer, so the disk can be full here too
+            except OSError as error:
+                raise self._refusal(error) from None
             self._reader = pa.ipc.open_file(pa.OSFile(str(self._path), "rb"))
         column = self._reader.get_batch(index - len(self._held)).column(0)
         raw = np.frombuffer(column.buffers()[2], dtype=np.uint8).copy()
