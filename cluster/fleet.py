@@ -87,14 +87,30 @@ class Fleet:
             (done,), _ = ray.wait(list(running), num_returns=1)
             shard, block = running.pop(done)
             try:
-                yield self._get(done)
-                self._fruitless = 0
+                report = self._get(done)
             except LOST as loss:
                 todo[shard].appendleft(block)
                 self._note(loss)
-                remaining = set(todo[shard])
-                self._recovering(lambda: self._calibrate_missing(stream, remaining, lambda _: None))  # noqa: B023
-            start(shard)
+                self._recovering(lambda: self._gather_again(stream, todo, running))
+                for idle in todo.keys() - {at_work for at_work, _ in running.values()}:
+                    start(idle)
+            else:
+                self._fruitless = 0
+                yield report
+                start(shard)
+
+    def _gather_again(self, stream: Stream, todo: dict[int, deque[int]], running: dict[Any, tuple[int, int]]) -> None:
+        """After a loss: whatever else was lost by now (a node takes all its shards along) goes back to `todo`, and one
+        pass gathers what the shards lack."""
+        self._open_missing()  # answered once every shard is back, or done with its block
+        over, _ = ray.wait(list(running), num_returns=len(running), timeout=0) if running else ([], [])
+        for reference in over:
+            try:
+                self._get(reference)
+            except LOST:
+                shard, block = running.pop(reference)
+                todo[shard].appendleft(block)
+        self._calibrate_missing(stream, set().union(*todo.values()), lambda _: None)
 
     def copy_ends(self) -> dict[str, list[str]]:
         """Everything outside the blocks copied to the output: file -> tensor names."""

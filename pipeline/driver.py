@@ -23,7 +23,7 @@ from pipeline.layout import Layout, Load, ShardLayout, arrange, check_disk
 from pipeline.plan import ModelFacts, check_headers, check_pattern_fits, microbatch_size, model_facts, window_length
 from pipeline.progress import Reporter, reporter_for
 from pipeline.report import write_report
-from pipeline.rundir import RunDirectory, check_free
+from pipeline.rundir import RunDirectory, check_free, disk_full_refused
 from pipeline.tracking import Recorder, block_metrics, recorded_run, total_metrics
 from stages.checkpoint import Checkpoint, resolve
 from stages.errors import Refusal
@@ -58,7 +58,8 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
 
     Raises Refusal, before anything is written, for what cannot work; and later for what the machine does not allow.
     """
-    output = Path(config.output).expanduser().absolute()
+    config = _located(config)
+    output = Path(config.output)
     check_free(output)
     facts, fingerprint = _inspect(config)
     layout = arrange(config, facts, Load.of_pruning(config))
@@ -73,7 +74,16 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
         "fingerprint": fingerprint,
         "output": str(output),
     }
-    return _Run(config, facts, layout, RunDirectory.claim(output, run), run, reporter).go()
+    directory = RunDirectory.claim(output, run)
+    single = _Run(config, facts, layout, directory, run, reporter)
+    try:
+        return single.go()
+    except Refusal:
+        if not single.worked:  # nothing in it that a resumed run could use: the same command may be given again
+            directory.discard()
+        raise
+    finally:
+        directory.release()
 
 
 def resume(output: Path, shards: int | None = None, reporter: Reporter | None = None) -> PruneResult:
@@ -82,11 +92,26 @@ def resume(output: Path, shards: int | None = None, reporter: Reporter | None = 
     Raises Refusal if there is no run to go on with, or the model is not the one it began with.
     """
     directory, run = RunDirectory.reopen(output.expanduser().absolute())
-    config = build_config(_request(run["config"], shards), PruneConfig)
-    facts, fingerprint = _inspect(config)
-    if fingerprint != run["fingerprint"]:
-        raise Refusal(f"{config.model}: not the checkpoint that this run began with; put that one back, or start anew")
-    return _Run(config, facts, arrange(config, facts, Load.of_pruning(config)), directory, run, reporter).go()
+    try:
+        config = build_config(_request(run["config"], shards), PruneConfig)
+        facts, fingerprint = _inspect(config)
+        if fingerprint != run["fingerprint"]:
+            raise Refusal(
+                f"{config.model}: not the checkpoint that this run began with; put that one back, or start anew"
+            )
+        return _Run(config, facts, arrange(config, facts, Load.of_pruning(config)), directory, run, reporter).go()
+    finally:
+        directory.release()
+
+
+def _located(config: PruneConfig) -> PruneConfig:
+    """`config` with its local paths absolute, so that the run can be resumed from any directory."""
+    paths: dict[str, Any] = {"output": str(Path(config.output).expanduser().absolute())}
+    for name in ("model", "calibration", "eval", "scratch"):
+        value = getattr(config, name)
+        if isinstance(value, str) and value and (name == "scratch" or Path(value).expanduser().exists()):
+            paths[name] = str(Path(value).expanduser().absolute())
+    return config.model_copy(update=paths)
 
 
 def _request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
@@ -121,16 +146,21 @@ class _Run:
         self.started = time.time()
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
-        self.scratch = Path(config.scratch or directory.home / "scratch").expanduser().absolute() / run["run_id"]
+        self.worked = False  # whether there is anything to go on from
+        self.scratch = Path(config.scratch) / run["run_id"] if config.scratch else directory.home / "scratch"
 
     def go(self) -> PruneResult:
         """The whole run. On any failure the directory stays as `espalier resume` wants it."""
+        with ExitStack() as held:
+            held.enter_context(disk_full_refused(self.directory.output))
+            held.callback(self.reporter.close)
+            held.callback(shutil.rmtree, self.scratch, ignore_errors=True)
+            return self._recorded_run(*self._tokens())
+
+    def _recorded_run(self, calibration: TokenTable, evaluation: TokenTable | None) -> PruneResult:
         recorder = self._recorder()
         try:
             with ExitStack() as held:
-                held.callback(self.reporter.close)
-                held.callback(shutil.rmtree, self.scratch, ignore_errors=True)
-                calibration, evaluation = self._tokens()
                 shard_layout = self._connected(held)
                 fleet = held.enter_context(
                     Fleet(shard_layout.specs, self.config.threads, str(self.directory.run_file), self._warn)
@@ -230,13 +260,15 @@ class _Run:
         if todo:
             with self._phase("stream"):
                 fleet.calibrate(stream, todo, self.reporter.pass_begins("calibrate", stream.microbatches))
+        self.worked = True
         with self._phase("work"):
             finished |= self._prune_blocks(fleet, layout, stream, todo, finished, recorder)
         self.run["blocks"] = [finished[block] for block in sorted(finished)]
         with self._phase("assemble"):
-            ends = next((entry["files"] for entry in self.directory.noted("ends")), None) or fleet.copy_ends()
-            self.directory.note("ends", files=ends)
-            output = Path(self.run["output"])
+            ends = self.directory.finished_ends()
+            if ends is None:
+                self.directory.note_ends(ends := list(fleet.copy_ends()))
+            output = self.directory.output
             copy_companions(resolve(self.config.model), output, self.facts.dtype)
             write_index(output, [*(report["file"] for report in self.run["blocks"]), *ends])
         self.run["perplexity"] = self._perplexity(fleet, evaluation, "perplexity")

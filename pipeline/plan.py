@@ -21,6 +21,7 @@ from stages.skeleton import Skeleton, tied_names
 PROCESS_BYTES = 600 << 20  # a shard's process with torch, transformers and Ray loaded and nothing else
 MICROBATCH_TOKENS = 2048
 LENGTH = 2048
+SAMPLED_STRETCHES, STRETCH_BYTES = 64, 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,15 +102,31 @@ def model_facts(config: PreTrainedConfig, path: str, dtype: str = "auto") -> Mod
 
 
 def check_headers(facts: ModelFacts, checkpoint: Checkpoint) -> str:
-    """A digest of the checkpoint's headers. Raises Refusal if a prunable weight is missing or of another shape."""
+    """A digest of the checkpoint's headers and of samples of its bytes, which tells another model of the same shapes.
+
+    Raises Refusal if a prunable weight is missing or of another shape.
+    """
     for name, out, into in facts.linears:
         entry = checkpoint.entries.get(name)
         if entry is None:
             raise Refusal(f"{checkpoint.directory}: no tensor {name}; the checkpoint does not match its config.json")
         if entry.shape != (out, into):
             raise Refusal(f"{entry.file}: {name} is {entry.shape}, config.json says {(out, into)}; fetch both again")
-    text = json.dumps([(e.name, e.shape, e.dtype) for e in checkpoint.entries.values()])
-    return hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([(e.name, e.shape, e.dtype) for e in checkpoint.entries.values()]).encode())
+    for file in sorted({entry.file for entry in checkpoint.entries.values()}):
+        digest.update(_sampled(checkpoint.directory / file))
+    return digest.hexdigest()
+
+
+def _sampled(path: Path) -> bytes:
+    """Some stretches of a file, evenly spread, its end among them."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        stretches = []
+        for position in range(1, SAMPLED_STRETCHES + 1):
+            handle.seek(max(0, size * position // SAMPLED_STRETCHES - STRETCH_BYTES))
+            stretches.append(handle.read(STRETCH_BYTES))
+    return b"".join(stretches)
 
 
 def check_pattern_fits(facts: ModelFacts, pattern: tuple[int, int] | None) -> None:

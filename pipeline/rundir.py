@@ -5,11 +5,15 @@ OUTPUT/espalier/run.json               request, plan, and at the end everything 
 OUTPUT/espalier/journal.jsonl          one line for each finished thing, appended and synced
 """
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from stages.checkpoint import file_digest, sync_directory
 from stages.errors import Refusal
@@ -18,38 +22,77 @@ HOME = "espalier"
 
 
 class RunDirectory:
-    """The files of one run. Make one with `claim` (a new run) or `reopen` (one to go on with)."""
+    """The files of one run. Make one with `claim` (a new run) or `reopen` (one to go on with), and `release` it."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
         self.home = output / HOME
         self.run_file = self.home / "run.json"
         self._journal = self.home / "journal.jsonl"
+        self._made: list[Path] = []  # directories that were not there before
+        self._lock: IO[str] | None = None
 
     @classmethod
     def claim(cls, output: Path, run: dict[str, Any]) -> "RunDirectory":
         """A new run's directory. Raises Refusal unless `output` is new or empty and can be written to."""
         directory = cls(output)
         check_free(output)
+        directory._made = [path for path in (directory.home, output, *output.parents) if not path.exists()]
         try:
             directory.home.mkdir(parents=True)
+            directory._hold()
+            directory.write(run)
         except OSError as error:
+            directory.discard()
             raise Refusal(f"output {output}: cannot be made ({error.strerror}); give another --output") from None
-        directory.write(run)
         return directory
 
     @classmethod
     def reopen(cls, output: Path) -> tuple["RunDirectory", dict[str, Any]]:
-        """An unfinished run's directory and its run.json. Raises Refusal if there is none, or it is finished."""
+        """An unfinished run's directory and its run.json.
+
+        Raises Refusal if there is none, if it is finished, or if another process is at work on it.
+        """
         directory = cls(output)
-        if not directory.run_file.is_file():
+        run = _recorded(directory.run_file)
+        if run is None:
             raise Refusal(f"{output}: no run to resume in it (no {HOME}/run.json); start one with `espalier prune`")
-        run = json.loads(directory.run_file.read_text())
         if run["status"] == "finished":
             raise Refusal(f"{output}: this run is finished; see {directory.home / 'report.md'}")
+        directory._hold()
         for leftover in [*output.glob(".*.tmp"), *directory.home.glob(".*.tmp")]:
             leftover.unlink()
+        directory._end_torn_line()
         return directory, run
+
+    def release(self) -> None:
+        """Let another process go on from here."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def discard(self) -> None:
+        """Take back a claim: what `claim` made goes, and nothing else."""
+        self.release()
+        shutil.rmtree(self.home, ignore_errors=True)
+        for path in self._made:
+            with contextlib.suppress(OSError):  # not empty any more: somebody else's now
+                path.rmdir()
+
+    def _hold(self) -> None:
+        self._lock = (self.home / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f"{self.output}: another process is at work on this run; let it end, or end it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                raise
+
+    def _end_torn_line(self) -> None:
+        """A kill may have torn the last line: end it, so that the next one stands by itself."""
+        if self._journal.exists() and not self._journal.read_bytes().endswith(b"\n"):
+            with self._journal.open("ab") as journal:
+                journal.write(b"\n")
 
     def write(self, run: dict[str, Any]) -> None:
         """Replace run.json in one step."""
@@ -83,8 +126,21 @@ class RunDirectory:
         return {
             block: {key: value for key, value in report.items() if key != "event"}
             for block, report in sorted(reports.items())
-            if (path := self.output / report["file"]).is_file() and file_digest(path) == report["digest"]
+            if self._is_whole(report["file"], report["digest"])
         }
+
+    def note_ends(self, files: Iterable[str]) -> None:
+        """Note the files that hold what lies outside the blocks, with their digests."""
+        self.note("ends", files={file: file_digest(self.output / file) for file in files})
+
+    def finished_ends(self) -> list[str] | None:
+        """The files last noted by `note_ends`; None if there are none, or one is not what it was."""
+        noted: dict[str, str] = next((entry["files"] for entry in reversed(list(self.noted("ends")))), {})
+        return list(noted) if noted and all(self._is_whole(*entry) for entry in noted.items()) else None
+
+    def _is_whole(self, file: str, digest: str) -> bool:
+        path = self.output / file
+        return path.is_file() and file_digest(path) == digest
 
 
 def check_free(output: Path) -> None:
@@ -93,13 +149,32 @@ def check_free(output: Path) -> None:
         raise Refusal(f"output {output}: a file; give a directory that is new or empty")
     if not output.is_dir() or not any(output.iterdir()):
         return
-    run_file = output / HOME / "run.json"
-    if not run_file.is_file():
+    run = _recorded(output / HOME / "run.json")
+    if run is None:
         raise Refusal(f"output {output}: not empty; give a directory that is new or empty")
-    status = json.loads(run_file.read_text()).get("status")
-    if status == "finished":
+    if run["status"] == "finished":
         raise Refusal(f"output {output}: holds a finished run; give another directory, or remove this one")
     raise Refusal(f"output {output}: belongs to a run that is not finished; `espalier resume {output}` goes on with it")
+
+
+def _recorded(run_file: Path) -> dict[str, Any] | None:
+    """What a run.json holds; None where there is none, or one that Espalier did not write."""
+    try:
+        run = json.loads(run_file.read_text())
+    except (OSError, ValueError):
+        return None
+    return run if isinstance(run, dict) and {"status", "config", "fingerprint"} <= run.keys() else None
+
+
+@contextlib.contextmanager
+def disk_full_refused(output: Path) -> Iterator[None]:
+    """Turns a full disk, met anywhere within, into a Refusal that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Refusal(f"output {output}: disk full; free some space, then `espalier resume {output}`") from error
 
 
 def write_synced(path: Path, text: str) -> None:

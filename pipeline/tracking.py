@@ -295,6 +295,8 @@ class Recorder:
         return client.create_run(experiment, tags={"espalier.recorder": self._token}, run_name=self._run_name)
 
     def _note_link(self) -> None:
+        if time.monotonic() > self._deadline:  # `close` has stopped waiting: the directory is no longer ours
+            return
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             partial = self._directory / f".{LINK}.partial"
