@@ -54,7 +54,9 @@ def forecast(
         raise Refusal(f"shards {count}: {nodes} nodes of {gpus_per_node} GPUs hold {places}; one shard a GPU")
     tokens_per_window = window_length(facts, config.length)
     ranges = split_blocks(facts.block_bytes, count)
-    estimates = estimates_by_resident(config, facts, Load.of_pruning(config), tokens_per_window, ranges)
+    estimates = estimates_by_resident(
+        config, facts, Load.of_pruning(config), tokens_per_window, ranges, gpus_per_node > 0
+    )
     room = _bytes(gpu_memory, "gpu-memory") if gpus_per_node else _machine_share(memory, count, nodes)
     resident = choose_resident("auto", estimates, room)
     chosen = estimates[resident]

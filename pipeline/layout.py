@@ -71,7 +71,7 @@ class Layout:
             what = "GPUs" if device == "cuda" else f"CPUs for {config.threads} threads each"
             raise Refusal(f"shards {shards}: the cluster has {what} for {room}; give --shards {room} or add nodes")
         ranges = split_blocks(facts.block_bytes, shards)
-        estimates = estimates_by_resident(config, facts, self.load, self.length, ranges)
+        estimates = estimates_by_resident(config, facts, self.load, self.length, ranges, device == "cuda")
         resident = choose_resident(config.resident, estimates, _memory_per_shard(members, shards, device))
         specs = [
             ShardSpec(
@@ -121,7 +121,7 @@ def arrange(config: ClusterConfig, facts: ModelFacts, load: Load) -> Layout:
 
 
 def estimates_by_resident(
-    config: ClusterConfig, facts: ModelFacts, load: Load, length: int, ranges: list[tuple[int, int]]
+    config: ClusterConfig, facts: ModelFacts, load: Load, length: int, ranges: list[tuple[int, int]], gpu: bool
 ) -> dict[str, list[ShardEstimate]]:
     """Each shard's estimate, with all its blocks in memory and with one at a time."""
     return {
@@ -135,6 +135,7 @@ def estimates_by_resident(
                 step_tokens=load.batch * length,
                 spool_memory=int(config.spool_memory),
                 reconstruct=load.batch > 0,
+                gpu=gpu,
             )
             for first, last in ranges
         ]

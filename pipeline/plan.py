@@ -190,8 +190,12 @@ def estimate_shard(
     step_tokens: int,
     spool_memory: int,
     reconstruct: bool,
+    gpu: bool,
 ) -> ShardEstimate:
-    """What blocks `first` to `last` need: weights, one unit's training state, activations set aside."""
+    """What blocks `first` to `last` need: weights, one unit's training state, activations set aside.
+
+    `peak` is the process's memory on a CPU, the device's on a GPU (where activations wait in the host's memory).
+    """
     sizes = facts.block_bytes[first:last]
     ends = facts.ends_bytes if first == 0 or last == facts.blocks else 0
     weights = ends + (sum(sizes) if resident == "all" else max(sizes))
@@ -207,7 +211,7 @@ def estimate_shard(
         training=training,
         spool_memory=in_memory,
         spool_disk=spooled + carried - in_memory,
-        peak=PROCESS_BYTES + weights + copy + training + in_memory,
+        peak=weights + copy + training + (0 if gpu else PROCESS_BYTES + in_memory),
     )
 
 

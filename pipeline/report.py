@@ -13,6 +13,8 @@ from pipeline.figures import component_title, draw_errors, draw_timeline, unit_n
 PHASES = {
     "plan": "plan",
     "tokens": "tokenise",
+    "connect": "connect to Ray",
+    "load": "start the shards and load their blocks",
     "stream": "stream the calibration through the shards",
     "work": "score, mask and rebuild",
     "assemble": "assemble and verify the checkpoint",

@@ -197,7 +197,8 @@ class Shard:
 
     def _through(self, index: int, hidden: Tensor) -> Tensor:
         started = time.perf_counter()
-        with torch.no_grad(), self.timeline.phase("stream", index if self.spec.resident == "one" else None):
+        phase = "stream" if self._collect else "evaluate"
+        with torch.no_grad(), self.timeline.phase(phase, index if self.spec.resident == "one" else None):
             block = self._block(index)
             call = self._call(index, *hidden.shape[:2])
             if index in self._collect:
