@@ -113,9 +113,10 @@ class Skeleton:
     def load_ends(self, checkpoint: Checkpoint, embedding: bool = True, head: bool = True) -> None:
         """Load what lies outside the blocks: the input embedding, the output head, or both, and all smaller parts.
 
-        Where the config ties the head to the embedding, a checkpoint without the head is read as tied.
+        Where the config ties the head to the embedding, a checkpoint that lacks one of the two is read as tied.
         """
         tied = tied_names(self.model)
+        tied |= {partner: name for name, partner in tied.items()}
         of_embedding = _parameters_of(self.model, self.model.get_input_embeddings())
         of_head = _parameters_of(self.model, self.model.get_output_embeddings())
         unwanted = (set() if embedding else of_embedding) | (set() if head else of_head)

@@ -2,9 +2,13 @@
 
 import hashlib
 import itertools
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from streaming import make_shards, microbatches, prune, same_bits, stream, whole_model
 
 from stages.shard import Recipe
@@ -53,6 +57,62 @@ def test_the_sliding_window_is_seen(tiny_checkpoint, tiny_tokens, tmp_path) -> N
         shard = make_shards(tiny_checkpoint(family), tmp_path, 4, LENGTH)[0]  # one block
         moved[family] = not torch.equal(stream([shard], tokens)[0][0, -1], stream([shard], changed)[0][0, -1])
     assert moved == {"mistral": False, "llama": True}
+
+
+ROPES = {
+    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0},
+    "dynamic": {"factor": 2.0},  # its table depends on the length of what is run
+    "yarn": {"factor": 4.0},
+}
+
+
+def odd_checkpoint(source: Path, directory: Path, kind: str) -> Path:
+    """A copy of a tied checkpoint with one of the oddities that published ones have."""
+    shutil.copytree(source, directory)
+    config = json.loads((directory / "config.json").read_text())
+    tensors = load_file(directory / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    if kind == "head stored too":
+        tensors["lm_head.weight"] = embedding.clone()
+    elif kind == "another head stored":
+        tensors["lm_head.weight"] = embedding.flip(0).contiguous()
+    elif kind == "head stored only":
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    elif kind == "old names in config":
+        config["torch_dtype"], config["rope_theta"] = config.pop("dtype"), 5000.0
+        del config["rope_parameters"]
+    elif kind == "dropout":
+        config["attention_dropout"] = 0.5
+    else:
+        config["max_position_embeddings"] = 16
+        config["rope_parameters"] = {
+            "rope_type": kind,
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 16,
+        } | ROPES[kind]
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize(
+    "kind", ["head stored too", "another head stored", "head stored only", "old names in config", "dropout", *ROPES]
+)
+def test_odd_checkpoints_run_as_transformers_runs_them(tiny_checkpoint, tiny_tokens, tmp_path, kind) -> None:
+    directory = odd_checkpoint(tiny_checkpoint("llama", tied=True), tmp_path / "model", kind)
+    tokens = tiny_tokens(2, LENGTH)
+    shards = make_shards(directory, tmp_path, 2, LENGTH)
+    assert same_bits(shards[-1].logits(stream(shards, tokens)[0]), whole_model(directory, torch.float32)(tokens))
+
+
+@pytest.mark.parametrize("name", ["stories260k", "pystdlib-5m"])
+def test_trained_models_run_as_transformers_runs_them(shared_folder, tiny_tokens, tmp_path, name) -> None:
+    directory, tokens = shared_folder("models", name), tiny_tokens(3, 64)
+    blocks = json.loads((directory / "config.json").read_text())["num_hidden_layers"]
+    shards = make_shards(directory, tmp_path, 2, 64, blocks=blocks)
+    whole = whole_model(directory, shards[0].skeleton.dtype)
+    for hidden, part in zip(stream(shards, tokens), microbatches(tokens), strict=True):
+        assert same_bits(shards[-1].logits(hidden), whole(part))
 
 
 def digests(directory) -> dict[str, str]:
