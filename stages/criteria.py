@@ -29,6 +29,7 @@ def wanda(weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
 
 
 CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "wanda": wanda}
+ROW_WISE = frozenset({"magnitude", "wanda"})  # those whose scores of a row depend on no other row
 
 
 def check_criterion(name: str) -> str:

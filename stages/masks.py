@@ -3,6 +3,7 @@
 Letters: O = output rows, I = input columns, G = groups of M neighbours along the inputs.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import Tensor
 from stages.errors import Refusal
 
 Scope = Literal["row", "matrix"]
-CHUNK_ELEMENTS = 1 << 17  # scores partitioned at a time, so that the copy stays in the cache
+CHUNK_ELEMENTS = 1 << 17  # scores worked on at a time, so that the copies stay in the cache
+BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+WORDS = {size: np.dtype(f"<u{size}") for size in (2, 4, 8)}  # one byte for each weight of a group
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -64,41 +67,101 @@ def keep_mask(
     return _drop_lowest(rows, int(rows.shape[-1] * sparsity)).reshape(scores.shape)
 
 
+def masked(weight: Tensor, keep: Tensor) -> Tensor:
+    """The weight where `keep` is True and +0 elsewhere, in memory of its own."""
+    bits = BITS[weight.dtype]  # as integers: no -0 from a negative weight, and ten times as fast as masked_fill
+    return (weight.view(bits) * keep).view(weight.dtype)
+
+
+def count_zeros(weight: Tensor) -> int:
+    """How many weights are zero, of either sign."""
+    if weight.device.type != "cpu":
+        return int((weight == 0).sum())
+    zeros = 0
+    for part in weight.detach().reshape(-1).split(CHUNK_ELEMENTS):
+        bits = part.view(BITS[part.dtype]).numpy()
+        zeros += bits.size - int(np.count_nonzero(bits << 1))  # the shift drops the sign
+    return zeros
+
+
+def _sortable(scores: Tensor) -> np.ndarray:
+    """Integers in the order of the scores: those select and compare twice as fast as floats."""
+    bits: np.ndarray = scores.view(BITS[scores.dtype]).numpy()
+    if bits.min() >= 0:
+        return bits
+    bits = (scores + 0.0).view(BITS[scores.dtype]).numpy()  # -0 + 0 = +0, so that the two zeros are equal
+    return bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)
+
+
 def _keep_groups(scores: Tensor, keep: int, group: int) -> Tensor:
-    if group > 8:
+    if scores.device.type != "cpu" and group <= 8:
+        return _keep_stronger(scores.reshape(-1, group).unbind(-1), keep).reshape(scores.shape)
+    if group not in WORDS:
         return _drop_lowest(scores.reshape(-1, group), group - keep).reshape(scores.shape)
-    columns = scores.reshape(-1, group).unbind(-1)
-    # Each weight counts the neighbours that beat it; on a tie the higher index wins.
-    beaten = [torch.zeros(columns[0].shape, dtype=torch.uint8, device=scores.device) for _ in columns]
-    for low in range(group):
-        for high in range(low + 1, group):
+    flat = scores.reshape(-1)
+    mask = torch.empty(flat.shape, dtype=torch.bool)
+    for start in range(0, len(flat), CHUNK_ELEMENTS):
+        beaten = _beaten(_sortable(flat[start : start + CHUNK_ELEMENTS]), group)
+        np.less(beaten, keep, out=mask[start : start + CHUNK_ELEMENTS].numpy())
+    return mask.reshape(scores.shape)
+
+
+def _keep_stronger(columns: Sequence[Tensor], keep: int) -> Tensor:
+    """Each weight counts the neighbours that beat it; on a tie the higher index wins."""
+    beaten = [torch.zeros(columns[0].shape, dtype=torch.uint8, device=columns[0].device) for _ in columns]
+    for low in range(len(columns)):
+        for high in range(low + 1, len(columns)):
             high_wins = columns[high] >= columns[low]
             beaten[low] += high_wins
             beaten[high] += ~high_wins
-    return torch.stack([count < keep for count in beaten], dim=-1).reshape(scores.shape)
+    return torch.stack([count < keep for count in beaten], dim=-1)
+
+
+def _beaten(keys: np.ndarray, group: int) -> np.ndarray:
+    """How many of its neighbours in the group beat each key, uint8; on a tie the higher index wins.
+
+    A group's counts are the bytes of one word. All keys are compared with those d places on, contiguously, and what
+    reached into the next group is masked out; taking the columns apart and putting them together costs three times
+    as much.
+    """
+    word = WORDS[group]
+    counts = np.zeros(keys.size // group, dtype=word)
+    wins = np.zeros(keys.size, dtype=np.bool_)
+    for distance in range(1, group):
+        np.greater_equal(keys[distance:], keys[:-distance], out=wins[:-distance])
+        inside = word.type(int.from_bytes(bytes([1] * (group - distance)), "little"))
+        high_wins = wins.view(word) & inside
+        counts += high_wins
+        counts += (high_wins ^ inside) << word.type(8 * distance)
+    return counts.view(np.uint8)
 
 
 def _drop_lowest(rows: Tensor, drop: int) -> Tensor:
     if drop == 0:
         return torch.ones_like(rows, dtype=torch.bool)
     if rows.device.type != "cpu":
-        threshold = rows.kthvalue(drop, dim=-1).values
-        return _keep_above(rows, threshold, drop)
+        last_O = rows.kthvalue(drop, dim=-1).values
+        keep = rows > last_O[:, None]
+        for row in (rows.shape[-1] - drop - keep.sum(-1)).nonzero()[:, 0].tolist():
+            _keep_last_ties(keep[row], rows[row] == last_O[row], drop)
+        return keep
     keep = torch.empty(rows.shape, dtype=torch.bool)
     step = max(1, CHUNK_ELEMENTS // rows.shape[-1])
     for start in range(0, len(rows), step):
-        part = rows[start : start + step]
+        keys = _sortable(rows[start : start + step])
         # Partial selection; a full sort of the row costs 10 to 40 times as much.
-        threshold = torch.from_numpy(np.partition(part.numpy(), drop - 1, axis=-1)[:, drop - 1].copy())
-        keep[start : start + step] = _keep_above(part, threshold, drop)
+        parted = np.partition(keys, drop - 1, axis=-1)
+        threshold = parted[:, drop - 1 : drop]
+        part = keep[start : start + step]
+        np.greater(keys, threshold, out=part.numpy())
+        tied = (parted[:, drop:].min(-1) == threshold[:, 0]).nonzero()[0]  # a survivor equals the last to go
+        for row in tied.tolist():
+            _keep_last_ties(part[row], torch.from_numpy(keys[row] == threshold[row]), drop)
     return keep
 
 
-def _keep_above(rows: Tensor, threshold: Tensor, drop: int) -> Tensor:
-    """Keep what exceeds each row's threshold, and of what equals it the highest indices, so that `drop` go."""
-    keep = rows > threshold[:, None]
-    kept_ties = rows.shape[-1] - drop - keep.sum(-1)
-    for row in kept_ties.nonzero()[:, 0].tolist():
-        ties = (rows[row] == threshold[row]).nonzero()[:, 0]
-        keep[row, ties[len(ties) - int(kept_ties[row]) :]] = True
-    return keep
+def _keep_last_ties(keep_I: Tensor, tied_I: Tensor, drop: int) -> None:
+    """Mark as kept so many of the tied weights, the highest indices, that `drop` go."""
+    ties = tied_I.nonzero()[:, 0]
+    missing = len(keep_I) - drop - int(keep_I.sum())
+    keep_I[ties[len(ties) - missing :]] = True

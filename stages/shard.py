@@ -22,15 +22,17 @@ from torch import Tensor, nn
 from stages.blocks import Call, Unit, trace
 from stages.calibrate import BlockCalibration
 from stages.checkpoint import Checkpoint, grouped, resolve, write_tensors
-from stages.criteria import score
+from stages.criteria import ROW_WISE, score
 from stages.errors import OutOfStep
-from stages.masks import Scope, keep_mask
+from stages.masks import Scope, count_zeros, keep_mask, masked
 from stages.meter import Timeline, peak_bytes
 from stages.reconstruct import FitSettings, UnitModules, fit, weight_rms
 from stages.skeleton import Skeleton, read_config
 from stages.spool import Spool, SpoolBudget
+from stages.statistics import InputStatistics
 
 TRACE_TOKENS = 4
+SCORED_AT_A_TIME = 1 << 17  # weights, where rows are scored independently
 ENDS_FILE_BYTES = 256 << 20
 HEAD_POSITIONS = 256  # positions turned into logits at a time: a vocabulary of 128 k costs 0.1 GB, not 1 GB
 
@@ -339,12 +341,22 @@ class BlockWork:
         with self.timeline.phase("score", self.index):
             for linear in self.calibration.anatomy.linears:
                 name = f"{linear}.weight"
-                weight = self.tensors[name]
-                scores = score(self.recipe.criterion, weight, self.calibration.statistics[linear])
-                keep = keep_mask(scores, self.recipe.sparsity, self.recipe.pattern, self.recipe.scope)
-                self.keep[name] = keep
-                self.tensors[name] = weight.masked_fill(~keep, 0)
+                self.keep[name] = self._choose(self.tensors[name], self.calibration.statistics[linear])
+                self.tensors[name] = masked(self.tensors[name], self.keep[name])
         self.seconds["mask"] = time.perf_counter() - started
+
+    def _choose(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
+        """Which weights survive, bool (O, I). Where rows do not depend on each other, a few at a time: the scores stay
+        in the cache, and the weight never has a float32 copy."""
+        recipe = self.recipe
+        rows = len(weight)
+        if recipe.criterion in ROW_WISE and recipe.scope == "row" and weight.device.type == "cpu":
+            rows = max(1, SCORED_AT_A_TIME // weight.shape[-1])
+        keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        for start in range(0, len(weight), rows):
+            scores = score(recipe.criterion, weight[start : start + rows], statistics)
+            keep[start : start + rows] = keep_mask(scores, recipe.sparsity, recipe.pattern, recipe.scope)
+        return keep
 
     def reconstruct(self) -> None:
         """Fit every unit to its dense outputs, each on its own: with dense inputs the order does not matter."""
@@ -382,7 +394,7 @@ class BlockWork:
         layers = {}
         for linear in self.calibration.anatomy.linears:
             weight = self.tensors[f"{linear}.weight"]
-            layers[linear] = {"zeros": int((weight == 0).sum()), "weights": weight.numel()}
+            layers[linear] = {"zeros": count_zeros(weight), "weights": weight.numel()}
         weights = sum(layer["weights"] for layer in layers.values())
         seconds = self.seconds["reconstruct"]
         statistics = next(iter(self.calibration.statistics.values()))
