@@ -1,6 +1,6 @@
 """Sums over a layer's calibration inputs, kept while the inputs stream by. Methods §1.
 
-Letters: T = calibration tokens in this call, I = input channels.
+Letters: S = samples in this call, T = tokens of a sample, C = chunks of a sample's tokens, I = input channels.
 """
 
 import torch
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from stages.errors import Refusal
 
-CPU_CHUNK = 1 << 17  # elements converted to float32 at a time, so that a chunk stays in the cache
+CPU_CHUNK = 1 << 18  # elements converted to float32 at a time, so that a chunk stays in the cache
+PIVOT_TOKENS = 32  # tokens whose mean the sums are taken around
 
 
 class InputStatistics:
@@ -57,44 +58,51 @@ class InputStatistics:
 
         Raises Refusal if a sample holds a NaN or an infinity, naming the sample by its place in the stream.
         """
-        x = x.detach().reshape(-1, *x.shape[-2:])
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"inputs have {x.shape[-1]} channels, these statistics {self.in_features}")
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            for sample_TI in x:
-                self._add_sample(sample_TI)
+        x_STI = x.detach().reshape(-1, *x.shape[-2:])
+        samples, tokens, channels = x_STI.shape
+        if channels != self.in_features:
+            raise ValueError(f"inputs have {channels} channels, these statistics {self.in_features}")
+        if not samples or not tokens:
+            return
+        with torch.no_grad(), torch.autocast(x_STI.device.type, enabled=False):
+            pivot_SI = x_STI[:, :PIVOT_TOKENS].float().mean(1)
+            first_SI, second_SI = self._centred_sums(x_STI, pivot_SI)
+        pivot_SI = pivot_SI.double()
+        deviation_SI = second_SI - first_SI.square() / tokens  # Σ(x − mean)²: no digits cancel, the pivot is near
+        total_SI = first_SI + tokens * pivot_SI
+        squares_SI = deviation_SI + total_SI.square() / tokens
+        finite_S = torch.isfinite(squares_SI.sum(-1))
+        if not finite_S.all():
+            sample = int((~finite_S).nonzero()[0])
+            channel = int((~torch.isfinite(squares_SI[sample])).nonzero()[0])
+            raise Refusal(f"sample {self.samples + sample}: NaN or infinity in its inputs, first in channel {channel}")
+        for total_I, squares_I, deviation_I in zip(total_SI, squares_SI, deviation_SI, strict=True):
+            self.sum += total_I
+            self.sum_sq += squares_I
+            self.weighted_variance += deviation_I.clamp_(min=0)  # tokens · (deviation / tokens)
+        self.samples += samples
+        self.tokens += samples * tokens
 
-    def _add_sample(self, sample_TI: Tensor) -> None:
-        tokens = len(sample_TI)
-        chunk = max(32, CPU_CHUNK // self.in_features) if sample_TI.device.type == "cpu" else tokens
-        total, squares = torch.zeros_like(self.sum), torch.zeros_like(self.sum)
-        mean = torch.zeros_like(self.sum)
-        deviation, done = torch.zeros_like(self.sum), 0  # Σ(x − mean)², tokens so far: Chan et al.'s update
-        for part_TI in sample_TI.split(chunk):
-            x_TI = part_TI.float()
-            if self.gram is not None:
-                self.gram.addmm_(x_TI.T, x_TI)
-            ones = x_TI.new_ones(1, len(x_TI))  # column sums as a matrix product: several times faster than sum(0)
-            part_sum = (ones @ x_TI)[0]
-            part_mean = part_sum / len(x_TI)
-            centred = x_TI - part_mean if x_TI.data_ptr() == part_TI.data_ptr() else x_TI.sub_(part_mean)
-            part_deviation = (ones @ centred.square_())[0].double()
-            part_mean64 = part_mean.double()
-            delta = part_mean64 - mean
-            both = done + len(x_TI)
-            deviation += part_deviation + delta.square() * (done * len(x_TI) / both)
-            mean += delta * (len(x_TI) / both)
-            squares += part_deviation + part_mean64 * (2 * part_sum.double() - len(x_TI) * part_mean64)
-            total += part_sum
-            done = both
-        if not torch.isfinite(squares.sum()):
-            channel = int((~torch.isfinite(squares)).nonzero()[0])
-            raise Refusal(f"sample {self.samples}: NaN or infinity in its inputs, first in channel {channel}")
-        self.sum += total
-        self.sum_sq += squares
-        self.weighted_variance += deviation  # tokens · (deviation / tokens)
-        self.samples += 1
-        self.tokens += tokens
+    def _centred_sums(self, x_STI: Tensor, pivot_SI: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ(x − pivot) and Σ(x − pivot)² of each sample, (S, I) float64: float32 in a chunk, float64 between chunks."""
+        samples, tokens, channels = x_STI.shape
+        chunk = min(tokens, max(32, CPU_CHUNK // channels)) if x_STI.device.type == "cpu" else tokens
+        chunks = -(-tokens // chunk)
+        first_SCI = torch.empty(samples, chunks, channels, device=x_STI.device)
+        second_SCI = torch.empty_like(first_SCI)
+        space_TI = torch.empty(chunk, channels, device=x_STI.device)
+        ones_T = torch.ones(1, chunk, device=x_STI.device)
+        for sample, sample_TI in enumerate(x_STI):
+            for position, part_TI in enumerate(sample_TI.split(chunk)):
+                x_TI, ones = space_TI[: len(part_TI)], ones_T[:, : len(part_TI)]
+                x_TI.copy_(part_TI)
+                if self.gram is not None:
+                    self.gram.addmm_(x_TI.T, x_TI)
+                x_TI.sub_(pivot_SI[sample])
+                # Column sums as a matrix product: several times faster than sum(0).
+                torch.mm(ones, x_TI, out=first_SCI[sample, position : position + 1])
+                torch.mm(ones, x_TI.mul_(x_TI), out=second_SCI[sample, position : position + 1])
+        return first_SCI.sum(1, dtype=torch.float64), second_SCI.sum(1, dtype=torch.float64)
 
     def merge(self, other: "InputStatistics") -> None:
         """Add the sums of `other`, gathered over other samples of the same input."""
