@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from streaming import BATCH, make_shards, microbatches, prune, same_bits, stream, whole_model
 
 from stages.errors import OutOfStep, Refusal
+from stages.meter import Timeline
 from stages.shard import Recipe, Shard, ShardSpec, block_file, derived_seed
 
 LENGTH = 16
@@ -222,3 +223,41 @@ def test_only_what_a_shard_owns_is_loaded(tiny_checkpoint, tmp_path) -> None:
     assert held == whole // 2
     for name, parameter in middle.skeleton.model.named_parameters():
         assert parameter.untyped_storage().nbytes() <= 8, f"{name} takes memory in a shard without ends"
+
+
+@pytest.mark.parametrize("resident", ["all", "one"])
+def test_work_whose_commit_failed_can_be_done_again(
+    tiny_checkpoint, tiny_tokens, tmp_path, monkeypatch, resident
+) -> None:
+    model, tokens = tiny_checkpoint("llama", blocks=3), tiny_tokens(8, LENGTH)
+    shard, other = (
+        make_shards(model, tmp_path / part, 1, LENGTH, blocks=3, recipe=Recipe(), resident=resident)[0]
+        for part in ("failed", "fine")
+    )
+    stream([shard], tokens, {1})
+
+    def full(path, tensors) -> str:
+        raise Refusal(f"{path}: disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stages.shard.write_tensors", full)
+        with pytest.raises(Refusal, match="disk full"):
+            shard.work(1)
+    assert shard.calibrated() == {1}
+    report = shard.work(1)
+    stream([other], tokens, {1})
+    assert report["digest"] == other.work(1)["digest"]
+
+
+def test_the_timeline_joins_stretches_of_one_phase(monkeypatch) -> None:
+    clock = iter([0.0, 1.0, 1.2, 2.0, 5.0, 6.0, 6.1, 7.0])
+    monkeypatch.setattr("stages.meter.time.time", lambda: next(clock))
+    timeline = Timeline()
+    for name in ("stream", "stream", "stream", "score"):
+        with timeline.phase(name):
+            pass
+    assert [(phase["phase"], phase["start"], phase["end"]) for phase in timeline.export()] == [
+        ("stream", 0.0, 2.0),
+        ("stream", 5.0, 6.0),  # after a pause
+        ("score", 6.1, 7.0),
+    ]
