@@ -1,11 +1,13 @@
-"""The demo's text: three parts of the standard library that share no file, on any machine."""
+"""The demo's text, three parts of the standard library that share no file, and the model it ships with."""
 
 import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.demo import sources
+from pipeline.demo import sources, train
 from stages.errors import Refusal
 
 PARTS: tuple[sources.Part, ...] = ("training", "calibration", "held-out")
@@ -107,3 +109,15 @@ def test_a_part_smaller_than_its_limit_is_written_whole(tmp_path: Path) -> None:
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     first = [path.read_bytes() for path in sources.write_texts(tmp_path / "a", 5000, 5000)]
     assert first == [path.read_bytes() for path in sources.write_texts(tmp_path / "b", 5000, 5000)]
+
+
+def test_the_model_that_ships_is_small_and_knows_held_out_sources() -> None:
+    folder = Path(sources.__file__).parent / "model"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    text = sources.held_out_text()[:40_000]
+    tokens = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(tokens) == text
+    assert train.perplexity(model, torch.tensor(tokens)) < 60  # guessing is 4,096
