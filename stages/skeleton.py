@@ -16,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from stages.blocks import BlockLayout, Call, layout_of
 from stages.checkpoint import Checkpoint
@@ -67,7 +68,7 @@ class Skeleton:
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str = "cpu") -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self.layout: BlockLayout = layout_of(config.model_type)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         holder, _, attribute = self.layout.blocks.rpartition(".")
         layers = self.model.get_submodule(self.layout.blocks)
