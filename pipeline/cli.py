@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from stages.errors import Refusal
 
@@ -28,7 +29,21 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+
+class Interrupted(Exception):
+    """Ctrl-C in a command. Typer would end with code 130 and not a word."""
+
+
+class Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -294,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments.remove("--debug")
     try:
         return app(args=arguments, prog_name="espalier", standalone_mode=False) or 0
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, Interrupted, typer.Abort):
         errors.print(f"espalier: interrupted{_how_to_resume(arguments)}", markup=False)
         return 130
     except Exception as error:

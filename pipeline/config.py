@@ -145,7 +145,8 @@ def build_config(values: Mapping[str, Any], kind: type[Config]) -> Config:
         if isinstance(cause := problem.get("ctx", {}).get("error"), Refusal):
             raise cause from None
         if problem["type"] == "missing":
-            raise Refusal(f"option {name} is missing; give --{name.replace('_', '-')} or put it in the YAML") from None
+            written = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            raise Refusal(f"option {name} is missing; give {written} or put it in the YAML") from None
         raise Refusal(f"option {name} = {problem['input']!r}: {problem['msg'].lower()}") from None
 
 

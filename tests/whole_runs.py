@@ -1,0 +1,169 @@
+"""Whole runs for tests: a tokenizer and a text for tiny models, a run without Ray, a command in its own process."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from pipeline.config import PruneConfig
+from pipeline.driver import load_tokenizer
+from stages.shard import Recipe, Shard, ShardSpec
+from stages.skeleton import read_config
+from stages.tokens import build_token_table
+
+LENGTH, SAMPLES, MICROBATCH = 32, 16, 2
+GIVE_UP_SECONDS = 180  # for what takes ten on an idle machine
+
+
+def add_tokenizer(directory: Path, ids: dict[str, int] | None = None) -> None:
+    """Gives the model in `directory` a tokenizer: a character's id is its ASCII code, or what `ids` says."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    vocabulary = {chr(code): code for code in range(128)} | (ids or {})
+    Tokenizer(BPE(vocab=vocabulary, merges=[])).save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 256}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_text(path: Path, characters: int, seed: int) -> Path:
+    """A file of lower-case words."""
+    source = random.Random(seed)
+    words = ("".join(source.choices("etaoinshrdlu", k=source.randint(1, 9))) for _ in range(characters))
+    path.write_text(" ".join(words)[:characters])
+    return path
+
+
+def weights_of(output: Path) -> dict[str, str]:
+    """Digest of every safetensors file of a checkpoint."""
+    files = sorted(output.glob("*.safetensors"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def journal_of(output: Path, event: str = "block") -> list[dict[str, Any]]:
+    """The journal's whole lines of one kind."""
+    lines = []
+    for line in (output / "espalier" / "journal.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in lines if line["event"] == event]
+
+
+def prune_without_ray(config: PruneConfig) -> dict[str, str]:
+    """`weights_of` what `config` asks for, made by one plain Shard in this process."""
+    model, output = Path(config.model), Path(config.output)
+    assert isinstance(config.length, int) and isinstance(config.microbatch, int)
+    settings = read_config(model)
+    blocks, vocabulary = settings.num_hidden_layers, settings.vocab_size
+    output.mkdir(parents=True)
+    table = build_token_table(
+        config.calibration,
+        load_tokenizer(config.model),
+        length=config.length,
+        samples=config.samples,
+        seed=config.seed,
+        path=output.parent / f"{output.name}-tokens.arrow",
+        vocab_size=vocabulary,
+    )
+    recipe = Recipe(
+        criterion=config.criterion,
+        sparsity=None if config.groups else config.sparsity,
+        pattern=config.groups,
+        scope=config.scope,
+        reconstruct=config.reconstruct,
+        epochs=config.epochs,
+        batch=config.batch,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+    )
+    shard = Shard(
+        ShardSpec(
+            index=0,
+            first=0,
+            last=blocks,
+            embeds=True,
+            heads=True,
+            model=str(model),
+            output=str(output),
+            scratch=str(output.parent / f"{output.name}-scratch"),
+            length=config.length,
+            recipe=recipe,
+        )
+    )
+    shard.open()
+    microbatches = -(-len(table) // config.microbatch)
+    shard.begin(microbatches, range(blocks))
+    for number in range(microbatches):
+        rows = table.rows(number * config.microbatch, (number + 1) * config.microbatch)
+        shard.forward(number, shard.embed(torch.from_numpy(rows.copy())))
+    for block in range(blocks):
+        shard.work(block)
+    shard.copy_ends()
+    return weights_of(output)
+
+
+class Command:
+    """`espalier ARGUMENTS` in a process of its own, which leads a session of its own."""
+
+    def __init__(self, arguments: Sequence[object], environment: dict[str, str], directory: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | environment,
+            cwd=directory,
+        )
+        self.lines: list[str] = []  # of stderr, as far as they were read
+        self._timer = threading.Timer(GIVE_UP_SECONDS, self.process.kill)  # so that no read waits for ever
+        self._timer.daemon = True
+        self._timer.start()
+
+    def until(self, pattern: str) -> None:
+        """Returns when a line of stderr matches."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+            if re.search(pattern, line):
+                return
+        raise AssertionError(f"no line matches {pattern!r} in:\n" + "\n".join(self.lines))
+
+    def family(self) -> list[psutil.Process]:
+        """The process and all that it has started, as of now."""
+        leader = psutil.Process(self.process.pid)
+        return [leader, *leader.children(recursive=True)]
+
+    def kill(self) -> list[psutil.Process]:
+        """SIGKILL, to the driver alone; what it left behind and what did not end by itself within a minute."""
+        family = self.family()
+        self.process.kill()
+        self.finish()
+        _, left = psutil.wait_procs(family, timeout=60)  # Ray's agents look for their raylet every few seconds
+        return left
+
+    def interrupt(self) -> None:
+        """What Ctrl-C on a terminal does: SIGINT to the whole group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def finish(self) -> tuple[int, str]:
+        """(exit code, what it printed on stdout)."""
+        assert self.process.stderr is not None and self.process.stdout is not None
+        self.lines += self.process.stderr.read().splitlines()  # not communicate: it would lose what is buffered here
+        out = self.process.stdout.read()
+        self.process.wait()
+        self._timer.cancel()
+        return self.process.returncode, out
