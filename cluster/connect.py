@@ -94,6 +94,7 @@ def local_cluster(*, cpus: int, object_store_bytes: int, gpus: int = 0) -> Itera
             "RAY_ADDRESS": None,
             JOB_SETTINGS: None,  # inside a Ray job: this cluster does not have that job's packages
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # Ray's 15 lets any other program starve the run that its user waits for
         }
         with authentication.ray_environment(settings):
             try:

@@ -76,7 +76,9 @@ class PruneConfig(ClusterConfig):
     inputs: Literal["dense"] = Field("dense", description="What a unit reads while refitted: the dense activations.")
     epochs: Count = Field(1, description="Passes over the calibration while refitting.")
     batch: Count = Field(2, description="Samples in one refitting step.")
-    learning_rate: float = Field(0.008, gt=0, description="Peak, as a share of the RMS of the unit's weights.")
+    learning_rate: float = Field(
+        0.4, gt=0, description="Peak, in units of the weights' RMS over the root of the hidden width."
+    )
     samples: Count = Field(128, description="Calibration windows.")
     eval: str | None = Field(None, description="Text to measure perplexity on, dense and pruned; same forms.")
     seed: int = Field(0, ge=0, description="Seed of everything random.")

@@ -1,7 +1,6 @@
 """The order of work of a pruning run. It decides and records; weights and activations never pass through here."""
 
 import math
-import resource
 import shutil
 import time
 import uuid
@@ -27,6 +26,7 @@ from pipeline.rundir import RunDirectory, check_free, disk_full_refused
 from pipeline.tracking import Recorder, block_metrics, recorded_run, total_metrics
 from stages.checkpoint import Checkpoint, resolve
 from stages.errors import Refusal
+from stages.meter import peak_bytes
 from stages.shard import Recipe
 from stages.skeleton import read_config
 from stages.tokens import TokenTable, build_token_table
@@ -351,7 +351,7 @@ class _Run:
         run, layers = self.run, [layer for block in self.run["blocks"] for layer in block["layers"].values()]
         run["sparsity"] = sum(layer["zeros"] for layer in layers) / sum(layer["weights"] for layer in layers)
         run["peak_memory"] = {
-            "driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "driver": peak_bytes(),
             **run["peak_memory"],
         }
         run["seconds"] = {**self.seconds, "total": time.time() - self.started}

@@ -26,7 +26,7 @@ from stages.criteria import ROW_WISE, score
 from stages.errors import OutOfStep
 from stages.masks import Scope, count_zeros, keep_mask, masked
 from stages.meter import Timeline, peak_bytes
-from stages.reconstruct import FitSettings, UnitModules, fit, weight_rms
+from stages.reconstruct import FitSettings, UnitModules, fit, rate_unit
 from stages.skeleton import Skeleton, read_config
 from stages.spool import Spool, SpoolBudget
 from stages.statistics import InputStatistics
@@ -48,7 +48,7 @@ class Recipe:
     reconstruct: Literal["component", "none"] = "component"
     epochs: int = 1
     batch: int = 2
-    learning_rate: float = 0.008
+    learning_rate: float = 0.4
     seed: int = 0
 
 
@@ -370,7 +370,7 @@ class BlockWork:
 
     def _fit(self, unit: Unit, pruned: nn.Module) -> None:
         recipe, calibration = self.recipe, self.calibration
-        dense_rms = weight_rms([self.dense.get_submodule(linear).weight for linear in unit.linears])  # type: ignore[misc]
+        weights: list[Tensor] = [self.dense.get_submodule(linear).weight for linear in unit.linears]  # type: ignore[misc]
         parameters, report = fit(
             UnitModules(pruned, unit),
             self.keep,
@@ -383,7 +383,7 @@ class BlockWork:
                 learning_rate=recipe.learning_rate,
                 seed=derived_seed(recipe.seed, self.index, unit.name, 0),
             ),
-            dense_rms,
+            rate_unit(weights, self.skeleton.hidden_size),
         )
         self.tensors.update(parameters)
         self.flops += report.flops
