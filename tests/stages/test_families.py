@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from streaming import make_shards, prune
+from streaming import GENTLE, make_shards, prune
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.blocks import FAMILIES, Anatomy, layout_of, prunable, trace
@@ -38,16 +38,17 @@ def test_units_norms_and_shared_inputs_are_found(tiny_checkpoint, family) -> Non
     assert set(anatomy.calls) == {"self_attn", "mlp"}
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", "bfloat16"), ("mistral", "float32"), ("qwen2", "bfloat16"), ("qwen3", "float32")]
+)
 def test_a_pruned_family_has_its_exact_ratio_and_loads_in_transformers(
     tiny_checkpoint, tiny_tokens, tmp_path, family, dtype
 ) -> None:
-    directory = tiny_checkpoint(family, dtype)
-    shard = make_shards(directory, tmp_path, 1, LENGTH, recipe=Recipe(sparsity=0.3))[0]
-    reports = prune([shard], tiny_tokens(16, LENGTH))
+    directory = tiny_checkpoint(family, dtype, blocks=2)
+    shard = make_shards(directory, tmp_path, 1, LENGTH, blocks=2, recipe=Recipe(sparsity=0.3, learning_rate=GENTLE))[0]
+    reports = prune([shard], tiny_tokens(16, LENGTH), blocks=2)
     dense, pruned = load_file(directory / "model.safetensors"), {}
-    for index in range(4):
+    for index in range(2):
         pruned |= load_file(tmp_path / "output" / block_file(index))
     assert set(pruned) == {name for name in dense if ".layers." in name}
     for name, tensor in pruned.items():
@@ -57,7 +58,7 @@ def test_a_pruned_family_has_its_exact_ratio_and_loads_in_transformers(
     units = [unit for report in reports for unit in report["units"]]
     better = sum(unit["error_after"] < unit["error_before"] for unit in units)
     assert all(unit["error_after"] <= unit["error_before"] for unit in units)
-    assert better >= 6, f"only {better} of {len(units)} units were fitted better"
+    assert better >= 3, f"only {better} of {len(units)} units were fitted better"
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=getattr(torch, dtype))
     model.load_state_dict(dense | pruned, strict=True)
     assert model(input_ids=tiny_tokens(1, LENGTH).long()).logits.isfinite().all()
@@ -66,7 +67,7 @@ def test_a_pruned_family_has_its_exact_ratio_and_loads_in_transformers(
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_norms_and_biases_take_part_in_the_fit(tiny_checkpoint, tiny_tokens, tmp_path, family) -> None:
     directory = tiny_checkpoint(family)
-    shard = make_shards(directory, tmp_path, 1, LENGTH, recipe=Recipe())[0]
+    shard = make_shards(directory, tmp_path, 4, LENGTH, recipe=Recipe(learning_rate=GENTLE))[0]  # the first block alone
     report = prune([shard], tiny_tokens(16, LENGTH))[0]
     assert all(unit["improved"] for unit in report["units"])
     dense, pruned = load_file(directory / "model.safetensors"), load_file(tmp_path / "output" / block_file(0))

@@ -62,7 +62,15 @@ class Problem:
         self.targets.append(self.y)
 
     def fit(self, **settings) -> tuple[dict[str, Tensor], Fit]:
-        return fit(self.pruned, self.keep, CALL, self.inputs, self.targets, FitSettings(**settings), self.rms)
+        return fit(
+            self.pruned,
+            self.keep,
+            CALL,
+            self.inputs,
+            self.targets,
+            FitSettings(**{"learning_rate": 0.01} | settings),
+            self.rms,
+        )
 
 
 @pytest.fixture
@@ -120,6 +128,14 @@ def test_the_fit_is_plain_adamw_on_masked_parameters(tmp_path, in_float32, sampl
     assert report.steps == epochs * -(-fitted // batch)
     assert report.learning_rate == pytest.approx(0.01 * problem.rms)
     assert report.flops == 6 * (2 * HIDDEN * 12) * LENGTH * fitted * epochs
+
+
+def test_steps_taken_a_stretch_at_a_time_are_the_same(tmp_path, either_path, monkeypatch) -> None:
+    whole = Problem(tmp_path).fit(epochs=2)[0]
+    monkeypatch.setattr(reconstruct, "STEPPED_AT_A_TIME", 7)
+    pieces = Problem(tmp_path).fit(epochs=2)[0]
+    for name, tensor in pieces.items():
+        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from streaming import BATCH, make_shards, microbatches, prune, same_bits, stream, whole_model
+from streaming import BATCH, GENTLE, make_shards, microbatches, prune, same_bits, stream, whole_model
 
 from stages.errors import OutOfStep, Refusal
 from stages.meter import Timeline
@@ -16,7 +16,9 @@ LENGTH = 16
 
 @pytest.fixture
 def shard(tiny_checkpoint, tmp_path) -> Shard:
-    return make_shards(tiny_checkpoint("llama", blocks=3), tmp_path, 1, LENGTH, blocks=3, recipe=Recipe())[0]
+    return make_shards(
+        tiny_checkpoint("llama", blocks=3), tmp_path, 1, LENGTH, blocks=3, recipe=Recipe(learning_rate=GENTLE)
+    )[0]
 
 
 def test_a_microbatch_out_of_order_is_out_of_step(shard, tiny_tokens) -> None:
@@ -61,7 +63,9 @@ def test_a_broken_off_pass_is_forgotten_when_the_next_begins(shard, tiny_tokens,
     shard.begin(4, range(3))
     shard.forward(0, shard.embed(tokens[:2]))  # and then the driver died
     prune([shard], tokens, blocks=3)
-    other = make_shards(tiny_checkpoint("llama", blocks=3), tmp_path / "b", 1, LENGTH, blocks=3, recipe=Recipe())[0]
+    other = make_shards(
+        tiny_checkpoint("llama", blocks=3), tmp_path / "b", 1, LENGTH, blocks=3, recipe=Recipe(learning_rate=GENTLE)
+    )[0]
     prune([other], tokens, blocks=3)
     for index in range(3):
         ours, theirs = (tmp_path / part / block_file(index) for part in ("output", "b/output"))
@@ -103,7 +107,14 @@ def test_opened_pruned_it_streams_the_finished_files(shard, tiny_tokens, tiny_ch
 def test_work_frees_every_spool(tiny_checkpoint, tiny_tokens, tmp_path, spool_memory) -> None:
     model = tiny_checkpoint("llama", blocks=3)
     shard = make_shards(
-        model, tmp_path, 1, LENGTH, blocks=3, recipe=Recipe(), spool_memory=spool_memory, resident="one"
+        model,
+        tmp_path,
+        1,
+        LENGTH,
+        blocks=3,
+        recipe=Recipe(learning_rate=GENTLE),
+        spool_memory=spool_memory,
+        resident="one",
     )[0]
     stream([shard], tiny_tokens(8, LENGTH), range(3))
     files = list((tmp_path / "scratch").rglob("*.arrow"))
@@ -231,7 +242,9 @@ def test_work_whose_commit_failed_can_be_done_again(
 ) -> None:
     model, tokens = tiny_checkpoint("llama", blocks=3), tiny_tokens(8, LENGTH)
     shard, other = (
-        make_shards(model, tmp_path / part, 1, LENGTH, blocks=3, recipe=Recipe(), resident=resident)[0]
+        make_shards(
+            model, tmp_path / part, 1, LENGTH, blocks=3, recipe=Recipe(learning_rate=GENTLE), resident=resident
+        )[0]
         for part in ("failed", "fine")
     )
     stream([shard], tokens, {1})
