@@ -27,9 +27,9 @@ from pipeline.tracking import Recorder, block_metrics, recorded_run, total_metri
 from stages.checkpoint import Checkpoint, resolve
 from stages.errors import Refusal
 from stages.meter import peak_bytes
-from stages.shard import Recipe
 from stages.skeleton import read_config
 from stages.tokens import TokenTable, build_token_table
+from stages.work import Recipe
 
 SUMMARY = (
     *("output", "sparsity", "dense_perplexity", "perplexity", "seconds", "peak_memory", "estimate"),

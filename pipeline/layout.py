@@ -20,7 +20,8 @@ from pipeline.plan import (
     window_length,
 )
 from stages.errors import Refusal
-from stages.shard import Recipe, ShardSpec
+from stages.shard import ShardSpec
+from stages.work import Recipe
 
 DRIVER_BYTES = 1_200_000_000
 STORE_BYTES = 128 << 20  # the least that Ray's object store is given

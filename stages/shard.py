@@ -9,47 +9,27 @@
 The blocks that `forward` runs stay as they were loaded: work writes pruned copies, so a shard can always stream again.
 """
 
-import hashlib
 import time
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from stages.blocks import Call, Unit, trace
+from stages.blocks import Call, trace
 from stages.calibrate import BlockCalibration
 from stages.checkpoint import Checkpoint, grouped, resolve, write_tensors
-from stages.criteria import ROW_WISE, score
 from stages.errors import OutOfStep
-from stages.masks import Scope, count_zeros, keep_mask, masked
 from stages.meter import Timeline, peak_bytes
-from stages.reconstruct import FitSettings, UnitModules, fit, rate_unit
 from stages.skeleton import Skeleton, read_config
 from stages.spool import Spool, SpoolBudget
-from stages.statistics import InputStatistics
+from stages.work import BlockWork, Recipe
 
 TRACE_TOKENS = 4
-SCORED_AT_A_TIME = 1 << 17  # weights, where rows are scored independently
 ENDS_FILE_BYTES = 256 << 20
 HEAD_POSITIONS = 256  # positions turned into logits at a time: a vocabulary of 128 k costs 0.1 GB, not 1 GB
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """How blocks are pruned. Exactly one of `sparsity` and `pattern` is set."""
-
-    criterion: str = "wanda"
-    sparsity: float | None = 0.5
-    pattern: tuple[int, int] | None = None
-    scope: Scope = "row"
-    reconstruct: Literal["component", "none"] = "component"
-    epochs: int = 1
-    batch: int = 2
-    learning_rate: float = 0.4
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,12 +51,6 @@ class ShardSpec:
     spool_memory: int = 1 << 30
     trust_remote_code: bool = False
     recipe: Recipe | None = None
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed of its own for each (run seed, block, component, sweep): the same wherever and whenever it is used."""
-    text = "/".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def block_file(index: int) -> str:
@@ -313,101 +287,6 @@ class Shard:
         report["tokens_per_second"] = report["tokens"] / max(report["seconds"]["stream"], 1e-9)
         peak = peak_bytes(self.spec.device)
         return report | {"shard": self.spec.index, "file": path.name, "digest": digest, "peak_memory": peak}
-
-
-class BlockWork:
-    """One block on its way from dense to pruned. `tensors` holds the result so far, by name inside the block."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        index: int,
-        dense: nn.Module,
-        calibration: BlockCalibration,
-        skeleton: Skeleton,
-        timeline: Timeline,
-    ) -> None:
-        self.recipe, self.index, self.dense, self.skeleton = recipe, index, dense, skeleton
-        self.calibration, self.timeline = calibration, timeline
-        self.tensors: dict[str, Tensor] = dict(dense.state_dict())
-        self.keep: dict[str, Tensor] = {}  # by weight name inside the block
-        self.units: list[dict[str, Any]] = []
-        self.seconds = {"mask": 0.0, "reconstruct": 0.0}
-        self.flops = 0.0
-
-    def prune(self) -> None:
-        """Score and mask every prunable weight; pruned weights become +0."""
-        started = time.perf_counter()
-        with self.timeline.phase("score", self.index):
-            for linear in self.calibration.anatomy.linears:
-                name = f"{linear}.weight"
-                self.keep[name] = self._choose(self.tensors[name], self.calibration.statistics[linear])
-                self.tensors[name] = masked(self.tensors[name], self.keep[name])
-        self.seconds["mask"] = time.perf_counter() - started
-
-    def _choose(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
-        """Which weights survive, bool (O, I). Where rows do not depend on each other, a few at a time: the scores stay
-        in the cache, and the weight never has a float32 copy."""
-        recipe = self.recipe
-        rows = len(weight)
-        if recipe.criterion in ROW_WISE and recipe.scope == "row" and weight.device.type == "cpu":
-            rows = max(1, SCORED_AT_A_TIME // weight.shape[-1])
-        keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-        for start in range(0, len(weight), rows):
-            scores = score(recipe.criterion, weight[start : start + rows], statistics)
-            keep[start : start + rows] = keep_mask(scores, recipe.sparsity, recipe.pattern, recipe.scope)
-        return keep
-
-    def reconstruct(self) -> None:
-        """Fit every unit to its dense outputs, each on its own: with dense inputs the order does not matter."""
-        pruned = self.skeleton.assembled(self.index, self.tensors)
-        for unit in self.calibration.anatomy.units:
-            started = time.perf_counter()
-            with self.timeline.phase("reconstruct", self.index):
-                self._fit(unit, pruned)
-            self.units[-1]["seconds"] = time.perf_counter() - started
-            self.seconds["reconstruct"] += self.units[-1]["seconds"]
-
-    def _fit(self, unit: Unit, pruned: nn.Module) -> None:
-        recipe, calibration = self.recipe, self.calibration
-        weights: list[Tensor] = [self.dense.get_submodule(linear).weight for linear in unit.linears]  # type: ignore[misc]
-        parameters, report = fit(
-            UnitModules(pruned, unit),
-            self.keep,
-            calibration.anatomy.calls[unit.name],
-            calibration.inputs[unit.name],
-            calibration.outputs[unit.name],
-            FitSettings(
-                epochs=recipe.epochs,
-                batch=recipe.batch,
-                learning_rate=recipe.learning_rate,
-                seed=derived_seed(recipe.seed, self.index, unit.name, 0),
-            ),
-            rate_unit(weights, self.skeleton.hidden_size),
-        )
-        self.tensors.update(parameters)
-        self.flops += report.flops
-        self.units.append({"name": unit.name, **asdict(report)})
-
-    def report(self) -> dict[str, Any]:
-        """Counted zeros, errors, seconds: one plain dict, ready for the journal and for MLflow."""
-        layers = {}
-        for linear in self.calibration.anatomy.linears:
-            weight = self.tensors[f"{linear}.weight"]
-            layers[linear] = {"zeros": count_zeros(weight), "weights": weight.numel()}
-        weights = sum(layer["weights"] for layer in layers.values())
-        seconds = self.seconds["reconstruct"]
-        statistics = next(iter(self.calibration.statistics.values()))
-        return {
-            "block": self.index,
-            "sparsity": sum(layer["zeros"] for layer in layers.values()) / weights,
-            "tokens": statistics.tokens,
-            "gflops": self.flops / seconds / 1e9 if seconds else None,
-            "seconds": dict(self.seconds),
-            "units": self.units,
-            "layers": layers,
-            "spool_disk": self.calibration.disk_bytes,
-        }
 
 
 def compute_dtype(config: Any, wanted: str) -> torch.dtype:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch
 
 from pipeline.config import PruneConfig
 from pipeline.driver import load_tokenizer
-from stages.shard import Recipe, Shard, ShardSpec
+from pipeline.progress import Reporter
+from stages.shard import Shard, ShardSpec
 from stages.skeleton import read_config
 from stages.tokens import build_token_table
+from stages.work import Recipe
 
 LENGTH, SAMPLES, MICROBATCH = 32, 16, 2
 GIVE_UP_SECONDS = 180  # for what takes ten on an idle machine
@@ -115,6 +117,27 @@ def prune_without_ray(config: PruneConfig) -> dict[str, str]:
     return weights_of(output)
 
 
+class Listener(Reporter):
+    """Keeps what a run tells, and calls `on_block` and `on_step` when these happen."""
+
+    def __init__(self, on_block: Callable[[int], None] | None = None, on_step: Callable[[int], None] | None = None):
+        self.notes: list[str] = []
+        self.on_block, self.on_step = on_block, on_step
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def pass_begins(self, name: str, microbatches: int) -> Callable[[int], None]:
+        return self.on_step if self.on_step and name == "calibrate" else lambda done: None
+
+    def work_begins(self, blocks_by_shard: Any, finished: int) -> None:
+        self.notes.append(f"{finished} finished before")
+
+    def block_done(self, report: Any, recipe: str, blocks: int) -> None:
+        if self.on_block:
+            self.on_block(report["block"])
+
+
 class Command:
     """`espalier ARGUMENTS` in a process of its own, which leads a session of its own."""
 
@@ -148,11 +171,14 @@ class Command:
         return [leader, *leader.children(recursive=True)]
 
     def kill(self) -> list[psutil.Process]:
-        """SIGKILL, to the driver alone; what it left behind and what did not end by itself within a minute."""
-        family = self.family()
+        """SIGKILL, to the driver alone; what of its family did not end by itself within twenty seconds.
+
+        Ray's two agents do not count: small and idle, they look for their control service for a minute before they go.
+        """
+        family = [member for member in self.family() if not member.name().endswith("Agent")]
         self.process.kill()
         self.finish()
-        _, left = psutil.wait_procs(family, timeout=60)  # Ray's agents look for their raylet every few seconds
+        _, left = psutil.wait_procs(family, timeout=20)
         return left
 
     def interrupt(self) -> None:

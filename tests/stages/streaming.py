@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from stages.shard import Recipe, Shard, ShardSpec
+from stages.shard import Shard, ShardSpec
+from stages.work import Recipe
 
 BATCH = 2  # samples a microbatch
 GENTLE = 0.04  # a learning rate at which units of 32 random channels get better; the default suits trained models

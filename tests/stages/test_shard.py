@@ -9,7 +9,8 @@ from streaming import BATCH, GENTLE, make_shards, microbatches, prune, same_bits
 
 from stages.errors import OutOfStep, Refusal
 from stages.meter import Timeline
-from stages.shard import Recipe, Shard, ShardSpec, block_file, derived_seed
+from stages.shard import Shard, ShardSpec, block_file
+from stages.work import Recipe, derived_seed
 
 LENGTH = 16
 

@@ -1,0 +1,113 @@
+"""A fleet of shards on Ray: what one shard refuses comes out as it was said, and a shard that keeps dying ends the run.
+
+Whole runs that lose a shard are in tests/pipeline/test_resume.py.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.connect import local_cluster
+from cluster.fleet import FRUITLESS_RECOVERIES, Fleet, Stream
+from stages.errors import Refusal
+from stages.shard import ShardSpec
+from stages.work import Recipe
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+LENGTH, MICROBATCHES = 16, 6
+
+
+@pytest.fixture(scope="module")
+def one_cluster() -> Iterator[None]:
+    with local_cluster(cpus=2, object_store_bytes=200 << 20):
+        yield
+
+
+@pytest.fixture
+def specs(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> list[ShardSpec]:
+    """Two shards of two blocks each, without reconstruction."""
+    (tmp_path / "out").mkdir()
+    return [
+        ShardSpec(
+            index=index,
+            first=2 * index,
+            last=2 * index + 2,
+            embeds=index == 0,
+            heads=index == 1,
+            model=str(tiny_checkpoint()),
+            output=str(tmp_path / "out"),
+            scratch=str(tmp_path / "scratch"),
+            length=LENGTH,
+            recipe=Recipe(reconstruct="none"),
+        )
+        for index in range(2)
+    ]
+
+
+@pytest.fixture
+def tokens(tiny_tokens: Callable[..., torch.Tensor]) -> np.ndarray:
+    return tiny_tokens(MICROBATCHES, LENGTH).numpy()
+
+
+def stream(tokens: np.ndarray, window: int = 2) -> Stream:
+    return Stream(batches=lambda number: tokens[number : number + 1], microbatches=MICROBATCHES, window=window)
+
+
+def test_losses_and_refusals_cross_the_fleet(one_cluster: None, specs: list[ShardSpec], tokens: np.ndarray) -> None:
+    events: list[str] = []
+    with Fleet(specs, 1, None, events.append) as fleet:
+        facts = fleet.open()
+        assert [(fact.index, fact.first, fact.last) for fact in facts] == [(0, 0, 2), (1, 2, 4)]
+        assert len({fact.pid for fact in facts} | {os.getpid()}) == 3
+
+        steps: list[int] = []
+        loss, count = fleet.loss(stream(tokens), steps.append)
+        assert count == MICROBATCHES * (LENGTH - 1) and steps == list(range(1, MICROBATCHES + 1))
+        assert fleet.loss(stream(tokens, window=5), steps.append) == (loss, count), "whatever the window"
+
+        # Killed between passes: the next pass meets an empty shard, and brings it back by itself.
+        os.kill(facts[1].pid, signal.SIGKILL)
+        assert fleet.loss(stream(tokens), steps.append) == (loss, count)
+        assert events and all("a shard was lost" in event and "\n" not in event for event in events)
+
+        fleet.calibrate(stream(tokens), {0, 3}, steps.append)
+        reports = list(fleet.work(stream(tokens), {0, 3}))
+        assert sorted(report["block"] for report in reports) == [0, 3], "only what was asked for"
+
+        wrong = tokens.copy()
+        wrong[3, 2] = 10_000  # no such row in the embedding: a bug, which is not retried for ever
+        with pytest.raises(IndexError):
+            fleet.loss(stream(wrong), steps.append)
+
+
+def test_a_shard_that_cannot_be_brought_back_ends_the_run_in_one_line(
+    one_cluster: None, specs: list[ShardSpec], tokens: np.ndarray
+) -> None:
+    events: list[str] = []
+    with Fleet(specs[:1], 1, None, events.append) as fleet:
+        pid = [fleet.open()[0].pid]
+
+        def deadly(number: int) -> np.ndarray:
+            if number == 2:
+                pid[0] = fleet.open()[0].pid
+                os.kill(pid[0], signal.SIGKILL)
+            return tokens[number : number + 1]
+
+        with pytest.raises(Refusal, match="a shard was lost 4 times with no block finished between") as caught:
+            fleet.calibrate(Stream(deadly, MICROBATCHES, 1), {0}, lambda _: None)
+        assert "\n" not in str(caught.value) and "out of memory" in str(caught.value)
+        assert len(events) == FRUITLESS_RECOVERIES
+
+
+def test_a_node_that_does_not_see_the_run_says_so(one_cluster: None, specs: list[ShardSpec], tmp_path: Path) -> None:
+    run_file = str(tmp_path / "elsewhere" / "run.json")
+    with (
+        Fleet(specs[:1], 1, run_file, lambda _: None) as fleet,
+        pytest.raises(Refusal, match=r"not visible on node .* storage that all of them share"),
+    ):
+        fleet.open()
