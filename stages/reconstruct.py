@@ -17,7 +17,7 @@ from stages.spool import Spool
 
 WARM_UP = 0.1  # share of the steps over which the learning rate rises
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW
-STEPPED_AT_A_TIME = 1 << 20  # weights, so that no whole matrix has a float32 gradient
+STEPPED_AT_A_TIME = 1 << 20  # weights
 VALIDATION = 8  # one sample in this many is held out to judge the fit
 
 
@@ -77,8 +77,8 @@ class _Masters:
     """AdamW on float32 masters, stepped inside the backward pass.
 
     A weight's step runs as soon as its gradient is complete and frees the gradient, so no more than one matrix's
-    gradient lives at a time: 14 bytes a parameter with bf16 working weights, 16 with float32 ones. Each step goes
-    through its weight a stretch at a time: mask, float32 copy, AdamW and the way back pass through memory once.
+    gradient lives at a time: 14 bytes a parameter with bf16 working weights, 16 with float32 ones. A step takes
+    a stretch of its weight at a time, so that a whole matrix never has a float32 gradient.
     """
 
     def __init__(
@@ -144,7 +144,11 @@ def rate_unit(weights: list[Tensor], width: int) -> float:
 
 def weight_rms(weights: list[Tensor]) -> float:
     """Root mean square over all the weights together."""
-    squares = sum(float(w.float().square().sum(dtype=torch.float64)) for w in weights)
+    squares = 0.0
+    for weight in weights:
+        for part in weight.detach().reshape(-1).split(STEPPED_AT_A_TIME // 8):
+            values = part.float()
+            squares += float(values.dot(values))
     return (squares / max(sum(w.numel() for w in weights), 1)) ** 0.5
 
 
