@@ -1,8 +1,10 @@
 """`espalier demo`: the bundled model pruned three ways on two shard actors, offline, and one table."""
 
+import itertools
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def run_demo(output: Path, address: str | None = None) -> dict[str, Any]:
+def run_demo(output: Path | None = None, address: str | None = None) -> dict[str, Any]:
     """Prune the bundled model with each recipe. Keys: rows, recovered, checkpoint, report, experiment, tracking_uri.
 
-    Raises Refusal if `output` is not new or empty.
+    Without `output`, the first of demo-run, demo-run-2, ... that is not there yet. Raises Refusal if `output` is not
+    new or empty.
     """
+    output = output or next(path for path in _default_outputs() if not path.exists())
     check_free(output)
     resolve(str(MODEL))
     output = output.absolute()
@@ -71,6 +75,11 @@ def run_demo(output: Path, address: str | None = None) -> dict[str, Any]:
         "experiment": EXPERIMENT,
         "tracking_uri": run["tracking_uri"],
     }
+
+
+def _default_outputs() -> Iterator[Path]:
+    yield Path("demo-run")
+    yield from (Path(f"demo-run-{number}") for number in itertools.count(2))
 
 
 def _row(recipe: str, run: dict[str, Any], perplexity: float, sparsity: float, *phases: str) -> dict[str, Any]:
