@@ -175,6 +175,7 @@ class Command:
 
         Ray's two agents do not count: small and idle, they look for their control service for a minute before they go.
         """
+        self.process.send_signal(signal.SIGSTOP)  # it does no more while its family is looked up
         family = [member for member in self.family() if not member.name().endswith("Agent")]
         self.process.kill()
         self.finish()

@@ -10,7 +10,6 @@ import pytest
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, add_tokenizer, write_text
 
 from pipeline.config import PruneConfig
-from pipeline.progress import Reporter
 
 
 @pytest.fixture(scope="module")
@@ -82,29 +81,3 @@ def request_for(tmp_path: Path, tiny_model: Callable[..., Path], text: Path) -> 
         return PruneConfig(**(usual | options))
 
     return make
-
-
-class Listener(Reporter):
-    """Keeps what a run tells, and calls `on_block` and `on_step` when these happen."""
-
-    def __init__(self, on_block: Callable[[int], None] | None = None, on_step: Callable[[int], None] | None = None):
-        self.notes: list[str] = []
-        self.on_block, self.on_step = on_block, on_step
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def pass_begins(self, name: str, microbatches: int) -> Callable[[int], None]:
-        return self.on_step if self.on_step and name == "calibrate" else lambda done: None
-
-    def work_begins(self, blocks_by_shard: Any, finished: int) -> None:
-        self.notes.append(f"{finished} finished before")
-
-    def block_done(self, report: Any, recipe: str, blocks: int) -> None:
-        if self.on_block:
-            self.on_block(report["block"])
-
-
-@pytest.fixture
-def listener() -> type[Listener]:
-    return Listener
