@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stages import masks
 from stages.errors import Refusal
-from stages.masks import check_divisible, check_pattern, check_sparsity, keep_mask
+from stages.masks import check_divisible, check_pattern, check_sparsity, keep_mask, masked
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -123,3 +123,17 @@ def test_either_a_ratio_or_a_pattern() -> None:
 def test_nothing_goes_at_ratio_zero() -> None:
     assert keep_mask(torch.zeros(3, 5), 0.0).all()
     assert keep_mask(torch.zeros(3, 5), 0.19).all()  # int(5 · 0.19) = 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_weights_are_plus_zero_and_the_others_keep_their_bits(dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(9, 24, generator=generator).to(dtype)
+    weight[0] = -0.0
+    keep = torch.rand(9, 24, generator=generator) > 0.5
+    before, integers = weight.clone(), torch.int32 if dtype == torch.float32 else torch.int16
+    result = masked(weight, keep)
+    expected = torch.where(keep, before.view(integers), torch.zeros((), dtype=integers))
+    assert result.dtype == dtype
+    assert torch.equal(result.view(integers), expected)
+    assert torch.equal(weight.view(integers), before.view(integers))

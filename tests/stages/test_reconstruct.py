@@ -15,6 +15,7 @@ from stages.reconstruct import (
     UnitModules,
     fit,
     learning_rate_at,
+    rate_unit,
     relative_error,
     split_samples,
     weight_rms,
@@ -132,7 +133,7 @@ def test_the_fit_is_plain_adamw_on_masked_parameters(tmp_path, in_float32, sampl
 
 def test_steps_taken_a_stretch_at_a_time_are_the_same(tmp_path, either_path, monkeypatch) -> None:
     whole = Problem(tmp_path).fit(epochs=2)[0]
-    monkeypatch.setattr(reconstruct, "STEPPED_AT_A_TIME", 7)
+    monkeypatch.setattr(reconstruct, "STEPPED_AT_A_TIME", 56)
     pieces = Problem(tmp_path).fit(epochs=2)[0]
     for name, tensor in pieces.items():
         torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-6)
@@ -242,3 +243,4 @@ def test_the_rms_is_over_all_weights_together() -> None:
     weights = [torch.full((2, 3), 3.0), torch.full((1, 2), -1.0, dtype=torch.bfloat16)]
     assert weight_rms(weights) == pytest.approx(((6 * 9 + 2 * 1) / 8) ** 0.5)
     assert weight_rms([torch.zeros(3)]) == 0
+    assert rate_unit(weights, 16) == pytest.approx(weight_rms(weights) / 4)
