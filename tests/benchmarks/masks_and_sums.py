@@ -1,6 +1,6 @@
 """Masks and statistics alone, one thread: CPU milliseconds, the best of a few.
 
-python tests/benchmarks/kernels.py
+python tests/benchmarks/masks_and_sums.py
 """
 
 import time
@@ -45,7 +45,7 @@ def main() -> None:
     }
     for name, milliseconds in result.items():
         print(f"  {name:50} {milliseconds:8.1f} ms")
-    report("kernels", {"shape": [ROWS, COLUMNS], "milliseconds": result})
+    report("masks_and_sums", {"shape": [ROWS, COLUMNS], "milliseconds": result})
 
 
 if __name__ == "__main__":
