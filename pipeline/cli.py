@@ -1,5 +1,6 @@
 """The `espalier` command. Results go to stdout, everything else to stderr; a refusal is one line and exit code 2."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -138,7 +139,9 @@ def prune(
     request = build_config(wanted, PruneConfig)
     from pipeline.driver import prune as run
 
-    show_result(run(request), as_json)
+    with stdout_kept():
+        result = run(request)
+    show_result(result, as_json)
 
 
 @app.command()
@@ -153,7 +156,9 @@ def resume(
     """
     from pipeline.driver import resume as run
 
-    show_result(run(directory, shards), as_json)
+    with stdout_kept():
+        result = run(directory, shards)
+    show_result(result, as_json)
 
 
 @app.command(name="eval")
@@ -174,7 +179,8 @@ def evaluate(
     from pipeline.evaluate import evaluate as run
     from pipeline.show import evaluation_table
 
-    result = run(request)
+    with stdout_kept():
+        result = run(request)
     show(result, as_json, lambda: evaluation_table(result))
 
 
@@ -268,7 +274,8 @@ def demo(
     from pipeline.demo.run import run_demo
     from pipeline.show import demo_tables
 
-    result = run_demo(output, address)
+    with stdout_kept():
+        result = run_demo(output, address)
     show(result, as_json, lambda: demo_tables(result))
 
 
@@ -285,6 +292,11 @@ def doctor(as_json: Json = False) -> None:
     findings = examine()
     show({"findings": [asdict(finding) for finding in findings]}, as_json, lambda: render(findings))
     raise typer.Exit(exit_code(findings))
+
+
+def stdout_kept() -> contextlib.AbstractContextManager[Any]:
+    """Within it, what libraries print goes to stderr; Ray tells on stdout, from a thread, that a worker died."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def show_result(result: "PruneResult", as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """The demo, made small: three runs, one table, and what it needs is in the package."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_a_small_demo_prunes_three_ways_and_shows_one_table(
     assert result["checkpoint"] == "demo/wanda-reconstruction" and (tmp_path / result["report"]).is_file()
     assert (tmp_path / result["checkpoint"] / "model.safetensors.index.json").is_file()
 
-    console = Console(width=160, record=True, quiet=True)
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(demo_tables(result))
     shown = console.export_text()
     assert all(recipe in shown for recipe in recipes) and "mlflow ui" in shown and result["checkpoint"] in shown

@@ -1,5 +1,6 @@
 """Whole runs: a plain checkpoint with exact zeros, the same bytes however they were made, and a whole record."""
 
+import io
 import json
 import math
 import socket
@@ -253,7 +254,7 @@ def test_the_table_for_a_person_shows_perplexities_memory_and_where_things_are(w
 
     from pipeline.show import result_table
 
-    console = Console(width=200, record=True, quiet=True)
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(result_table(wanda.run))
     shown = console.export_text()
     assert f"{wanda.perplexity:,.2f}" in shown and "50.0000%" in shown

@@ -1,0 +1,108 @@
+"""`espalier prune` on a cluster of two raylets: the same bytes as one plain shard, however the command got there."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from whole_runs import LENGTH, MICROBATCH, SAMPLES, Listener, add_tokenizer, prune_without_ray, weights_of, write_text
+
+from pipeline.cli import main
+from pipeline.config import PruneConfig
+from pipeline.driver import prune
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def wanted(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The options of a small run, but for its output."""
+    home = tmp_path_factory.mktemp("wanted")
+    model = home / "model"
+    model.mkdir()
+    for file in tiny_checkpoint().iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    add_tokenizer(model)
+    return {
+        "model": str(model),
+        "calibration": str(write_text(home / "text.txt", 4000, seed=1)),
+        "eval": str(write_text(home / "held-out.txt", 500, seed=2)),
+        "samples": SAMPLES,
+        "length": LENGTH,
+        "microbatch": MICROBATCH,
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(wanted: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return prune_without_ray(PruneConfig(**wanted, output=str(tmp_path_factory.mktemp("expected") / "out")))
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri
+
+
+def flags(wanted: dict[str, Any], **more: object) -> list[str]:
+    options = {name: value for name, value in wanted.items() if name != "model"} | more
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
+    return ["prune", wanted["model"], *(part for pair in pairs for part in pair)]
+
+
+def test_the_bytes_are_the_same_with_shards_on_two_nodes_and_one_node_lost(
+    member: Any, wanted: dict[str, Any], expected: dict[str, str], database: str, tmp_path: Path
+) -> None:
+    # The second raylet goes while its shard is at work; the shard comes back on the first.
+    lost: list[int] = []
+
+    def lose_a_node(block: int) -> None:
+        if not lost:
+            lost.append(block)
+            member.kill_node(1)
+
+    request = PruneConfig(**wanted, output=str(tmp_path / "out"), address=member.address, shards=2)
+    try:
+        result = prune(request, Listener(on_block=lose_a_node))
+    finally:
+        if lost:
+            member.add_node()
+    assert weights_of(result.output) == expected
+    assert result.run["shards"][0]["device"] == "cpu" and len(result.run["shards"]) == 2
+
+
+def test_a_submitted_run_gives_the_same_bytes_and_a_complete_record(
+    member: Any,
+    wanted: dict[str, Any],
+    expected: dict[str, str],
+    database: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = flags(wanted, output="out", shards=2, experiment="submitted")
+    assert main(["submit", "--address", member.dashboard_url, "--", *command]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^block \d/4", out, re.MULTILINE) and str(tmp_path / "out") in out
+    assert weights_of(tmp_path / "out") == expected
+    run = json.loads((tmp_path / "out" / "espalier" / "run.json").read_text())
+    assert run["tracking_uri"] == database and run["warnings"] == []
+
+    from mlflow import MlflowClient
+
+    record = MlflowClient(tracking_uri=database).get_run(run["mlflow_run_id"])
+    assert record.info.status == "FINISHED" and record.data.metrics["perplexity"] == run["perplexity"]
+
+
+def test_a_refusal_inside_the_job_comes_back_as_its_one_line_and_exit_code_2(
+    member: Any, wanted: dict[str, Any], database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = flags(wanted | {"samples": 1000}, output="out")
+    assert main(["submit", "--address", member.dashboard_url, "--", *command]) == 2
+    captured = capsys.readouterr()
+    said = [line for line in (captured.out + captured.err).splitlines() if line.startswith("espalier: ")]
+    assert len(said) == 1 and "--samples 125" in said[0]
+    assert "Traceback" not in captured.out + captured.err and not (tmp_path / "out").exists()
