@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -26,6 +26,7 @@ from stages.errors import Refusal
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PREFLIGHT_SECONDS = 5.0
+READY_SECONDS = 30  # for the agent that makes jobs, which comes up seconds after its node
 POLL_SECONDS = 0.3
 LOST_AFTER = 5  # attempts in a row that fail before the server counts as gone
 STOP_SECONDS = 30  # between the job's SIGINT and its SIGKILL: a run closes its journal and says how to resume
@@ -71,14 +72,29 @@ def submit(
     with authentication.ray_environment(settings):
         client = JobSubmissionClient(url)
         with package.staged(demo_model=True) as code:
-            job_id = client.submit_job(
-                entrypoint=_command(entrypoint),
-                runtime_env={"working_dir": str(code), "env_vars": {**_stopping(), **env}},
-            )
+            environment = {"working_dir": str(code), "env_vars": {**_stopping(), **env}}
+            job_id = _accepted(client, url, _command(entrypoint), environment)
         on_line(f"job {job_id} submitted to {url}")
         if not follow:
             return JobOutcome(job_id, str(client.get_job_status(job_id)), None)
         return _follow(client, job_id, url, on_line)
+
+
+def _accepted(client: JobSubmissionClient, url: str, command: str, environment: dict[str, Any]) -> str:
+    """The id of the job made of `command`. A cluster that has just started is given time for its first node."""
+    give_up = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            return client.submit_job(entrypoint=command, runtime_env=environment)
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            if time.monotonic() > give_up:
+                raise Refusal(
+                    f"the Ray cluster at {url} has no node that takes jobs, for {READY_SECONDS} s now; "
+                    "are its nodes alive (`ray status`), and did they start with the dashboard's agent?"
+                ) from error
+        time.sleep(1)
 
 
 def dashboard(address: str | None) -> tuple[str, authentication.Credentials]:
@@ -124,14 +140,16 @@ def _command(entrypoint: list[str]) -> str:
     """`entrypoint` as the shell line that Ray runs.
 
     PATH on a node may name a Python without Ray (`ray start` from a virtual environment that was not activated); then
-    the submitter's own is tried, which a shared machine or disk has too.
+    the submitter's own is tried, which a shared machine or disk has too. It works in the submitter's directory where
+    the node has that: Ray's own is replaced under its feet as soon as another raylet of the same machine unpacks it.
     """
     if entrypoint[:1] != ["python"]:
         return shlex.join(entrypoint)
     has_ray = "import importlib.util as u, sys; sys.exit(u.find_spec('ray') is None)"
     candidates = shlex.join(["python", "python3", sys.executable])
-    arguments = shlex.join(entrypoint[1:])
+    arguments = shlex.join(["-P", *entrypoint[1:]])  # -P: the code is what was shipped, not what lies in the directory
     return (
+        f"cd {shlex.quote(os.getcwd())} 2>/dev/null || cd; "
         f'for p in {candidates}; do "$p" -c {shlex.quote(has_ray)} 2>/dev/null && exec "$p" {arguments}; done; '
         f'echo "no Python with Ray on this node, tried: {candidates}" >&2; exit 127'
     )

@@ -38,7 +38,7 @@ class Reporter:
         self._blocks_done, self._blocks_total = 0, sum(blocks_by_shard.values())
         self._work_started = time.perf_counter()
         if finished:
-            self.note(f"{finished} blocks were finished before")
+            self.note(f"{finished} block{'s were' if finished > 1 else ' was'} finished before")
 
     def block_done(self, report: Mapping[str, Any], recipe: str, blocks: int) -> None:
         """A block is committed."""

@@ -290,7 +290,6 @@ def test_a_disk_that_fills_up_in_the_middle_keeps_what_is_whole_and_says_how_to_
     whole = {entry["file"] for entry in journal_of(output)}
     assert {path.name for path in output.glob("*.safetensors*")} == whole and len(whole) == 1
     (disk / "somebody else's").unlink()
-    monkeypatch.undo()
-    monkeypatch.chdir(disk)
+    monkeypatch.setattr(RunDirectory, "note", note)
     assert main(["resume", str(output), "--json"]) == 0
     assert len(list(output.glob("model-block-*.safetensors"))) == 4
