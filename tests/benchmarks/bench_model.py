@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 SMALL = {"hidden": 1024, "blocks": 8, "heads": 16, "kv_heads": 8, "mlp": 2816, "vocab": 8192}  # 111 M parameters
 LARGE = {"hidden": 4096, "blocks": 18, "heads": 32, "kv_heads": 8, "mlp": 14336, "vocab": 32000}  # 8.4 GB in bf16
@@ -25,6 +24,8 @@ def make_llama(out: Path, shape: dict[str, int] = SMALL, dtype: torch.dtype = to
     """`out`, holding a random Llama of this shape, made one block in memory at a time; left alone if it is there."""
     if (out / "config.json").exists():
         return out
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
     out.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
         vocab_size=shape["vocab"],
