@@ -98,18 +98,29 @@ def local_cluster(*, cpus: int, object_store_bytes: int, gpus: int = 0) -> Itera
         }
         with authentication.ray_environment(settings):
             try:
-                ray.init(
-                    address="local",
-                    num_cpus=cpus,
-                    num_gpus=gpus,
-                    object_store_memory=object_store_bytes,
-                    include_dashboard=False,
-                    _temp_dir=str(home / "ray"),
-                    **_quiet(),
-                )
+                _start(cpus, gpus, object_store_bytes, home / "ray")
                 yield
             finally:
                 ray.shutdown()
+
+
+def _start(cpus: int, gpus: int, object_store_bytes: int, directory: Path) -> None:
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            object_store_memory=object_store_bytes,
+            include_dashboard=False,
+            _temp_dir=str(directory),
+            **_quiet(),
+        )
+    except Exception as error:  # Ray raises no class of its own for it, after half a minute that cannot be set
+        if "timed out during startup" not in str(error):
+            raise
+        raise Refusal(
+            "Ray did not start within 30 s: this machine is very busy; try again when it is less so"
+        ) from error
 
 
 @contextlib.contextmanager
