@@ -6,10 +6,12 @@ Letters: S = samples of a batch, L = tokens of a sample, D = hidden size.
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from stages.blocks import Call, Unit
 from stages.masks import masked
@@ -40,7 +42,7 @@ class Fit:
     improved: bool
     steps: int
     learning_rate: float  # peak, absolute
-    flops: float  # of the matrix products with weights, forward and backward
+    flops: float  # of all matrix products: fitting forward and backward, and both passes over the held-out samples
 
 
 class UnitModules(nn.Module):
@@ -180,6 +182,23 @@ def relative_error(unit: UnitModules, call: Call, inputs: Spool, targets: Spool,
     return error / total if total else error
 
 
+def _cpu_attention_flops(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], dropout: float = 0.0, causal: bool = False,
+    *rest: Any, out_shape: Any = None, **named: Any,
+) -> int:  # fmt: skip
+    full = sdpa_flop_count(query, key, value)
+    return full // 2 if causal else full  # the kernel skips what lies above the diagonal
+
+
+@torch.no_grad()
+def forward_flops(unit: UnitModules, call: Call, sample: Tensor) -> int:
+    """FLOPs of the matrix products, attention's included, in one forward pass over one sample (L, D)."""
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        unit(sample.to(next(unit.parameters()).device)[None], call)
+    return counter.get_total_flops()
+
+
 def fit(
     unit: UnitModules,
     keep: Mapping[str, Tensor],
@@ -208,15 +227,14 @@ def fit(
     after = relative_error(candidate, call, inputs, targets, held)
     improved = after < before  # false for nan, too
     chosen = candidate if improved else unit
-    tokens = inputs[0].shape[0] * len(fitted) * settings.epochs
-    matrices = sum(master.numel() for master in masters.values() if master.dim() == 2)
+    passes = 3 * len(fitted) * settings.epochs + 2 * len(held)  # a backward pass costs two forward passes
     report = Fit(
         error_before=before,
         error_after=after if improved else before,
         improved=improved,
         steps=_steps(len(fitted), settings),
         learning_rate=peak,
-        flops=6.0 * matrices * tokens,
+        flops=float(passes * forward_flops(unit, call, inputs[held[0]])),
     )
     return {name: parameter.detach() for name, parameter in chosen.named().items()}, report
 

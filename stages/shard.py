@@ -272,6 +272,8 @@ class Shard:
             raise OutOfStep(f"shard {self.spec.index} has no calibration for block {index}")
         assert self.spec.recipe is not None
         work = BlockWork(self.spec.recipe, index, self._block(index), calibration, self.skeleton, self.timeline)
+        if self.spec.resident == "one":
+            self._blocks.clear()  # the dense block goes, matrix by matrix, as its pruned copy is made
         with torch.no_grad():
             work.prune()
         if self.spec.recipe.reconstruct != "none":

@@ -53,13 +53,17 @@ class BlockWork:
         skeleton: Skeleton,
         timeline: Timeline,
     ) -> None:
-        self.recipe, self.index, self.dense, self.skeleton = recipe, index, dense, skeleton
+        self.recipe, self.index, self.skeleton = recipe, index, skeleton
         self.calibration, self.timeline = calibration, timeline
         self.tensors: dict[str, Tensor] = dict(dense.state_dict())
         self.keep: dict[str, Tensor] = {}  # by weight name inside the block
+        self.rate_units = {unit.name: self._rate_unit(unit) for unit in calibration.anatomy.units}
         self.units: list[dict[str, Any]] = []
         self.seconds = {"mask": 0.0, "reconstruct": 0.0}
         self.flops = 0.0
+
+    def _rate_unit(self, unit: Unit) -> float:
+        return rate_unit([self.tensors[f"{linear}.weight"] for linear in unit.linears], self.skeleton.hidden_size)
 
     def prune(self) -> None:
         """Score and mask every prunable weight; pruned weights become +0."""
@@ -96,7 +100,6 @@ class BlockWork:
 
     def _fit(self, unit: Unit, pruned: nn.Module) -> None:
         recipe, calibration = self.recipe, self.calibration
-        weights: list[Tensor] = [self.dense.get_submodule(linear).weight for linear in unit.linears]  # type: ignore[misc]
         parameters, report = fit(
             UnitModules(pruned, unit),
             self.keep,
@@ -109,7 +112,7 @@ class BlockWork:
                 learning_rate=recipe.learning_rate,
                 seed=derived_seed(recipe.seed, self.index, unit.name, 0),
             ),
-            rate_unit(weights, self.skeleton.hidden_size),
+            self.rate_units[unit.name],
         )
         self.tensors.update(parameters)
         self.flops += report.flops

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/reconstruction.py [--length 512] [--samples 16]
 
-FLOPs are 6 x weights x tokens: forward, and both products of the backward pass. Attention itself, norms, the optimiser
-and the two passes over the held-out samples are in the time and not in the FLOPs.
+FLOPs are those of the matrix products that are done: with weights and in attention (its causal half), forward and
+backward, and forward over the held-out samples. Norms, activations, masks and the optimiser are in the time alone.
 """
 
 import argparse
