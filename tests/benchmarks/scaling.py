@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from bench_model import SMALL, make_llama, report, token_ids
 
 from pipeline import PruneConfig, prune
