@@ -29,13 +29,12 @@ def main(home: Path, cpus: int) -> None:
     from ray.cluster_utils import Cluster
 
     shape = {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    head = {"include_dashboard": True, "dashboard_port": port, "no_monitor": True, "include_log_monitor": False}
-    cluster = Cluster(initialize_head=True, head_node_args={**shape, **head, "temp_dir": str(home / "ray")})
+    head = {"include_dashboard": True, "dashboard_port": free_port(), "no_monitor": True, "include_log_monitor": False}
+    # Agents of their own ports: another cluster on this machine may hold the default one, and jobs need an agent.
+    head |= {"dashboard_agent_listen_port": free_port(), "temp_dir": str(home / "ray")}
+    cluster = Cluster(initialize_head=True, head_node_args={**shape, **head})
     try:
-        raylets = [cluster.head_node, cluster.add_node(**shape)]
+        raylets = [cluster.head_node, cluster.add_node(**shape, dashboard_agent_listen_port=free_port())]
         tell(
             {"address": cluster.address, "dashboard_url": f"http://{cluster.webui_url}", "token_path": str(token_path)}
         )
@@ -44,11 +43,17 @@ def main(home: Path, cpus: int) -> None:
             if command == "kill":
                 raylets[int(number[0])].kill_raylet(check_alive=False)
             else:
-                raylets.append(cluster.add_node(**shape))
+                raylets.append(cluster.add_node(**shape, dashboard_agent_listen_port=free_port()))
             tell({"done": line.strip(), "raylets": len(raylets)})
     finally:
         cluster.shutdown()
         shutil.rmtree(home, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def tell(message: dict[str, object]) -> None:
