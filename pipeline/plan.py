@@ -205,13 +205,14 @@ def estimate_shard(
     spooled = 4 * tokens * facts.hidden * facts.itemsize * (last - first) if reconstruct else 0
     carried = 2 * tokens * facts.hidden * facts.itemsize if resident == "one" else 0
     in_memory = min(spooled + carried, spool_memory)
+    both = min(training + in_memory, max(training, spool_memory))  # activations make room for the fit
     copy = max(sizes)  # the pruned copy of the block in work
     return ShardEstimate(
         weights=weights,
         training=training,
         spool_memory=in_memory,
         spool_disk=spooled + carried - in_memory,
-        peak=weights + copy + training + (0 if gpu else PROCESS_BYTES + in_memory),
+        peak=weights + copy + (training if gpu else PROCESS_BYTES + both),
     )
 
 

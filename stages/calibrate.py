@@ -65,6 +65,11 @@ class BlockCalibration:
     def disk_bytes(self) -> int:
         return sum(spool.disk_bytes for spool in [*self.inputs.values(), *self.outputs.values()])
 
+    def spill(self) -> None:
+        """Move the activations to disk."""
+        for spool in [*self.inputs.values(), *self.outputs.values()]:
+            spool.spill()
+
     def close(self) -> None:
         """Free the activations, in memory and on disk."""
         for spool in [*self.inputs.values(), *self.outputs.values()]:

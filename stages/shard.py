@@ -9,6 +9,7 @@
 The blocks that `forward` runs stay as they were loaded: work writes pruned copies, so a shard can always stream again.
 """
 
+import gc
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -262,6 +263,14 @@ class Shard:
 
     # -- the work --------------------------------------------------------------------------------------------------
 
+    def _make_room(self, training: int) -> None:
+        """Move activations to disk, the last blocks' first, so that they and the fit together stay within the larger
+        of the two's own bounds."""
+        for index in sorted(self._calibrations, reverse=True):
+            if self._budget.used + training <= max(training, self._budget.limit):
+                return
+            self._calibrations[index].spill()
+
     def work(self, index: int) -> dict[str, Any]:
         """Prune, rebuild and commit block `index`; its report (see `BlockWork`).
 
@@ -277,6 +286,7 @@ class Shard:
         with torch.no_grad():
             work.prune()
         if self.spec.recipe.reconstruct != "none":
+            self._make_room(work.training_bytes)
             work.reconstruct()
         names = self.skeleton.block_tensors(index)
         started = time.perf_counter()
@@ -284,6 +294,8 @@ class Shard:
             path = Path(self.spec.output) / block_file(index)
             digest = write_tensors(path, {names[inside]: tensor for inside, tensor in work.tensors.items()})
         self._calibrations.pop(index).close()
+        if self.spec.resident == "one":
+            gc.collect()  # modules hold themselves in cycles: without it two blocks can be in memory
         report = work.report()
         report["seconds"] |= {"stream": self._stream_seconds.get(index, 0.0), "commit": time.perf_counter() - started}
         report["tokens_per_second"] = report["tokens"] / max(report["seconds"]["stream"], 1e-9)

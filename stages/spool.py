@@ -46,7 +46,7 @@ class Spool:
     def __init__(self, path: Path, budget: SpoolBudget) -> None:
         self._path, self._budget = path, budget
         self._held: list[Tensor] = []  # the first samples, in memory
-        self._on_disk = 0
+        self._on_disk = self._spilled = 0  # records in the file; how many of them are the first samples, at its end
         self._writer: pa.ipc.RecordBatchFileWriter | None = None
         self._reader: pa.ipc.RecordBatchFileReader | None = None
         self._shape: tuple[int, ...] = ()
@@ -98,9 +98,21 @@ class Spool:
             except OSError as error:
                 raise self._refusal(error) from None
             self._reader = pa.ipc.open_file(pa.OSFile(str(self._path), "rb"))
-        column = self._reader.get_batch(index - len(self._held)).column(0)
+        first = len(self._held) + self._spilled
+        record = index - first if index >= first else self._on_disk - self._spilled + index
+        column = self._reader.get_batch(record).column(0)
         raw = np.frombuffer(column.buffers()[2], dtype=np.uint8).copy()
         return torch.from_numpy(raw).view(self._dtype).view(self._shape)
+
+    def spill(self) -> None:
+        """Move what is held in memory to disk, once nothing more is appended and before anything is read."""
+        if self._reader is not None or self._spilled:
+            return
+        held, self._held = self._held, []
+        for sample in held:
+            self._write(sample)
+        self._spilled = len(held)
+        self._budget.give_back(sum(sample.nbytes for sample in held))
 
     def batch(self, indices: list[int]) -> Tensor:
         """Samples `indices` stacked: (n, length, channels)."""
@@ -114,5 +126,5 @@ class Spool:
                 with contextlib.suppress(OSError):
                     handle.close() if isinstance(handle, pa.ipc.RecordBatchFileWriter) else None
         self._writer = self._reader = None
-        self._on_disk = 0
+        self._on_disk = self._spilled = 0
         self._path.unlink(missing_ok=True)

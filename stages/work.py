@@ -17,6 +17,7 @@ from stages.reconstruct import FitSettings, UnitModules, fit, rate_unit
 from stages.skeleton import Skeleton
 from stages.statistics import InputStatistics
 
+TRAINING_BYTES = 15  # a parameter of the unit being fitted
 SCORED_AT_A_TIME = 1 << 17  # weights, where rows are scored independently
 
 
@@ -61,6 +62,12 @@ class BlockWork:
         self.units: list[dict[str, Any]] = []
         self.seconds = {"mask": 0.0, "reconstruct": 0.0}
         self.flops = 0.0
+
+    @property
+    def training_bytes(self) -> int:
+        """Memory that fitting the largest unit takes: weight, float32 master, two moments, mask."""
+        units = self.calibration.anatomy.units
+        return max(TRAINING_BYTES * sum(self.tensors[f"{n}.weight"].numel() for n in unit.linears) for unit in units)
 
     def _rate_unit(self, unit: Unit) -> float:
         return rate_unit([self.tensors[f"{linear}.weight"] for linear in unit.linears], self.skeleton.hidden_size)

@@ -129,3 +129,17 @@ def test_a_disk_that_fills_with_the_last_bytes_is_refused(tmp_path, monkeypatch)
     spool.append(samples(1, torch.float32))
     with pytest.raises(Refusal, match=r"cannot spool activations \(No space left on device\)"):
         spool[0]
+
+
+def test_samples_spilled_to_disk_come_back_in_their_places(tmp_path) -> None:
+    samples = torch.randn(7, 5, 3).bfloat16()
+    budget = SpoolBudget(3 * samples[0].nbytes)
+    spool = Spool(tmp_path / "mixed.arrow", budget)
+    spool.append(samples)
+    assert budget.used == 3 * samples[0].nbytes
+    spool.spill()
+    assert budget.used == 0 and len(spool) == 7
+    assert spool.disk_bytes == samples.nbytes
+    assert all(torch.equal(spool[index], samples[index]) for index in (6, 0, 3, 2, 5, 1, 4))
+    spool.close()
+    assert not (tmp_path / "mixed.arrow").exists()
