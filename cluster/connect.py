@@ -104,7 +104,7 @@ def local_cluster(*, cpus: int, object_store_bytes: int, gpus: int = 0) -> Itera
                 ray.shutdown()
 
 
-def _start(cpus: int, gpus: int, object_store_bytes: int, directory: Path) -> None:
+def _start(cpus: int, gpus: int, object_store_bytes: int, directory: Path, attempts: int = 2) -> None:
     try:
         ray.init(
             address="local",
@@ -118,9 +118,13 @@ def _start(cpus: int, gpus: int, object_store_bytes: int, directory: Path) -> No
     except Exception as error:  # Ray raises no class of its own for it, after half a minute that cannot be set
         if "timed out during startup" not in str(error):
             raise
+        ray.shutdown()
+        if attempts > 1:  # by now what it reads is in the page cache
+            return _start(cpus, gpus, object_store_bytes, directory, attempts - 1)
         raise Refusal(
-            "Ray did not start within 30 s: this machine is very busy; try again when it is less so"
+            "Ray did not start within 30 s, twice: this machine is very busy; try again when it is less so"
         ) from error
+    return None
 
 
 @contextlib.contextmanager

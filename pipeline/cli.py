@@ -267,7 +267,7 @@ def demo(
     address: Annotated[str | None, typer.Option(help="An existing Ray cluster; default: one of its own.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Prune the bundled model three ways, offline, and compare: about a minute on two cores.
+    """Prune the bundled model three ways, offline, and compare: a minute or two on two cores.
 
     Example: espalier demo
     """

@@ -122,6 +122,9 @@ class BlockWork:
             self.rate_units[unit.name],
         )
         self.tensors.update(parameters)
+        pruned.load_state_dict(parameters, strict=False, assign=True)  # the unit's bare pruned weights can go,
+        for linear in unit.linears:
+            del self.keep[f"{linear}.weight"]  # and its masks
         self.flops += report.flops
         self.units.append({"name": unit.name, **asdict(report)})
 
