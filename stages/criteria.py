@@ -1,52 +1,250 @@
 """Importance scores: pure functions of a weight and its input statistics. Methods §2.
 
-A new criterion is one function and one entry in CRITERIA. Letters: O = output rows, I = input columns.
+A new criterion is one function and one entry in CRITERIA; a user's own is found by its dotted name.
+Letters: O = output rows (all of the layer's, or those scored now), I = input columns, 1 = broadcast.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any, Protocol
+from typing import Annotated, Any
 
+import torch
 from torch import Tensor
 
+from stages.criterion import Criterion, Need, Rule, checked_options, import_criterion, taken_by
 from stages.errors import Refusal
 from stages.statistics import InputStatistics
 
+CPU_WEIGHTS = 1 << 17  # scored or summed at a time on a CPU: their scores stay in the cache
+DEVICE_WEIGHTS = 1 << 25  # and elsewhere: a small part of the memory
+FLOOR = 1e-30  # row and column norms below it count as it: no division by zero, and none that overflows
 
-class Criterion(Protocol):
-    """Scores (O, I) in float32 of a weight (O, I); a higher score survives longer."""
-
-    def __call__(self, weight_OI: Tensor, statistics: InputStatistics) -> Tensor: ...
+Exponent = Annotated[float, Rule("at least 0 and finite", lambda value: 0 <= value < float("inf"))]
+Share = Annotated[float, Rule("above 0 and at most 1", lambda value: 0 < value <= 1)]
+Order = Annotated[float, Rule("1, 2, 3 or inf", lambda value: value in (1, 2, 3, float("inf")))]
 
 
 def magnitude(weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
     """|W_ij|. Needs no statistics."""
-    return weight_OI.float().abs()
+    return weight_OI.abs().float()
 
 
 def wanda(weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
     """|W_ij| · ‖X_j‖₂, the norm over all calibration tokens (Sun et al. 2023, 2306.11695, Eq. 1)."""
-    return weight_OI.float().abs() * statistics.norm.to(weight_OI.device)
+    return weight_OI.abs().float().mul_(statistics.norm.to(weight_OI.device))
 
 
-CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "wanda": wanda}
-ROW_WISE = frozenset({"magnitude", "wanda"})  # those whose scores of a row depend on no other row
+def output_norms(weight_OI: Tensor, statistics: InputStatistics) -> dict[str, Tensor]:
+    """‖Y_i‖₂ over all calibration tokens, (O, 1)."""
+    return {"output_norm_O1": statistics.output_norm(weight_OI).to(weight_OI.device)[:, None]}
+
+
+def owanda(weight_OI: Tensor, statistics: InputStatistics, *, output_norm_O1: Tensor) -> Tensor:
+    """|W_ij| · ‖Y_i‖₂ (Symmetric Pruning, 2501.18980). Orders the weights of a row as magnitude does: it differs where
+    rows are compared with each other, `scope="matrix"`."""
+    return weight_OI.abs().float().mul_(output_norm_O1)
+
+
+def symwanda(weight_OI: Tensor, statistics: InputStatistics, *, output_norm_O1: Tensor) -> Tensor:
+    """|W_ij| · (‖X_j‖₂ + ‖Y_i‖₂) (Symmetric Pruning, 2501.18980), which minimises ‖X(W̃ − W)‖ + ‖(W̃ − W)Y‖."""
+    return weight_OI.abs().float().mul_(statistics.norm.to(weight_OI.device) + output_norm_O1)
+
+
+def lp_norms(weight_OI: Tensor, statistics: InputStatistics, *, p: Order = 1.0) -> dict[str, Tensor]:
+    """‖W_i·‖_p of every row, (O, 1), and ‖W_·j‖_p of every column, (I,), float32, from a few rows at a time."""
+    row_O = torch.empty(len(weight_OI), dtype=torch.float64, device=weight_OI.device)
+    column_I = torch.zeros(weight_OI.shape[1], dtype=torch.float64, device=weight_OI.device)
+    for rows in _parts(weight_OI):
+        # Squares and cubes of small weights are below float32's range, not below float64's.
+        part_OI = weight_OI[rows].abs().to(torch.float64 if p in (2, 3) else torch.float32)
+        if p == float("inf"):
+            row_O[rows] = part_OI.amax(1).double()
+            column_I = torch.maximum(column_I, part_OI.amax(0).double())
+            continue
+        powers_OI = part_OI if p == 1 else part_OI.pow_(p)
+        row_O[rows] = powers_OI.sum(1).double()
+        column_I += powers_OI.sum(0)
+    root = 1 / p if p in (2, 3) else 1.0
+    return {"row_norm_O1": row_O.pow_(root).float()[:, None], "column_norm_I": column_I.pow_(root).float()}
+
+
+def sums(weight_OI: Tensor, statistics: InputStatistics) -> dict[str, Tensor]:
+    """Σ_j |W_ij| of every row and Σ_i |W_ij| of every column."""
+    return lp_norms(weight_OI, statistics, p=1.0)
+
+
+def sampled_sums(
+    weight_OI: Tensor, statistics: InputStatistics, *, ratio: Share = 0.1, seed: int = 0
+) -> dict[str, Tensor]:
+    """What `sums` gives, estimated (Symmetric Pruning, 2501.18980): each sum from a random share `ratio` of its terms.
+
+    One draw of columns serves all rows, and one of rows all columns, so that little more than `ratio` of the weights
+    is read. A sample of nothing but zeros says nothing about its row or column: those are summed in full.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    row_O1, column_I = (_sampled_sum(weight_OI, dim, ratio, generator).float() for dim in (1, 0))
+    return {"row_norm_O1": row_O1[:, None], "column_norm_I": column_I}
+
+
+def _sampled_sum(weight_OI: Tensor, dim: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """Σ|W| along `dim` from a drawn share of that dimension, scaled up to all of it, float64."""
+    size = weight_OI.shape[dim]
+    drawn = max(1, round(size * ratio))
+    chosen = torch.randperm(size, generator=generator)[:drawn].sort().values.to(weight_OI.device)
+    estimate = weight_OI.index_select(dim, chosen).abs().sum(dim, dtype=torch.float64) * (size / drawn)
+    if len(empty := (estimate == 0).nonzero()[:, 0]):
+        estimate[empty] = weight_OI.index_select(1 - dim, empty).abs().sum(dim, dtype=torch.float64)
+    return estimate
+
+
+def ria(
+    weight_OI: Tensor,
+    statistics: InputStatistics,
+    *,
+    row_norm_O1: Tensor,
+    column_norm_I: Tensor,
+    alpha: Exponent = 0.5,
+) -> Tensor:
+    """(|W_ij| / Σ_i|W_ij| + |W_ij| / Σ_j|W_ij|) · ‖X_j‖₂^α (RIA, Zhang et al., ICLR 2024, Eq. 4).
+
+    The norm enters as (Σx² / samples)^{α/2}, as in the authors' code: a factor for the whole layer. The sums come
+    prepared: exact (ria), from samples (stochria), or as ℓp norms (lp-ria). A row or column of zeros scores zero.
+    """
+    activation_I = (statistics.sum_sq / max(statistics.samples, 1)).pow(alpha / 2).float().to(weight_OI.device)
+    relative_I = activation_I / column_norm_I.clamp(min=FLOOR)
+    return torch.addcmul(relative_I, row_norm_O1.clamp(min=FLOOR).reciprocal(), activation_I).mul_(
+        weight_OI.abs().float()
+    )
+
+
+def inverse_diagonal(weight_OI: Tensor, statistics: InputStatistics, *, damping: Share = 0.01) -> dict[str, Tensor]:
+    """1 / U_jj² of the upper Cholesky factor U of H⁻¹, (I,); 0 for a channel that no input ever reached."""
+    from stages.sparsegpt import inverse_factor
+
+    diagonal_I = inverse_factor(statistics.hessian, damping).diagonal()
+    alive_I = (statistics.sum_sq > 0).to(diagonal_I.device)
+    return {"curvature_I": torch.where(alive_I, diagonal_I.square().reciprocal(), 0.0).to(weight_OI.device)}
+
+
+def sparsegpt(weight_OI: Tensor, statistics: InputStatistics, *, curvature_I: Tensor) -> Tensor:
+    """W_ij² / [H⁻¹]_jj² with U_jj, the Cholesky diagonal, for [H⁻¹]_jj (SparseGPT, 2301.00774, Eq. 3 and Algorithm 1).
+
+    U_jj² is what is left of [H⁻¹]_jj once the columns before j are frozen. This is the choice of weights alone:
+    stages.sparsegpt also moves the others to make up for them.
+    """
+    return weight_OI.float().square().mul_(curvature_I)
+
+
+OUTPUTS: frozenset[Need] = frozenset({"outputs"})
+HESSIAN: frozenset[Need] = frozenset({"hessian"})
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": Criterion(function=magnitude, row_wise=True),
+    "wanda": Criterion(function=wanda, row_wise=True),
+    "owanda": Criterion(function=owanda, prepare=output_norms, needs=OUTPUTS),
+    "symwanda": Criterion(function=symwanda, prepare=output_norms, needs=OUTPUTS),
+    "ria": Criterion(function=ria, prepare=sums),
+    "stochria": Criterion(function=ria, prepare=sampled_sums),
+    "lp-ria": Criterion(function=ria, prepare=lp_norms),
+    "sparsegpt": Criterion(function=sparsegpt, prepare=inverse_diagonal, needs=HESSIAN),
+}
+
+
+def find_criterion(name: str) -> Criterion:
+    """The criterion of this name: a registered one, or a user's own as `package.module.function` or `module:function`.
+
+    Raises Refusal naming the nearest one if there is none, or saying why the user's own cannot be had.
+    """
+    if name in CRITERIA:
+        return CRITERIA[name]
+    if "." in name or ":" in name:
+        return import_criterion(name)
+    nearest = get_close_matches(name, CRITERIA, n=1)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    raise Refusal(f"criterion {name!r} is unknown; {hint}there are: {', '.join(CRITERIA)}; your own is module.function")
 
 
 def check_criterion(name: str) -> str:
-    """The name itself. Raises Refusal naming the nearest criterion if there is none of this name."""
-    if name not in CRITERIA:
-        nearest = get_close_matches(name, CRITERIA, n=1)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
-        raise Refusal(f"criterion {name!r} is unknown; {hint}there are: {', '.join(CRITERIA)}")
+    """The name itself. Raises Refusal where find_criterion does."""
+    find_criterion(name)
     return name
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of criterion `name` with the types that it takes, from text or from values.
+
+    Raises Refusal for an option that it does not have (with the nearest), that is of another type, or out of range.
+    """
+    criterion = find_criterion(name)
+    if "seed" in options:
+        raise Refusal(
+            f"criterion {name}: option 'seed' is not yours to set: every layer has its own, from the run's seed"
+        )
+    return checked_options(name, criterion, options)
 
 
 def score(name: str, weight: Tensor, statistics: InputStatistics, **options: Any) -> Tensor:
     """Importance (O, I) float32 of every weight (O, I) under the criterion `name`; higher is more important.
 
-    Raises Refusal for an unknown criterion, and for a score that is not finite.
+    Raises Refusal for an unknown criterion or option, and for a score of another shape or that is not finite.
     """
-    scores = CRITERIA[check_criterion(name)](weight, statistics, **options)
-    if not scores.sum().isfinite():
-        raise Refusal(f"criterion {name}: scores are not finite; weights or calibration inputs overflow float32")
-    return scores
+    return _scorer(name, weight, statistics, options)(slice(0, len(weight)))
+
+
+def score_rows(
+    name: str, weight: Tensor, statistics: InputStatistics, **options: Any
+) -> Iterator[tuple[slice, Tensor]]:
+    """The scores of `score`, a few rows at a time where rows allow it: (which rows, their scores).
+
+    So that scores stay in the cache and no layer has a float32 copy. What a criterion needs of the layer as a whole,
+    sums over its columns say, is computed once, before the first rows.
+    """
+    scores_of = _scorer(name, weight, statistics, options)
+    criterion = find_criterion(name)
+    whole = not criterion.row_wise and criterion.prepare is None
+    for rows in [slice(0, len(weight))] if whole else _parts(weight):
+        yield rows, scores_of(rows)
+
+
+def _parts(weight_OI: Tensor) -> Iterator[slice]:
+    """Rows in steps that suit the device."""
+    weights = CPU_WEIGHTS if weight_OI.device.type == "cpu" else DEVICE_WEIGHTS
+    step = max(1, weights // weight_OI.shape[1])
+    for start in range(0, len(weight_OI), step):
+        yield slice(start, min(start + step, len(weight_OI)))
+
+
+def _scorer(
+    name: str, weight_OI: Tensor, statistics: InputStatistics, options: Mapping[str, Any]
+) -> Callable[[slice], Tensor]:
+    """A function from rows to their checked scores, with the preparation done."""
+    criterion = find_criterion(name)
+    options = checked_options(name, criterion, options)
+    weight_OI = weight_OI.detach()
+    prepared: dict[str, Tensor] = {}
+    if criterion.prepare is not None:
+        prepared = criterion.prepare(weight_OI, statistics, **taken_by(criterion.prepare, options))
+    options = taken_by(criterion.function, options)
+
+    def scores_of(rows: slice) -> Tensor:
+        part_OI = weight_OI[rows].contiguous()  # a copy only where the weight is stored transposed
+        cut = {key: value[rows] if value.dim() == 2 else value for key, value in prepared.items()}
+        changes = None if part_OI.is_inference() else part_OI._version
+        scores = criterion.function(part_OI, statistics, **cut, **options)
+        if changes is not None and part_OI._version != changes:
+            raise Refusal(
+                f"criterion {name}: changes the weight in place; let it make new tensors, as weight.abs() does"
+            )
+        if not isinstance(scores, Tensor) or scores.shape != part_OI.shape:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise Refusal(
+                f"criterion {name}: scores are {got}, the weight {tuple(part_OI.shape)}; return one score a weight"
+            )
+        scores = scores.float()
+        if not scores.sum().isfinite():
+            raise Refusal(f"criterion {name}: scores are not finite; weights or calibration inputs overflow float32")
+        return scores
+
+    return scores_of
+
+
+ROW_WISE = frozenset(name for name, criterion in CRITERIA.items() if criterion.row_wise)
