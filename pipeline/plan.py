@@ -79,9 +79,9 @@ def model_facts(config: PreTrainedConfig, path: str, dtype: str = "auto") -> Mod
         sizes.append(sum(shape.numel() for shape in shapes.values()) * item)
         components = prunable(layer, skeleton.layout)
         units.append(tuple(sum(shapes[n].numel() for n in shapes if n.startswith(f"{c}.")) for c in components))
-        for linear in (name for members in components.values() for name in members):
-            out, into = shapes[f"{linear}.weight"]
-            linears.append((names[f"{linear}.weight"], out, into))
+        for weight in (weight for members in components.values() for weight in members):
+            out, into = weight.of(layer.get_parameter(weight.parameter)).shape
+            linears.append((names[weight.parameter], out, into))
     tied = tied_names(skeleton.model)
     ends = sum(p.numel() for name, p in skeleton.model.named_parameters() if name not in tied)
     return ModelFacts(

@@ -4,23 +4,28 @@ A family is one row: where its blocks are and what its components are called. Ho
 norm belongs to which, and which linears read the same tensor is not written down: `trace` watches one forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from stages.errors import Refusal
+
+STACKS = ("gate_up_proj", "down_proj")  # parameters in which transformers stacks the experts' matrices, (E, O, I)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockLayout:
-    """Where a family keeps things. Paths are module names, as in `state_dict()`."""
+    """Where a family keeps things. Paths are module names, as in `state_dict()`; all but `blocks` inside a block."""
 
     blocks: str = "model.layers"
     components: tuple[str, ...] = ("self_attn", "mlp")
+    chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a component that is no module: its children
+    routers: tuple[str, ...] = ()  # choose the experts: neither pruned nor fitted
 
 
 FAMILIES: dict[str, BlockLayout] = {
@@ -88,6 +93,22 @@ def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One prunable matrix of a block, seen as (O, I) however it is stored."""
+
+    name: str  # as reports and overrides call it: "self_attn.q_proj", "mlp.experts.3.down_proj"
+    parameter: str  # its tensor in the block's state dict
+    module: str  # the module that reads the input
+    expert: int | None = None  # its place in a tensor that stacks the experts, (E, O, I)
+    transposed: bool = False  # stored (I, O), as GPT-2's Conv1D does
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The (O, I) view of the stored tensor, or of anything of its shape."""
+        matrix = tensor if self.expert is None else tensor[self.expert]
+        return matrix.T if self.transposed else matrix
+
+
 @dataclass(slots=True)
 class Unit:
     """One component with the norms that belong to it, as module names relative to the block."""
@@ -95,12 +116,25 @@ class Unit:
     name: str
     before: str | None = None  # the norm whose output is the component's input
     after: str | None = None  # the norm whose input is the component's output
-    linears: tuple[str, ...] = ()  # prunable, relative to the block
+    weights: tuple[Weight, ...] = ()
+    chain: tuple[str, ...] = ()  # the children that are the component, where it is no module of its own
+    frozen: tuple[str, ...] = ()  # modules inside that are not fitted
+    parallel: bool = False  # reads the same residual stream as another component: neither sees the other's output
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The modules that are the component, its norms left out."""
+        return self.chain or (self.name,)
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The unit's modules in the order data passes them."""
-        return tuple(name for name in (self.before, self.name, self.after) if name)
+        return tuple(name for name in (self.before, *self.parts, self.after) if name)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The stored tensors that hold its weights."""
+        return tuple(dict.fromkeys(weight.parameter for weight in self.weights))
 
 
 @dataclass(slots=True)
@@ -108,29 +142,42 @@ class Anatomy:
     """What `trace` found in one block."""
 
     units: list[Unit]
-    shared_inputs: list[tuple[str, ...]]  # linears that read the very same tensor
+    shared_inputs: list[tuple[Weight, ...]]  # weights that read the very same tensor
     calls: dict[str, Call]  # how the block called each component
 
     @property
-    def linears(self) -> tuple[str, ...]:
-        return tuple(name for unit in self.units for name in unit.linears)
+    def weights(self) -> tuple[Weight, ...]:
+        return tuple(weight for unit in self.units for weight in unit.weights)
 
 
-def prunable(block: nn.Module, layout: BlockLayout) -> dict[str, tuple[str, ...]]:
-    """Component name -> its prunable linears, relative to the block. Works on the meta device.
+def prunable(block: nn.Module, layout: BlockLayout) -> dict[str, tuple[Weight, ...]]:
+    """Component name -> its prunable weights. Works on the meta device.
 
     Raises Refusal if the block holds a linear outside its components: the family's row would be wrong.
     """
-    found: dict[str, tuple[str, ...]] = {}
-    linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    found: dict[str, tuple[Weight, ...]] = {}
+    weights = [weight for name, module in block.named_modules() for weight in _weights_of(name, module)]
+    weights = [weight for weight in weights if weight.module not in layout.routers]
     for component in layout.components:
-        inside = tuple(name for name in linears if name.startswith(f"{component}."))
+        parts = layout.chains.get(component, (component,))
+        inside = tuple(w for w in weights if any(w.module == part or w.module.startswith(f"{part}.") for part in parts))
         if inside:
             found[component] = inside
-    stray = set(linears) - {name for members in found.values() for name in members}
+    stray = {weight.name for weight in weights} - {weight.name for inside in found.values() for weight in inside}
     if stray or not found:
         raise Refusal(f"block of {type(block).__name__}: linears {sorted(stray)} lie in no known component")
     return found
+
+
+def _weights_of(name: str, module: nn.Module) -> list[Weight]:
+    if isinstance(module, nn.Linear | Conv1D):
+        return [Weight(name, f"{name}.weight", name, transposed=isinstance(module, Conv1D))]
+    stacks = {inside: len(p) for inside, p in module.named_parameters(recurse=False) if inside in STACKS}
+    return [
+        Weight(f"{name}.{expert}.{inside}", f"{name}.{inside}", name, expert)
+        for expert in range(max(stacks.values(), default=0))
+        for inside in stacks
+    ]
 
 
 def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> Anatomy:
@@ -145,26 +192,32 @@ def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> A
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs[name], outputs[name] = Call.hidden_of(args, kwargs), first(output)
-            if name in components:
-                calls[name] = Call.seen(args, kwargs)
+            calls[name] = Call.seen(args, kwargs)
 
         return hook
 
     components = prunable(block, layout)
-    norms = [name for name, _ in block.named_children() if name not in components]
-    watched = [*norms, *components, *(name for members in components.values() for name in members)]
+    parts = {name: layout.chains.get(name, (name,)) for name in components}
+    inner = {part for chain in parts.values() for part in chain}
+    norms = [name for name, child in block.named_children() if name not in inner and not isinstance(child, nn.Dropout)]
+    plain = [weight for members in components.values() for weight in members if weight.expert is None]
     with ExitStack() as hooks, torch.no_grad():
-        for name in watched:
+        for name in dict.fromkeys([*norms, *inner, *(weight.module for weight in plain)]):
             handle = block.get_submodule(name).register_forward_hook(record(name), with_kwargs=True)
             hooks.callback(handle.remove)
         run()
     units = []
-    for component, linears in components.items():
-        before = [norm for norm in norms if norm in outputs and outputs[norm] is inputs[component]]
-        after = [norm for norm in norms if norm in inputs and inputs[norm] is outputs[component]]
-        units.append(Unit(component, next(iter(before), None), next(iter(after), None), linears))
-    groups: dict[int, list[str]] = {}
+    for name, weights in components.items():
+        entry, exit_ = inputs[parts[name][0]], outputs[parts[name][-1]]
+        before = [norm for norm in norms if norm in outputs and outputs[norm] is entry]
+        after = [norm for norm in norms if norm in inputs and inputs[norm] is exit_]
+        frozen = tuple(router for router in layout.routers if router.startswith(f"{name}."))
+        chain = layout.chains.get(name, ())
+        units.append(Unit(name, next(iter(before), None), next(iter(after), None), weights, chain, frozen))
     for unit in units:
-        for name in unit.linears:
-            groups.setdefault(id(inputs[name]), []).append(name)
-    return Anatomy(units, [tuple(group) for group in groups.values()], calls)
+        stream = inputs[unit.modules[0]]
+        unit.parallel = any(inputs[other.modules[0]] is stream for other in units if other is not unit)
+    groups: dict[object, list[Weight]] = {}
+    for weight in (weight for unit in units for weight in unit.weights):
+        groups.setdefault(id(inputs[weight.module]) if weight.expert is None else weight.name, []).append(weight)
+    return Anatomy(units, [tuple(group) for group in groups.values()], {u.name: calls[u.parts[0]] for u in units})

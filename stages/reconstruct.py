@@ -52,7 +52,8 @@ class UnitModules(nn.Module):
         super().__init__()
         self.names = unit.modules
         self.parts = nn.ModuleList(block.get_submodule(name) for name in unit.modules)
-        self.component = unit.modules.index(unit.name)
+        self.component = unit.modules.index(unit.parts[0])
+        self.frozen = tuple(f"{name}." for name in unit.frozen)
 
     def forward(self, hidden_SLD: Tensor, call: Call) -> Tensor:
         for index, part in enumerate(self.parts):
@@ -60,12 +61,13 @@ class UnitModules(nn.Module):
         return hidden_SLD
 
     def named(self) -> dict[str, nn.Parameter]:
-        """Parameter name relative to the block -> parameter."""
-        return {
+        """Parameter name relative to the block -> parameter, of all that are fitted."""
+        named = {
             f"{name}.{inside}": parameter
             for name, part in zip(self.names, self.parts, strict=True)
             for inside, parameter in part.named_parameters()
         }
+        return {name: parameter for name, parameter in named.items() if not name.startswith(self.frozen)}
 
 
 def matrix_units_bf16(device: torch.device) -> bool:
@@ -257,7 +259,9 @@ def _train(
     device = next(unit.parameters()).device
     dtype = torch.bfloat16 if matrix_units_bf16(device) else torch.float32
     call = call.to(dtype)
-    working = copy.deepcopy(unit).to(dtype).requires_grad_(True)
+    working = copy.deepcopy(unit).to(dtype).requires_grad_(False)
+    for parameter in working.named().values():
+        parameter.requires_grad_(True)
     masters = {name: parameter.detach().float().clone() for name, parameter in unit.named().items()}
     state = _Masters(working.named(), keep, masters)
     generator = torch.Generator().manual_seed(settings.seed)

@@ -8,17 +8,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stages.blocks import Unit
+from stages.blocks import Unit, Weight
 from stages.calibrate import BlockCalibration
 from stages.criteria import ROW_WISE, score
 from stages.masks import Scope, count_zeros, keep_mask, masked
 from stages.meter import Timeline
 from stages.reconstruct import FitSettings, UnitModules, fit, rate_unit
 from stages.skeleton import Skeleton
-from stages.statistics import InputStatistics
 
 TRAINING_BYTES = 15  # a parameter of the unit being fitted
 SCORED_AT_A_TIME = 1 << 17  # weights, where rows are scored independently
+EXPERT_TOKENS = 32  # an expert that got fewer is pruned by magnitude: a channel's norm over n tokens is off by about
+# 1/√(2n) of itself for normal activations (12 % at 32), more for those with outliers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +58,8 @@ class BlockWork:
         self.recipe, self.index, self.skeleton = recipe, index, skeleton
         self.calibration, self.timeline = calibration, timeline
         self.tensors: dict[str, Tensor] = dict(dense.state_dict())
-        self.keep: dict[str, Tensor] = {}  # by weight name inside the block
+        self.keep: dict[str, Tensor] = {}  # by parameter, in its own shape and orientation
+        self.fallbacks: dict[str, int] = {}  # weight -> the tokens it got, where they were too few for the criterion
         self.rate_units = {unit.name: self._rate_unit(unit) for unit in calibration.anatomy.units}
         self.units: list[dict[str, Any]] = []
         self.seconds = {"mask": 0.0, "reconstruct": 0.0}
@@ -67,31 +69,42 @@ class BlockWork:
     def training_bytes(self) -> int:
         """Memory that fitting the largest unit takes: weight, float32 master, two moments, mask."""
         units = self.calibration.anatomy.units
-        return max(TRAINING_BYTES * sum(self.tensors[f"{n}.weight"].numel() for n in unit.linears) for unit in units)
+        return max(TRAINING_BYTES * sum(self.tensors[name].numel() for name in unit.parameters) for unit in units)
 
     def _rate_unit(self, unit: Unit) -> float:
-        return rate_unit([self.tensors[f"{linear}.weight"] for linear in unit.linears], self.skeleton.hidden_size)
+        return rate_unit([self.tensors[name] for name in unit.parameters], self.skeleton.hidden_size)
 
     def prune(self) -> None:
         """Score and mask every prunable weight; pruned weights become +0."""
         started = time.perf_counter()
         with self.timeline.phase("score", self.index):
-            for linear in self.calibration.anatomy.linears:
-                name = f"{linear}.weight"
-                self.keep[name] = self._choose(self.tensors[name], self.calibration.statistics[linear])
-                self.tensors[name] = masked(self.tensors[name], self.keep[name])
+            for unit in self.calibration.anatomy.units:
+                for name in unit.parameters:
+                    keep = torch.empty_like(self.tensors[name], dtype=torch.bool)
+                    for weight in (weight for weight in unit.weights if weight.parameter == name):
+                        weight.of(keep).copy_(self._choose(weight, weight.of(self.tensors[name])))
+                    self.keep[name] = keep
+                    self.tensors[name] = masked(self.tensors[name], keep)
         self.seconds["mask"] = time.perf_counter() - started
 
-    def _choose(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
+    def _criterion(self, weight: Weight) -> str:
+        statistics = self.calibration.statistics[weight.name]
+        if weight.expert is None or statistics.tokens >= EXPERT_TOKENS or self.recipe.criterion == "magnitude":
+            return self.recipe.criterion
+        self.fallbacks[weight.name] = statistics.tokens
+        return "magnitude"
+
+    def _choose(self, weight: Weight, matrix: Tensor) -> Tensor:
         """Which weights survive, bool (O, I). Where rows do not depend on each other, a few at a time: the scores stay
         in the cache, and the weight never has a float32 copy."""
-        recipe = self.recipe
-        rows = len(weight)
-        if recipe.criterion in ROW_WISE and recipe.scope == "row" and weight.device.type == "cpu":
-            rows = max(1, SCORED_AT_A_TIME // weight.shape[-1])
-        keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-        for start in range(0, len(weight), rows):
-            scores = score(recipe.criterion, weight[start : start + rows], statistics)
+        recipe, criterion = self.recipe, self._criterion(weight)
+        rows = len(matrix)
+        if criterion in ROW_WISE and recipe.scope == "row" and matrix.device.type == "cpu":
+            rows = max(1, SCORED_AT_A_TIME // matrix.shape[-1])
+        keep = torch.empty(matrix.shape, dtype=torch.bool, device=matrix.device)
+        for start in range(0, len(matrix), rows):
+            part = matrix[start : start + rows].contiguous()  # a copy only where the weight is stored transposed
+            scores = score(criterion, part, self.calibration.statistics[weight.name])
             keep[start : start + rows] = keep_mask(scores, recipe.sparsity, recipe.pattern, recipe.scope)
         return keep
 
@@ -123,17 +136,17 @@ class BlockWork:
         )
         self.tensors.update(parameters)
         pruned.load_state_dict(parameters, strict=False, assign=True)  # the unit's bare pruned weights can go,
-        for linear in unit.linears:
-            del self.keep[f"{linear}.weight"]  # and its masks
+        for name in unit.parameters:
+            del self.keep[name]  # and its masks
         self.flops += report.flops
         self.units.append({"name": unit.name, **asdict(report)})
 
     def report(self) -> dict[str, Any]:
         """Counted zeros, errors, seconds: one plain dict, ready for the journal and for MLflow."""
         layers = {}
-        for linear in self.calibration.anatomy.linears:
-            weight = self.tensors[f"{linear}.weight"]
-            layers[linear] = {"zeros": count_zeros(weight), "weights": weight.numel()}
+        for weight in self.calibration.anatomy.weights:
+            matrix = weight.of(self.tensors[weight.parameter])
+            layers[weight.name] = {"zeros": count_zeros(matrix), "weights": matrix.numel()}
         weights = sum(layer["weights"] for layer in layers.values())
         seconds = self.seconds["reconstruct"]
         statistics = next(iter(self.calibration.statistics.values()))
@@ -145,5 +158,6 @@ class BlockWork:
             "seconds": dict(self.seconds),
             "units": self.units,
             "layers": layers,
+            "fallbacks": dict(self.fallbacks),
             "spool_disk": self.calibration.disk_bytes,
         }

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from streaming import GENTLE, make_shards, prune
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.blocks import FAMILIES, Anatomy, layout_of, prunable, trace
+from stages.blocks import FAMILIES, Anatomy, Weight, layout_of, prunable, trace
 from stages.errors import Refusal
 from stages.shard import block_file
 from stages.skeleton import Skeleton, read_config
@@ -27,15 +27,19 @@ def anatomy_of(directory) -> Anatomy:
     return trace(block, lambda: call.run(block, hidden), skeleton.layout)
 
 
+def names(weights: tuple[Weight, ...]) -> tuple[str, ...]:
+    return tuple(weight.name for weight in weights)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_units_norms_and_shared_inputs_are_found(tiny_checkpoint, family) -> None:
     anatomy = anatomy_of(tiny_checkpoint(family))
     attention, mlp = anatomy.units
     assert (attention.name, attention.before, attention.after) == ("self_attn", "input_layernorm", None)
     assert (mlp.name, mlp.before, mlp.after) == ("mlp", "post_attention_layernorm", None)
-    assert (attention.linears, mlp.linears) == (ATTENTION, MLP)
+    assert tuple(names(unit.weights) for unit in anatomy.units) == (ATTENTION, MLP)
     assert attention.modules == ("input_layernorm", "self_attn")
-    assert anatomy.shared_inputs == [ATTENTION[:3], ATTENTION[3:], MLP[:2], MLP[2:]]
+    assert [names(group) for group in anatomy.shared_inputs] == [ATTENTION[:3], ATTENTION[3:], MLP[:2], MLP[2:]]
     assert set(anatomy.calls) == {"self_attn", "mlp"}
 
 

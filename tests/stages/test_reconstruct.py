@@ -8,7 +8,7 @@ from streaming import bits, same_bits
 from torch import Tensor, nn
 
 from stages import reconstruct
-from stages.blocks import Call, Unit
+from stages.blocks import Call, Unit, Weight
 from stages.reconstruct import (
     Fit,
     FitSettings,
@@ -24,7 +24,8 @@ from stages.spool import Spool, SpoolBudget
 
 HIDDEN, LENGTH = 8, 6
 CALL = Call((), {}, None)
-UNIT = Unit("mlp", before="norm", linears=("mlp.up", "mlp.down"))
+WEIGHTS = tuple(Weight(name, f"{name}.weight", name) for name in ("mlp.up", "mlp.down"))
+UNIT = Unit("mlp", before="norm", weights=WEIGHTS)
 
 
 class Mlp(nn.Module):
@@ -48,9 +49,7 @@ class Problem:
             block.mlp.up.weight.data.mul_(3)
             block.mlp.down.weight.data.mul_(3)
             self.x = torch.randn(samples, LENGTH, HIDDEN).to(dtype)
-            self.keep = {
-                f"{name}.weight": torch.rand_like(block.get_submodule(name).weight) > 0.5 for name in UNIT.linears
-            }
+            self.keep = {name: torch.rand_like(block.get_parameter(name)) > 0.5 for name in UNIT.parameters}
         self.dense = UnitModules(block.to(dtype).requires_grad_(False), UNIT)
         self.y = self.dense(self.x, CALL)
         self.pruned = copy.deepcopy(self.dense)
