@@ -6,7 +6,8 @@ again. So every method may be retried.
 
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import torch
 from cluster.transport import pack, unpack
 from stages.errors import OutOfStep, Refusal
 from stages.meter import peak_bytes
+from stages.recipe import WorkOrder
 from stages.shard import Shard, ShardSpec
 
 Wanted = Literal["hidden", "loss", "nothing"]
@@ -34,6 +36,15 @@ class ShardFacts:
     device: str
 
 
+@dataclass(frozen=True, slots=True)
+class ShardState:
+    """What a shard has: nothing after a restart."""
+
+    open: bool = False
+    source: int | None = None  # whose blocks it holds: the model's, or those that a sweep left
+    calibrated: dict[int, int] = field(default_factory=dict)  # see Shard.calibrated
+
+
 class ShardWorker:
     """What a shard's process does; `ShardActor` is this as a Ray actor."""
 
@@ -48,8 +59,8 @@ class ShardWorker:
             raise OutOfStep(f"shard {self._spec.index} is not open")
         return self._shard
 
-    def open(self, pruned: bool = False) -> ShardFacts:
-        """Load this shard's tensors. Raises Refusal if this node does not see the run's directory or its model."""
+    def open(self, source: int | None = None) -> ShardFacts:
+        """Load this shard's tensors, its blocks as sweep number `source` left them if one is given. Raises Refusal if this node does not see the run's directory or its model."""
         spec = self._spec
         if self._run_file and not Path(self._run_file).exists():
             raise Refusal(
@@ -57,16 +68,16 @@ class ShardWorker:
                 "with several nodes --output must lie on storage that all of them share"
             )
         shard = self._shard or Shard(spec)
-        shard.open(pruned)
+        shard.open(source)
         self._shard = shard
         return ShardFacts(spec.index, spec.first, spec.last, _node(), os.getpid(), spec.device)
 
-    def state(self) -> tuple[bool, set[int]]:
-        """Whether the shard is open, and the blocks whose calibration it holds whole."""
-        return (False, set()) if self._shard is None else (True, self._shard.calibrated())
+    def state(self) -> ShardState:
+        shard = self._shard
+        return ShardState() if shard is None else ShardState(True, shard.source, shard.calibrated())
 
-    def begin(self, microbatches: int, collect: set[int]) -> None:
-        self._open.begin(microbatches, collect)
+    def begin(self, microbatches: int, collect: Collection[int] = (), sweep: int = 0) -> None:
+        self._open.begin(microbatches, collect, sweep)
 
     def forward(self, microbatch: int, source: np.ndarray, wanted: Wanted, targets: np.ndarray | None = None) -> Any:
         """One microbatch through all blocks; `source` is tokens for the shard that embeds, else hidden states."""
@@ -82,8 +93,14 @@ class ShardWorker:
     def emit(self, microbatch: int, wanted: Wanted, targets: np.ndarray | None = None) -> Any:
         return self._answer(self._open.emit(microbatch), wanted, targets)
 
-    def work(self, block: int) -> dict[str, Any]:
-        return self._open.work(block)
+    def pass_on(self, blocks: Sequence[int], sweep: int) -> None:
+        self._open.pass_on(blocks, sweep)
+
+    def outlier_counts(self, block: int) -> Any:
+        return self._open.outlier_counts(block)
+
+    def work(self, order: WorkOrder) -> list[dict[str, Any]]:
+        return self._open.work(order)
 
     def copy_ends(self) -> dict[str, list[str]]:
         return self._open.copy_ends()

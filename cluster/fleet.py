@@ -13,8 +13,9 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from cluster.actor import ShardActor, ShardFacts
+from cluster.actor import ShardActor, ShardFacts, ShardState
 from stages.errors import OutOfStep, Refusal
+from stages.recipe import WorkOrder
 from stages.shard import ShardSpec
 
 LOST = (OutOfStep, RayActorError, ObjectLostError)  # what a restarted, dying or vanished shard looks like
@@ -53,70 +54,123 @@ class Fleet:
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
 
-    def open(self, pruned: bool = False) -> list[ShardFacts]:
-        """Every shard's tensors loaded, from the model or (its blocks) from the pruned output."""
-        return self._get([actor.open.remote(pruned) for actor in self._actors])
+    def open(self) -> list[ShardFacts]:
+        """Every shard's tensors loaded from the model."""
+        return self._get([actor.open.remote() for actor in self._actors])
 
-    def calibrate(self, stream: Stream, blocks: set[int], on_step: Callable[[int], None]) -> None:
-        """Stream the calibration, gathering it in `blocks`; what a lost shard had gathered is gathered again."""
-        self._recovering(lambda: self._calibrate_missing(stream, blocks, on_step))
+    def calibrate(self, stream: Stream, blocks: set[int], on_step: Callable[[int], None], sweep: int = 0) -> None:
+        """Stream the calibration, gathering in `blocks` what `sweep` needs; what a lost shard had gathered is gathered
+        again. Before a sweep, that is the dense model's activations and then the pruned model's."""
+        self._recovering(lambda: self._calibrate_missing(stream, blocks, on_step, sweep))
 
-    def loss(self, stream: Stream, on_step: Callable[[int], None], pruned: bool = False) -> tuple[float, int]:
-        """Summed negative log-likelihood in nats, and the number of tokens it counts; summed in stream order."""
+    def loss(self, stream: Stream, on_step: Callable[[int], None], source: int | None = None) -> tuple[float, int]:
+        """Summed negative log-likelihood in nats, and the number of tokens it counts; summed in stream order.
+
+        Of the dense model, or of the one that sweep number `source` left."""
 
         def attempt() -> tuple[float, int]:
-            self._open_missing(pruned)
+            self._hold(source)
             losses = self._run(stream, len(self._actors), {}, "loss", on_step)
             return sum(loss for loss, _ in losses), sum(count for _, count in losses)
 
         return self._recovering(attempt)
 
-    def work(self, stream: Stream, blocks: set[int]) -> Iterator[dict[str, Any]]:
-        """Reports of `blocks` as they are finished, every shard on its own blocks in order, all shards at once."""
-        todo = {spec.index: deque(b for b in range(spec.first, spec.last) if b in blocks) for spec in self.specs}
-        running: dict[Any, tuple[int, int]] = {}
+    def outlier_counts(self, stream: Stream, blocks: Sequence[int]) -> list[Any]:
+        """What OWL weighs each of `blocks` by, from their calibration."""
+
+        def attempt() -> list[Any]:
+            self._calibrate_missing(stream, set(blocks), lambda _: None)
+            owners = {block: self._actors[spec.index] for spec in self.specs for block in range(spec.first, spec.last)}
+            return self._get([owners[block].outlier_counts.remote(block) for block in blocks])
+
+        return self._recovering(attempt)
+
+    def work(self, stream: Stream, orders: Sequence[WorkOrder]) -> Iterator[list[dict[str, Any]]]:
+        """Reports of `orders` as they are finished, every shard on its own in order, all shards at once."""
+        todo = {spec.index: deque(o for o in orders if spec.first <= o.blocks[0] < spec.last) for spec in self.specs}
+        running: dict[Any, tuple[int, WorkOrder]] = {}
+        sweep = orders[0].sweep
 
         def start(shard: int) -> None:
             if todo[shard]:
-                block = todo[shard].popleft()
-                running[self._actors[shard].work.remote(block)] = (shard, block)
+                order = todo[shard].popleft()
+                running[self._actors[shard].work.remote(order)] = (shard, order)
 
+        self._recovering(lambda: self._calibrate_missing(stream, _blocks_of(todo), lambda _: None, sweep))
         for shard in todo:
             start(shard)
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
-            shard, block = running.pop(done)
+            shard, order = running.pop(done)
             try:
-                report = self._get(done)
+                reports = self._get(done)
             except LOST as loss:
-                todo[shard].appendleft(block)
+                todo[shard].appendleft(order)
                 self._note(loss)
-                self._recovering(lambda: self._gather_again(stream, todo, running))
+                self._recovering(lambda: self._gather_again(stream, todo, running, sweep))
                 for idle in todo.keys() - {at_work for at_work, _ in running.values()}:
                     start(idle)
             else:
                 self._fruitless = 0
-                yield report
+                yield reports
                 start(shard)
 
-    def _gather_again(self, stream: Stream, todo: dict[int, deque[int]], running: dict[Any, tuple[int, int]]) -> None:
-        """After a loss: whatever else was lost by now (a node takes all its shards along) goes back to `todo`, and one
-        pass gathers what the shards lack."""
-        self._open_missing()  # answered once every shard is back, or done with its block
+    def _gather_again(
+        self, stream: Stream, todo: dict[int, deque[WorkOrder]], running: dict[Any, tuple[int, WorkOrder]], sweep: int
+    ) -> None:
+        """After a loss: whatever else was lost by now (a node takes all its shards along) goes back to `todo`, and
+        passes gather what the shards lack."""
+        self._states()  # answered once every shard is back, or done with its order
         over, _ = ray.wait(list(running), num_returns=len(running), timeout=0) if running else ([], [])
         for reference in over:
             try:
                 self._get(reference)
             except LOST:
-                shard, block = running.pop(reference)
-                todo[shard].appendleft(block)
-        self._calibrate_missing(stream, set().union(*todo.values()), lambda _: None)
+                shard, order = running.pop(reference)
+                todo[shard].appendleft(order)
+        self._calibrate_missing(stream, _blocks_of(todo), lambda _: None, sweep)
+
+    def work_in_order(self, stream: Stream, orders: Sequence[WorkOrder]) -> Iterator[list[dict[str, Any]]]:
+        """Reports of `orders`, block after block: each reads what the pruned blocks before it give.
+
+        After a loss all is streamed once more, through the blocks finished by then. Work whose every order is in
+        `done` is passed through in the same way, so a resumed run goes on as one that lost its shards.
+        """
+        left = {order.blocks: order for order in orders}
+        while left:
+            try:
+                yield from self._one_after_another(stream, left)
+            except LOST as loss:
+                self._note(loss)
+
+    def _one_after_another(
+        self, stream: Stream, left: dict[tuple[int, ...], WorkOrder]
+    ) -> Iterator[list[dict[str, Any]]]:
+        """One try at what is `left`, from which each order goes when it is finished."""
+        if self._gathers_dense:
+            self._calibrate_missing(stream, {block for blocks in left for block in blocks}, lambda _: None)
+        self._hold(None)
+        last = max(left)[0]
+        begun = [actor.begin.remote(stream.microbatches) for actor in self._actors]
+        self._get(begun)
+        for position, (spec, actor) in enumerate(zip(self.specs, self._actors, strict=True)):
+            if spec.first > last:
+                return
+            self._windowed(self._receiving(position, stream), stream, lambda _: None)
+            for blocks in spec.pieces:
+                if blocks in left:
+                    reports = self._get(actor.work.remote(left[blocks]))
+                    self._fruitless = 0
+                    del left[blocks]
+                    yield reports
+                else:
+                    self._get(actor.pass_on.remote(blocks, 0))
 
     def copy_ends(self) -> dict[str, list[str]]:
         """Everything outside the blocks copied to the output: file -> tensor names."""
 
         def attempt() -> dict[str, list[str]]:
-            self._open_missing()
+            self._open_lost()
             return self._get(self._actors[0].copy_ends.remote())
 
         return self._recovering(attempt)
@@ -127,24 +181,45 @@ class Fleet:
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
-    def _calibrate_missing(self, stream: Stream, blocks: set[int], on_step: Callable[[int], None]) -> None:
-        self._open_missing()
-        states = self._get([actor.state.remote() for actor in self._actors])
-        wanted = {
+    def _calibrate_missing(
+        self, stream: Stream, blocks: set[int], on_step: Callable[[int], None], sweep: int = 0
+    ) -> None:
+        """Passes that gather what the shards lack for `sweep` in `blocks`, after which each holds what it starts from."""
+        dense = self._lacking(blocks, lambda held, block: block in held)
+        if dense:
+            self._hold(None)
+            self._run(stream, max(dense) + 1, dense, "nothing", on_step)
+        if sweep:
+            drifted = self._lacking(blocks, lambda held, block: held.get(block) == sweep)
+            self._hold(sweep - 1)
+            if drifted:
+                self._run(stream, max(drifted) + 1, drifted, "nothing", on_step, sweep)
+        else:
+            self._hold(None)
+
+    def _lacking(self, blocks: set[int], holds: Callable[[dict[int, int], int], bool]) -> dict[int, set[int]]:
+        """Shard -> those of `blocks` that are its own and of which it does not hold what is wanted."""
+        states = self._states()
+        return {
             spec.index: missing
-            for spec, (_, held) in zip(self.specs, states, strict=True)
-            if (missing := {b for b in blocks if spec.first <= b < spec.last} - held)
+            for spec, state in zip(self.specs, states, strict=True)
+            if (missing := {b for b in blocks if spec.first <= b < spec.last and not holds(state.calibrated, b)})
         }
-        if wanted:
-            self._run(stream, max(wanted) + 1, wanted, "nothing", on_step)
 
     def _run(
-        self, stream: Stream, shards: int, collect: dict[int, set[int]], wanted: str, on_step: Callable[[int], None]
+        self,
+        stream: Stream,
+        shards: int,
+        collect: dict[int, set[int]],
+        wanted: str,
+        on_step: Callable[[int], None],
+        sweep: int = 0,
     ) -> list[Any]:
         """One pass through the first `shards` shards; the last one's answers, in order."""
         actors = self._actors[:shards]
-        begun = [actor.begin.remote(stream.microbatches, collect.get(i, set())) for i, actor in enumerate(actors)]
-        self._get(begun)
+        self._get(
+            [actor.begin.remote(stream.microbatches, collect.get(i, set()), sweep) for i, actor in enumerate(actors)]
+        )
         run = self._blockwise if self.specs[0].resident == "one" else self._pipelined
         return run(actors, stream, wanted, on_step)
 
@@ -163,12 +238,7 @@ class Fleet:
     def _blockwise(self, actors: list[Any], stream: Stream, wanted: str, on_step: Callable[[int], None]) -> list[Any]:
         """Each shard takes all microbatches through its blocks, one block in memory, before the next shard starts."""
         for position, actor in enumerate(actors):
-
-            def receive(microbatch: int, position: int = position, actor: Any = actor) -> Any:
-                if position == 0:
-                    return actor.receive.remote(microbatch, stream.batches(microbatch))
-                return actor.receive.remote(microbatch, actors[position - 1].emit.remote(microbatch, "hidden"))
-
+            receive = self._receiving(position, stream)
             self._windowed(receive, stream, on_step if position == 0 else lambda _: None)
             self._get(actor.advance.remote())
 
@@ -177,6 +247,17 @@ class Fleet:
             return actors[-1].emit.remote(microbatch, wanted, targets)
 
         return self._windowed(emit, stream, lambda _: None)
+
+    def _receiving(self, position: int, stream: Stream) -> Callable[[int], Any]:
+        """Hands one microbatch to a shard: tokens to the first, to another what the one before it emits."""
+        actor = self._actors[position]
+
+        def receive(microbatch: int) -> Any:
+            if position == 0:
+                return actor.receive.remote(microbatch, stream.batches(microbatch))
+            return actor.receive.remote(microbatch, self._actors[position - 1].emit.remote(microbatch, "hidden"))
+
+        return receive
 
     def _windowed(self, launch: Callable[[int], Any], stream: Stream, on_step: Callable[[int], None]) -> list[Any]:
         flying: deque[Any] = deque()
@@ -190,11 +271,18 @@ class Fleet:
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
-    def _open_missing(self, pruned: bool = False) -> None:
-        states = self._get([actor.state.remote() for actor in self._actors])
-        self._get(
-            [actor.open.remote(pruned) for actor, (is_open, _) in zip(self._actors, states, strict=True) if not is_open]
-        )
+    def _states(self) -> list[ShardState]:
+        return self._get([actor.state.remote() for actor in self._actors])
+
+    def _open_lost(self) -> None:
+        """Open the shards that came back empty."""
+        pairs = zip(self._actors, self._states(), strict=True)
+        self._get([actor.open.remote() for actor, state in pairs if not state.open])
+
+    def _hold(self, source: int | None) -> None:
+        """Every shard with the dense model's blocks, or with those that sweep number `source` left."""
+        pairs = zip(self._actors, self._states(), strict=True)
+        self._get([actor.open.remote(source) for actor, state in pairs if not state.open or state.source != source])
 
     def _recovering(self, attempt: Callable[[], Answer]) -> Answer:
         while True:
@@ -221,6 +309,10 @@ class Fleet:
             if isinstance(cause, Refusal | OutOfStep):
                 raise cause from None
             raise
+
+
+def _blocks_of(todo: dict[int, deque[WorkOrder]]) -> set[int]:
+    return {block for orders in todo.values() for order in orders for block in order.blocks}
 
 
 def _one_line(error: Exception) -> str:

@@ -1,73 +1,145 @@
 """What the calibration stream leaves behind in one block: statistics per shared input, activations per unit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from stages.blocks import Anatomy, Weight
+from stages.blocks import Anatomy, Call, Weight
 from stages.errors import Refusal
 from stages.observe import observing
+from stages.reconstruct import weight_rms
+from stages.recipe import Recipe
 from stages.spool import Spool, SpoolBudget
 from stages.statistics import InputStatistics
+from stages.units import groups_of
 
 
 class BlockCalibration:
     """Filled by the forward passes made inside `watching`, in stream order; read by the block's work.
 
-    `statistics`: weight name -> the statistics of its input (one object for all weights that read the same tensor).
-    `inputs`, `outputs`: component name -> its unit's inputs and dense outputs, one record a sample; only if `spool`.
+    `statistics`: weight name -> the statistics of its input, one object for all weights that read the same tensor.
+    `inputs`, `outputs`: name of a source, or of a unit -> its dense inputs, its dense outputs, one record a sample.
+    `drifted`: source -> its inputs in the pruned model, as the last sweep left it.
+    What of these the recipe has no use for is not there. `piece` is the blocks that are rebuilt together with this one.
     """
 
     def __init__(
-        self, index: int, block: nn.Module, anatomy: Anatomy, directory: Path, budget: SpoolBudget, spool: bool
+        self,
+        index: int,
+        block: nn.Module,
+        anatomy: Anatomy,
+        call: Call,
+        recipe: Recipe,
+        piece: tuple[int, ...],
+        directory: Path,
+        budget: SpoolBudget,
     ) -> None:
-        self.index, self.anatomy = index, anatomy
+        self.index, self.anatomy, self.call = index, anatomy, call
         self.complete = False  # set when the pass that fills it has ended
+        self.drifted_for = 0  # the sweep whose inputs `drifted` holds, all of them
         self.statistics: dict[str, InputStatistics] = {}
-        for group in anatomy.shared_inputs:
-            weight = group[0].of(block.get_parameter(group[0].parameter))
-            shared = InputStatistics(weight.shape[1], device=weight.device)
-            self.statistics.update({member.name: shared for member in group})
-        self.inputs: dict[str, Spool] = {}
-        self.outputs: dict[str, Spool] = {}
-        for unit in anatomy.units if spool else []:
-            stem = directory / f"block-{index:05d}-{unit.name}"
-            self.inputs[unit.name] = Spool(stem.with_suffix(".inputs.arrow"), budget)
-            self.outputs[unit.name] = Spool(stem.with_suffix(".outputs.arrow"), budget)
+        if not recipe.gathers:
+            self.statistics = new_statistics(anatomy, block, recipe.needs)
+        elif recipe.allocation == "owl":
+            self.statistics = new_statistics(anatomy, block, frozenset())
+        self.rms = {name: weight_rms(tensor) for name, tensor in block.state_dict().items() if tensor.ndim > 1}
+        self._sources, self._results = _kept(index, anatomy, call, recipe, piece)
+        self._stem, self._budget = directory / f"block-{index:05d}", budget
+        self.inputs = self._spools(self._sources, "inputs")
+        self.outputs = self._spools(self._results, "outputs")
+        self.drifted: dict[str, Spool] = {}
+
+    def _spools(self, names: Mapping[str, str], kind: str) -> dict[str, Spool]:
+        return {name: Spool(Path(f"{self._stem}-{name}.{kind}.arrow"), self._budget) for name in names}
+
+    def begin_drift(self) -> None:
+        """Make room for the inputs that the next sweep is to see."""
+        for spool in self.drifted.values():
+            spool.close()
+        self.drifted, self.drifted_for = self._spools(self._sources, "drifted"), 0
 
     @contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
         """Within it, each forward pass of `block` adds its samples. The pass itself computes what it always does."""
-        if self.inputs:
-            sides = (
-                lambda unit, x: self.inputs[unit.name].append(x),
-                lambda unit, y: self.outputs[unit.name].append(y),
-            )
-            with observing(block, self.anatomy, self._count, *sides):
-                yield
-        else:
-            with observing(block, self.anatomy, self._count):
-                yield
+        inputs, outputs = _appending(self._sources, self.inputs), _appending(self._results, self.outputs)
+        count = counting(self.statistics, block, f"calibration, block {self.index}") if self.statistics else None
+        with observing(block, self.anatomy, count, inputs, outputs):
+            yield
 
-    def _count(self, group: tuple[Weight, ...], x: Tensor) -> None:
-        name = group[0].name
-        try:
-            self.statistics[name].update(x)
-        except Refusal as refusal:
-            raise Refusal(f"calibration, block {self.index}, {name}: {refusal}") from None
+    @contextmanager
+    def watching_drift(self, block: nn.Module) -> Iterator[None]:
+        """The same for the pruned block: only its units' inputs are kept."""
+        with observing(block, self.anatomy, None, _appending(self._sources, self.drifted)):
+            yield
+
+    @property
+    def _all(self) -> list[Spool]:
+        return [*self.inputs.values(), *self.outputs.values(), *self.drifted.values()]
 
     @property
     def disk_bytes(self) -> int:
-        return sum(spool.disk_bytes for spool in [*self.inputs.values(), *self.outputs.values()])
+        return sum(spool.disk_bytes for spool in self._all)
 
     def spill(self) -> None:
         """Move the activations to disk."""
-        for spool in [*self.inputs.values(), *self.outputs.values()]:
+        for spool in self._all:
             spool.spill()
 
     def close(self) -> None:
         """Free the activations, in memory and on disk."""
-        for spool in [*self.inputs.values(), *self.outputs.values()]:
+        for spool in self._all:
             spool.close()
+
+
+def _kept(
+    index: int, anatomy: Anatomy, call: Call, recipe: Recipe, piece: tuple[int, ...]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Of which modules of block `index` the inputs, and of which the outputs are kept: name -> module."""
+    groups = groups_of({index: anatomy}, {index: call}, recipe.reconstruct)
+    fits = [unit for group in groups for unit in group.fits] if recipe.reconstruct != "none" else []
+    read = [*fits, *(group.whole for group in groups if recipe.gathers and not recipe.sequential)]
+    sources = {unit.source: unit.steps[0].module for unit in read if index == piece[0]}
+    return sources, {unit.name: unit.steps[-1].module for unit in fits if index == piece[-1]}
+
+
+def new_statistics(anatomy: Anatomy, block: nn.Module, needs: frozenset[str]) -> dict[str, InputStatistics]:
+    """Weight name -> empty statistics; weights that read one tensor share them, unless their outputs count too."""
+    made: dict[str, InputStatistics] = {}
+    outputs = "outputs" in needs and "hessian" not in needs  # with a Hessian the outputs' norms follow from it
+    for group in anatomy.shared_inputs:
+        for weight in group:
+            if weight is group[0] or outputs:
+                rows, columns = weight.of(block.get_parameter(weight.parameter)).shape
+                device = block.get_parameter(weight.parameter).device
+                shared = InputStatistics(columns, "hessian" in needs, rows if outputs else None, device=device)
+            made[weight.name] = shared
+    return made
+
+
+def counting(
+    statistics: Mapping[str, InputStatistics], block: nn.Module, where: str
+) -> Callable[[tuple[Weight, ...], Tensor], None]:
+    """What adds the tensor that some weights of `block` read to their statistics."""
+
+    def count(group: tuple[Weight, ...], x: Tensor) -> None:
+        try:
+            for weight in group:
+                sums = statistics[weight.name]
+                if sums.output_sum_sq is not None:  # X Wᵀ once more: what the module gives may hold a bias
+                    sums.update(x, nn.functional.linear(x, weight.of(block.get_parameter(weight.parameter))))
+                elif weight is group[0]:
+                    sums.update(x)
+        except Refusal as refusal:
+            raise Refusal(f"{where}, {group[0].name}: {refusal}") from None
+
+    return count
+
+
+def _appending(modules: Mapping[str, str], spools: Mapping[str, Spool]) -> dict[str, list[Callable[[Tensor], None]]]:
+    """Module -> what keeps the tensors seen there."""
+    keepers: dict[str, list[Callable[[Tensor], None]]] = {}
+    for name, module in modules.items():
+        keepers.setdefault(module, []).append(spools[name].append)
+    return keepers

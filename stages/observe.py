@@ -5,31 +5,34 @@ activations are handed on as (samples, tokens, channels).
 Letters: T = tokens, K = experts a token goes to, I = input channels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stages.blocks import Anatomy, Call, Unit, Weight, first
+from stages.blocks import Anatomy, Call, Weight, first
 
 SeenInput = Callable[[tuple[Weight, ...], Tensor], None]
-SeenUnit = Callable[[Unit, Tensor], None]
+Seen = Callable[[Tensor], None]
 
 
 @contextmanager
 def observing(
     block: nn.Module,
     anatomy: Anatomy,
-    weights: SeenInput,
-    unit_inputs: SeenUnit | None = None,
-    unit_outputs: SeenUnit | None = None,
+    weights: SeenInput | None,
+    inputs: Mapping[str, Sequence[Seen]] = MappingProxyType({}),
+    outputs: Mapping[str, Sequence[Seen]] = MappingProxyType({}),
+    root: str = "",
 ) -> Iterator[None]:
-    """Within it, each forward pass of `block` calls `weights(group, x)` for every tensor that weights read, and
-    `unit_inputs(unit, x)` and `unit_outputs(unit, y)` for every unit.
+    """Within it, each forward pass calls `weights(group, x)` for every tensor that weights of `anatomy` read, and for
+    the modules named in `inputs` and `outputs` those functions, with what they read or gave.
 
-    An expert's x is the tokens that it got, one call a sample: (1, tokens, channels); no call where it got none.
+    A pass enters at the module `root` of `block` ("" is the block itself). An expert's x is the tokens that it got,
+    one call a sample: (1, tokens, channels); no call where it got none.
     """
     shape = [1, 1]  # (samples, tokens) of the pass under way
 
@@ -39,34 +42,31 @@ def observing(
     def by_sample(x: Tensor) -> Tensor:
         return x.view(*shape, x.shape[-1])
 
-    def read(group: tuple[Weight, ...]) -> Callable[..., None]:
-        return lambda module, args: weights(group, by_sample(args[0]))
+    def read(group: tuple[Weight, ...], see: SeenInput) -> Callable[..., None]:
+        return lambda module, args: see(group, by_sample(args[0]))
 
-    def entered(unit: Unit, see: SeenUnit) -> Callable[..., None]:
-        return lambda module, args, kwargs: see(unit, by_sample(Call.hidden_of(args, kwargs)))
+    def entered(see: Seen) -> Callable[..., None]:
+        return lambda module, args, kwargs: see(by_sample(Call.hidden_of(args, kwargs)))
 
-    def left(unit: Unit, see: SeenUnit) -> Callable[..., None]:
-        return lambda module, args, output: see(unit, by_sample(first(output)))
+    def left(see: Seen) -> Callable[..., None]:
+        return lambda module, args, output: see(by_sample(first(output)))
 
     stacks: dict[str, list[Weight]] = {}
     with ExitStack() as hooks:
-        hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        for group in anatomy.shared_inputs:
+        hooks.callback(block.get_submodule(root).register_forward_pre_hook(enter, with_kwargs=True).remove)
+        for group in anatomy.shared_inputs if weights else ():
             if group[0].expert is not None:
                 stacks.setdefault(group[0].module, []).append(group[0])
                 continue
             module = block.get_submodule(group[0].module)
-            hooks.callback(module.register_forward_pre_hook(read(group)).remove)
+            hooks.callback(module.register_forward_pre_hook(read(group, weights)).remove)
         for name, experts in stacks.items():
             hook = _routed(experts, shape, weights)
             hooks.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
-        for unit in anatomy.units:
-            if unit_inputs is not None:
-                entry = block.get_submodule(unit.modules[0])
-                hooks.callback(entry.register_forward_pre_hook(entered(unit, unit_inputs), with_kwargs=True).remove)
-            if unit_outputs is not None:
-                exit_ = block.get_submodule(unit.modules[-1])
-                hooks.callback(exit_.register_forward_hook(left(unit, unit_outputs)).remove)
+        for name, see in ((name, see) for name, seers in inputs.items() for see in seers):
+            hooks.callback(block.get_submodule(name).register_forward_pre_hook(entered(see), with_kwargs=True).remove)
+        for name, see in ((name, see) for name, seers in outputs.items() for see in seers):
+            hooks.callback(block.get_submodule(name).register_forward_hook(left(see)).remove)
         yield
 
 

@@ -4,7 +4,7 @@ Letters: S = samples of a batch, L = tokens of a sample, D = hidden size.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from stages.blocks import Call, Unit
+from stages.blocks import Call
 from stages.masks import masked
 from stages.spool import Spool
+from stages.units import UnitModules
 
 WARM_UP = 0.1  # share of the steps over which the learning rate rises
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW
@@ -45,29 +46,25 @@ class Fit:
     flops: float  # of all matrix products: fitting forward and backward, and both passes over the held-out samples
 
 
-class UnitModules(nn.Module):
-    """One unit as a module of its own: its norm, its component, its second norm, called as the block calls them."""
+class Target:
+    """What a unit is to give, sample by sample: its dense output, and a share of the error in its input taken back.
 
-    def __init__(self, block: nn.Module, unit: Unit) -> None:
-        super().__init__()
-        self.names = unit.modules
-        self.parts = nn.ModuleList(block.get_submodule(name) for name in unit.modules)
-        self.component = unit.modules.index(unit.parts[0])
-        self.frozen = tuple(f"{name}." for name in unit.frozen)
+    y + shift · (x − x′), with x the dense input and x′ the input given; methods §6. For a component, whose output y is
+    what it adds to the residual stream, shift is the correction c; for a block, whose output holds the stream, c − 1.
+    """
 
-    def forward(self, hidden_SLD: Tensor, call: Call) -> Tensor:
-        for index, part in enumerate(self.parts):
-            hidden_SLD = call.run(part, hidden_SLD) if index == self.component else part(hidden_SLD)
-        return hidden_SLD
+    def __init__(self, outputs: Spool, dense: Spool | None = None, given: Spool | None = None, shift: float = 0.0):
+        if shift and (dense is None or given is None):
+            raise ValueError("a shifted target needs the dense inputs and those given")
+        self._outputs, self._dense, self._given, self._shift = outputs, dense, given, shift
 
-    def named(self) -> dict[str, nn.Parameter]:
-        """Parameter name relative to the block -> parameter, of all that are fitted."""
-        named = {
-            f"{name}.{inside}": parameter
-            for name, part in zip(self.names, self.parts, strict=True)
-            for inside, parameter in part.named_parameters()
-        }
-        return {name: parameter for name, parameter in named.items() if not name.startswith(self.frozen)}
+    def batch(self, indices: list[int]) -> Tensor:
+        """Targets of those samples, (S, L, D)."""
+        outputs_SLD = self._outputs.batch(indices)
+        if not self._shift or self._dense is None or self._given is None:
+            return outputs_SLD
+        error_SLD = self._dense.batch(indices).float() - self._given.batch(indices)
+        return outputs_SLD.float().add_(error_SLD, alpha=self._shift)
 
 
 def matrix_units_bf16(device: torch.device) -> bool:
@@ -136,24 +133,26 @@ class _Masters:
             handle.remove()
 
 
-def rate_unit(weights: list[Tensor], width: int) -> float:
+def rate_unit(weights: Sequence[tuple[float, int]], width: int) -> float:
     """The RMS of a unit's weights over √width: a learning rate counted in it carries over from width to width.
+
+    `weights`: the RMS of each of its matrices, and how many weights that is.
 
     AdamW moves each weight by about its learning rate, all of a row's in step with its error, so a row's output
     moves in proportion to width · rate and stands in proportion to √width · RMS. Best rates seen, as shares of the
     RMS: 0.07 at width 64, 0.045 at 256, 0.008 at 1024 (tests/benchmarks/README.md).
     """
-    return weight_rms(weights) / width**0.5
+    mean_square = sum(rms**2 * count for rms, count in weights) / sum(count for _, count in weights)
+    return (mean_square / width) ** 0.5
 
 
-def weight_rms(weights: list[Tensor]) -> float:
-    """Root mean square over all the weights together."""
+def weight_rms(weight: Tensor) -> float:
+    """Root mean square of a tensor."""
     squares = 0.0
-    for weight in weights:
-        for part in weight.detach().reshape(-1).split(STEPPED_AT_A_TIME // 8):
-            values = part.float()
-            squares += float(values.dot(values))
-    return (squares / max(sum(w.numel() for w in weights), 1)) ** 0.5
+    for part in weight.detach().reshape(-1).split(STEPPED_AT_A_TIME // 8):
+        values = part.float()
+        squares += float(values.dot(values))
+    return (squares / max(weight.numel(), 1)) ** 0.5
 
 
 def learning_rate_at(step: int, steps: int, peak: float) -> float:
@@ -172,13 +171,15 @@ def split_samples(samples: int) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def relative_error(unit: UnitModules, call: Call, inputs: Spool, targets: Spool, samples: list[int]) -> float:
+def relative_error(
+    unit: UnitModules, calls: Sequence[Call], inputs: Spool, targets: Target, samples: list[int]
+) -> float:
     """‖f̃(x) − f(x)‖² / ‖f(x)‖² over the given samples, one sample at a time, summed in float64."""
     device = next(unit.parameters()).device
     error = total = 0.0
     for index in samples:
-        target = targets[index].to(device).float()
-        output = unit(inputs[index].to(device)[None], call)[0].float()
+        target = targets.batch([index])[0].to(device).float()
+        output = unit(inputs[index].to(device)[None], calls)[0].float()
         error += float((output - target).square().sum(dtype=torch.float64))
         total += float(target.square().sum(dtype=torch.float64))
     return error / total if total else error
@@ -193,40 +194,40 @@ def _cpu_attention_flops(
 
 
 @torch.no_grad()
-def forward_flops(unit: UnitModules, call: Call, sample: Tensor) -> int:
+def forward_flops(unit: UnitModules, calls: Sequence[Call], sample: Tensor) -> int:
     """FLOPs of the matrix products, attention's included, in one forward pass over one sample (L, D)."""
     mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        unit(sample.to(next(unit.parameters()).device)[None], call)
+        unit(sample.to(next(unit.parameters()).device)[None], calls)
     return counter.get_total_flops()
 
 
 def fit(
     unit: UnitModules,
     keep: Mapping[str, Tensor],
-    call: Call,
+    calls: Sequence[Call],
     inputs: Spool,
-    targets: Spool,
+    targets: Target,
     settings: FitSettings,
     rate_unit: float,
 ) -> tuple[dict[str, Tensor], Fit]:
-    """The unit's parameters after fitting, by name relative to the block, and what the fit did.
+    """The unit's parameters after fitting, by `block.name`, and what the fit did.
 
-    `unit` holds the pruned weights and is left as it was; `keep` has a mask for each pruned weight; `call` is how the
-    block calls the component for one sample; `rate_unit` is what learning rates are counted in (see there).
+    `unit` holds the pruned weights and is left as it was; `keep` has a mask for each pruned weight; `calls` are how its
+    modules are called for one sample; `rate_unit` is what learning rates are counted in (see there).
     Minimises the mean squared error of the unit's output against `targets` over the kept weights, the biases and
     the norm gains: AdamW without weight decay, float32 masters, bf16 products where the device has units for them.
     If the held-out error did not fall, the parameters come back as they were.
     """
     fitted, held = split_samples(len(inputs))
-    before = relative_error(unit, call, inputs, targets, held)
+    before = relative_error(unit, calls, inputs, targets, held)
     peak = settings.learning_rate * rate_unit
-    masters = _train(unit, keep, call, inputs, targets, settings, peak, fitted)
+    masters = _train(unit, keep, calls, inputs, targets, settings, peak, fitted)
     candidate = copy.deepcopy(unit)
     with torch.no_grad():
         for name, parameter in candidate.named().items():
             parameter.copy_(masters[name] if name not in keep else masters[name] * keep[name])
-    after = relative_error(candidate, call, inputs, targets, held)
+    after = relative_error(candidate, calls, inputs, targets, held)
     improved = after < before  # false for nan, too
     chosen = candidate if improved else unit
     passes = 3 * len(fitted) * settings.epochs + 2 * len(held)  # a backward pass costs two forward passes
@@ -236,7 +237,7 @@ def fit(
         improved=improved,
         steps=_steps(len(fitted), settings),
         learning_rate=peak,
-        flops=float(passes * forward_flops(unit, call, inputs[held[0]])),
+        flops=float(passes * forward_flops(unit, calls, inputs[held[0]])),
     )
     return {name: parameter.detach() for name, parameter in chosen.named().items()}, report
 
@@ -248,9 +249,9 @@ def _steps(samples: int, settings: FitSettings) -> int:
 def _train(
     unit: UnitModules,
     keep: Mapping[str, Tensor],
-    call: Call,
+    calls: Sequence[Call],
     inputs: Spool,
-    targets: Spool,
+    targets: Target,
     settings: FitSettings,
     peak: float,
     samples: list[int],
@@ -258,7 +259,7 @@ def _train(
     """The float32 masters after all steps, by name."""
     device = next(unit.parameters()).device
     dtype = torch.bfloat16 if matrix_units_bf16(device) else torch.float32
-    call = call.to(dtype)
+    calls = [call.to(dtype) for call in calls]
     working = copy.deepcopy(unit).to(dtype).requires_grad_(False)
     for parameter in working.named().values():
         parameter.requires_grad_(True)
@@ -273,7 +274,7 @@ def _train(
         for start in range(0, len(order), settings.batch):
             batch = order[start : start + settings.batch]
             state.learning_rate = learning_rate_at(step, steps, peak)
-            output = working(inputs.batch(batch).to(device=device, dtype=dtype), call)
+            output = working(inputs.batch(batch).to(device=device, dtype=dtype), calls)
             # The gradient of scale · mean squared error, written out: one pass, and no float32 copies of the batch.
             residual = output.detach() - targets.batch(batch).to(device)
             output.backward(residual.mul_(2 * scale / residual.numel()).to(dtype))

@@ -4,14 +4,19 @@
     shard.begin(microbatches, collect=...)      then for each microbatch, in order:
     hidden = shard.forward(m, hidden)           resident "all": every block is in memory
     shard.receive(m, hidden); shard.advance(); hidden = shard.emit(m)      resident "one": one block at a time
-    report = shard.work(block)                  score, mask, fit, commit one block
+    reports = shard.work(order)                 score, mask, refine, rebuild, commit one block (or window of blocks)
+
+With dense inputs all shards work at once. With pruned inputs a shard receives the pruned model's activations, works
+on its blocks in order, each of which carries them on, and emits them to the next shard.
 
 The blocks that `forward` runs stay as they were loaded: work writes pruned copies, so a shard can always stream again.
 """
 
+import functools
 import gc
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +26,19 @@ from torch import Tensor, nn
 
 from stages.blocks import Call, trace
 from stages.calibrate import BlockCalibration
+from stages.carry import Carry
 from stages.checkpoint import Checkpoint, grouped, resolve, write_tensors
 from stages.errors import OutOfStep
 from stages.meter import Timeline, peak_bytes
+from stages.recipe import Recipe, WorkOrder, pieces
 from stages.skeleton import Skeleton, read_config
 from stages.spool import Spool, SpoolBudget
-from stages.work import BlockWork, Recipe
+from stages.work import Work
 
 TRACE_TOKENS = 4
 ENDS_FILE_BYTES = 256 << 20
 HEAD_POSITIONS = 256  # positions turned into logits at a time: a vocabulary of 128 k costs 0.1 GB, not 1 GB
+HOME = "espalier"  # a run's own directory inside its output
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,26 +67,31 @@ def block_file(index: int) -> str:
     return f"model-block-{index:05d}.safetensors"
 
 
+def sweep_directory(output: Path, sweep: int, sweeps: int) -> Path:
+    """Where the blocks of one sweep are written: the last one's are the result, the others' wait in the run's own."""
+    return output if sweep == sweeps else output / HOME / f"sweep-{sweep}"
+
+
 class Shard:
     def __init__(self, spec: ShardSpec) -> None:
         self.spec = spec
         self.timeline = Timeline()
+        self.source: int | None = None  # whose blocks `forward` runs: the model's, or those that a sweep left
         self._blocks: dict[int, nn.Module] = {}
         self._calibrations: dict[int, BlockCalibration] = {}
-        self._stream_seconds: dict[int, float] = {}
+        self._streamed: dict[int, tuple[int, float]] = {}  # block -> tokens of the last pass, and its seconds
         self._budget = SpoolBudget(spec.spool_memory)
-        self._scratch = Path(spec.scratch)
-        self._pruned = False
-        self._expected = self._microbatches = 0
+        self._scratch = Path(spec.scratch) / f"shard-{spec.index}"
+        self._expected = self._microbatches = self._sweep = 0
         self._collect: frozenset[int] = frozenset()
-        self._carry: Spool | None = None
-        self._carry_sizes: list[int] = []
-        self._carry_of = 0
+        self._carry: Carry | None = None
+        window = spec.recipe.window if spec.recipe else 1
+        self._pieces = {block: piece for piece in pieces(range(spec.first, spec.last), window) for block in piece}
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
-    def open(self, pruned: bool = False) -> None:
-        """Load what this shard owns: from the model, or with `pruned` its blocks from the output's finished files."""
+    def open(self, source: int | None = None) -> None:
+        """Load what this shard owns: its blocks from the model, or as sweep number `source` left them."""
         spec = self.spec
         with self.timeline.phase("load"), torch.no_grad():
             if not hasattr(self, "skeleton"):
@@ -88,38 +101,44 @@ class Shard:
                 self.skeleton = Skeleton(config, compute_dtype(config, spec.dtype), spec.device)
                 if spec.embeds or spec.heads:
                     self.skeleton.load_ends(self.checkpoint, embedding=spec.embeds, head=spec.heads)
-            self._pruned = pruned
+            self.source = source
             self._blocks.clear()
             if spec.resident == "all":
-                for index in range(spec.first, spec.last):
-                    self._blocks[index] = self._load_block(index)
+                self._hold(range(spec.first, spec.last))
 
-    def _load_block(self, index: int) -> nn.Module:
+    def _load_block(self, index: int, source: int | None) -> nn.Module:
         names = self.skeleton.block_tensors(index)
-        source = self.checkpoint
-        if self._pruned:
-            source = Checkpoint.of_file(Path(self.spec.output) / block_file(index))
-        tensors = source.load(names.values(), dtype=self.skeleton.dtype, device=self.spec.device)
+        checkpoint = self.checkpoint
+        if source is not None:
+            assert self.spec.recipe is not None
+            directory = sweep_directory(Path(self.spec.output), source, self.spec.recipe.sweeps)
+            checkpoint = Checkpoint.of_file(directory / block_file(index))
+        tensors = checkpoint.load(names.values(), dtype=self.skeleton.dtype, device=self.spec.device)
         return self.skeleton.assembled(index, {inside: tensors[outside] for inside, outside in names.items()})
 
-    def _block(self, index: int) -> nn.Module:
-        if index not in self._blocks:
-            if self.spec.resident == "one":
-                self._blocks.clear()
-            self._blocks[index] = self._load_block(index)
-        return self._blocks[index]
+    def _hold(self, blocks: Iterable[int]) -> dict[int, nn.Module]:
+        """Those blocks, loaded if need be; with one block in memory at a time all others are let go."""
+        if self.spec.resident == "one":
+            for index in self._blocks.keys() - set(blocks):
+                del self._blocks[index]
+        for index in blocks:
+            if index not in self._blocks:
+                self._blocks[index] = self._load_block(index, self.source)
+        return {index: self._blocks[index] for index in blocks}
 
     # -- the stream ------------------------------------------------------------------------------------------------
 
-    def begin(self, microbatches: int, collect: Collection[int] = ()) -> None:
-        """Start a pass of so many microbatches, gathering calibration in the blocks of `collect` that are ours."""
-        self._expected, self._microbatches = 0, microbatches
-        wanted = frozenset(collect) & set(range(self.spec.first, self.spec.last))
-        for index in wanted:
-            if index in self._calibrations:
+    def begin(self, microbatches: int, collect: Collection[int] = (), sweep: int = 0) -> None:
+        """Start a pass of so many microbatches, gathering in the blocks of `collect` that are ours what they need for
+        `sweep`: their calibration for the first, what their units then read for a later one."""
+        self._expected, self._microbatches, self._sweep = 0, microbatches, sweep
+        self._collect = frozenset(collect) & set(range(self.spec.first, self.spec.last))
+        for index in self._collect & self._calibrations.keys():
+            if sweep:
+                self._calibrations[index].begin_drift()
+            else:
                 self._calibrations.pop(index).close()
-        self._collect = wanted
-        self._stream_seconds = dict.fromkeys(range(self.spec.first, self.spec.last), 0.0)
+        self._streamed = dict.fromkeys(range(self.spec.first, self.spec.last), (0, 0.0))
         self._close_carry()
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -136,54 +155,65 @@ class Shard:
         return hidden
 
     def receive(self, microbatch: int, hidden: Tensor) -> None:
-        """Take in one microbatch for `advance`."""
+        """Take in one microbatch, for `advance` or for work with pruned inputs."""
         self._in_step(microbatch)
         if self._carry is None:
-            self._carry, self._carry_sizes, self._carry_of = self._new_carry(self.spec.first), [], self.spec.first
-        self._carry.append(hidden)
-        self._carry_sizes.append(len(hidden))
+            self._carry = Carry(self._scratch, self._budget, self.spec.first)
+        self._carry.receive(hidden)
 
     def advance(self) -> None:
         """Take all that was received through every block but the last, one block in memory at a time."""
-        if len(self._carry_sizes) != self._microbatches:
-            raise OutOfStep(
-                f"shard {self.spec.index} holds {len(self._carry_sizes)} of {self._microbatches} microbatches"
-            )
-        for index in range(self._carry_of, self.spec.last - 1):
-            following = self._new_carry(index + 1)
-            for microbatch in range(self._microbatches):
-                following.append(self._through(index, self._carried(microbatch)))
-            assert self._carry is not None
-            self._carry.close()
-            self._carry, self._carry_of = following, index + 1
+        carry = self._full_carry(self.spec.first)
+        for index in range(self.spec.first, self.spec.last - 1):
+            carry.advance(functools.partial(self._through, index), index + 1)
 
     def emit(self, microbatch: int) -> Tensor:
         """The last block's output for one microbatch."""
-        if self._carry is None or self._carry_of != self.spec.last - 1:
+        if self._carry is None or self._carry.block < self.spec.last - 1:
             raise OutOfStep(f"shard {self.spec.index} has not advanced to its last block")
-        hidden = self._through(self.spec.last - 1, self._carried(microbatch))
+        hidden = self._carry.microbatch(microbatch)
+        if self._carry.block < self.spec.last:
+            hidden = self._through(self.spec.last - 1, hidden)
         if microbatch + 1 == self._microbatches:
             self._close_carry()
             self._finished_pass()
         return hidden
+
+    def pass_on(self, blocks: Sequence[int], sweep: int) -> None:
+        """Take all that was received, or came out of the block before, through blocks finished in `sweep`."""
+        for index in blocks:
+            carry = self._full_carry(index)
+            block = self._load_block(index, sweep)
+            carry.advance(functools.partial(self._run, index, block), index + 1)
 
     def _in_step(self, microbatch: int) -> None:
         if microbatch != self._expected:
             raise OutOfStep(f"shard {self.spec.index} expected microbatch {self._expected}, got {microbatch}")
         self._expected += 1
 
+    def _full_carry(self, block: int) -> Carry:
+        if self._carry is None or len(self._carry) != self._microbatches or self._carry.block != block:
+            raise OutOfStep(f"shard {self.spec.index} does not hold all {self._microbatches} inputs of block {block}")
+        return self._carry
+
+    def _run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self.spec.device)
+        with torch.no_grad():
+            return self._call(index, *hidden.shape[:2]).run(block, hidden)
+
     def _through(self, index: int, hidden: Tensor) -> Tensor:
         started = time.perf_counter()
         phase = "stream" if self._collect else "evaluate"
-        with torch.no_grad(), self.timeline.phase(phase, index if self.spec.resident == "one" else None):
-            block = self._block(index)
-            call = self._call(index, *hidden.shape[:2])
+        with self.timeline.phase(phase, index if self.spec.resident == "one" else None):
+            block = self._hold([index])[index]
+            watch: AbstractContextManager[None] = nullcontext()
             if index in self._collect:
-                with self._calibration(index, block).watching(block):
-                    hidden = call.run(block, hidden)
-            else:
-                hidden = call.run(block, hidden)
-        self._stream_seconds[index] = self._stream_seconds.get(index, 0.0) + time.perf_counter() - started
+                calibration = self._calibration(index, block)
+                watch = calibration.watching_drift(block) if self._sweep else calibration.watching(block)
+            with watch:
+                hidden = self._run(index, block, hidden)
+        tokens, seconds = self._streamed.get(index, (0, 0.0))
+        self._streamed[index] = tokens + hidden.shape[0] * hidden.shape[1], seconds + time.perf_counter() - started
         return hidden
 
     def _call(self, index: int, samples: int, length: int) -> Call:
@@ -194,39 +224,32 @@ class Shard:
     def _calibration(self, index: int, block: nn.Module) -> BlockCalibration:
         if index not in self._calibrations:
             recipe = self.spec.recipe
-            spool = recipe is not None and recipe.reconstruct != "none"
+            assert recipe is not None
             # Fitting calls the components for whole samples, so it wants the call of a whole sample.
-            length = self.spec.length if spool else TRACE_TOKENS
+            length = self.spec.length if recipe.reconstruct != "none" or recipe.gathers else TRACE_TOKENS
             nothing = torch.zeros(
                 1, length, self.skeleton.hidden_size, dtype=self.skeleton.dtype, device=self.spec.device
             )
             call = self.skeleton.calls(1, length)[index]
             anatomy = trace(block, lambda: call.run(block, nothing), self.skeleton.layout)
             self._calibrations[index] = BlockCalibration(
-                index, block, anatomy, self._scratch / f"shard-{self.spec.index}", self._budget, spool
+                index, block, anatomy, call, recipe, self._pieces[index], self._scratch, self._budget
             )
         return self._calibrations[index]
 
-    def calibrated(self) -> set[int]:
-        """The blocks whose calibration is here, whole."""
-        return {index for index, calibration in self._calibrations.items() if calibration.complete}
+    def calibrated(self) -> dict[int, int]:
+        """The blocks whose calibration is here, whole, and the sweep whose inputs each of them holds (0: none)."""
+        return {index: c.drifted_for for index, c in self._calibrations.items() if c.complete}
 
     def _finished_pass(self) -> None:
         for index in self._collect:
             self._calibrations[index].complete = True
-
-    def _new_carry(self, index: int) -> Spool:
-        return Spool(self._scratch / f"shard-{self.spec.index}" / f"carry-{index:05d}.arrow", self._budget)
-
-    def _carried(self, microbatch: int) -> Tensor:
-        assert self._carry is not None
-        start = sum(self._carry_sizes[:microbatch])
-        return self._carry.batch(list(range(start, start + self._carry_sizes[microbatch]))).to(self.spec.device)
+            self._calibrations[index].drifted_for = self._sweep
 
     def _close_carry(self) -> None:
         if self._carry is not None:
             self._carry.close()
-        self._carry, self._carry_sizes = None, []
+        self._carry = None
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -263,6 +286,16 @@ class Shard:
 
     # -- the work --------------------------------------------------------------------------------------------------
 
+    def outlier_counts(self, index: int) -> dict[str, int]:
+        """What OWL weighs block `index` by; see `stages.allocation`. Raises OutOfStep without its calibration."""
+        return outlier_counts(self._hold([index])[index], self._calibrated(index))
+
+    def _calibrated(self, index: int, sweep: int = 0) -> BlockCalibration:
+        calibration = self._calibrations.get(index)
+        if calibration is None or not calibration.complete or calibration.drifted_for != sweep:
+            raise OutOfStep(f"shard {self.spec.index} has no calibration of sweep {sweep} for block {index}")
+        return calibration
+
     def _make_room(self, training: int) -> None:
         """Move activations to disk, the last blocks' first, so that they and the fit together stay within the larger
         of the two's own bounds."""
@@ -271,36 +304,66 @@ class Shard:
                 return
             self._calibrations[index].spill()
 
-    def work(self, index: int) -> dict[str, Any]:
-        """Prune, rebuild and commit block `index`; its report (see `BlockWork`).
+    def work(self, order: WorkOrder) -> list[dict[str, Any]]:
+        """Prune, rebuild and commit the blocks of `order`; a report of each (see `Work`).
 
-        Raises OutOfStep if the calibration stream has not (wholly) passed through the block, as after a restart.
+        With pruned inputs the blocks then carry what was received on, so they are worked on in order.
+        Raises OutOfStep if what the stream leaves behind is not here, or not all of it, as after a restart.
         """
-        calibration = self._calibrations.get(index)
-        if calibration is None or not calibration.complete:
-            raise OutOfStep(f"shard {self.spec.index} has no calibration for block {index}")
-        assert self.spec.recipe is not None
-        work = BlockWork(self.spec.recipe, index, self._block(index), calibration, self.skeleton, self.timeline)
+        recipe = self.spec.recipe
+        assert recipe is not None
+        carry = self._full_carry(order.blocks[0]) if recipe.sequential else None
+        if self.source != (order.sweep - 1 if order.sweep else None):
+            raise OutOfStep(f"shard {self.spec.index} holds other blocks than sweep {order.sweep} starts from")
+        if recipe.streams_dense:
+            calibrations = {index: self._calibrated(index, order.sweep) for index in order.blocks}
+        blocks = self._hold(order.blocks)
+        if not recipe.streams_dense:
+            calibrations = {index: self._calibration(index, block) for index, block in blocks.items()}
+        spool = functools.partial(self._new_spool)
+        samples = carry.samples if carry else None
+        work = Work(recipe, order, blocks, calibrations, self.skeleton, self.timeline, spool, samples)
+        del blocks
         if self.spec.resident == "one":
-            self._blocks.clear()  # the dense block goes, matrix by matrix, as its pruned copy is made
-        with torch.no_grad():
-            work.prune()
-        if self.spec.recipe.reconstruct != "none":
-            self._make_room(work.training_bytes)
-            work.reconstruct()
-        names = self.skeleton.block_tensors(index)
-        started = time.perf_counter()
-        with self.timeline.phase("commit", index):
-            path = Path(self.spec.output) / block_file(index)
-            digest = write_tensors(path, {names[inside]: tensor for inside, tensor in work.tensors.items()})
-        self._calibrations.pop(index).close()
+            self._blocks.clear()  # the dense blocks go, matrix by matrix, as their pruned copies are made
+        self._make_room(work.training_bytes)
+        work.run()
+        if carry:
+            for index in order.blocks:
+                carry.advance(functools.partial(self._run, index, work.modules[index]), index + 1)
+        reports = [report | self._commit(work, report["block"]) for report in work.reports()]
+        if order.sweep == recipe.sweeps:
+            for index in order.blocks:
+                self._calibrations.pop(index).close()
         if self.spec.resident == "one":
+            del work
             gc.collect()  # modules hold themselves in cycles: without it two blocks can be in memory
-        report = work.report()
-        report["seconds"] |= {"stream": self._stream_seconds.get(index, 0.0), "commit": time.perf_counter() - started}
-        report["tokens_per_second"] = report["tokens"] / max(report["seconds"]["stream"], 1e-9)
-        peak = peak_bytes(self.spec.device)
-        return report | {"shard": self.spec.index, "file": path.name, "digest": digest, "peak_memory": peak}
+        return reports
+
+    def _new_spool(self, name: str) -> Spool:
+        return Spool(self._scratch / f"{name}.arrow", self._budget)
+
+    def _commit(self, work: Work, index: int) -> dict[str, Any]:
+        """Write one block; what the report says of that and of the stream."""
+        started = time.perf_counter()
+        recipe = work.recipe
+        directory = sweep_directory(Path(self.spec.output), work.order.sweep, recipe.sweeps)
+        names = self.skeleton.block_tensors(index)
+        with self.timeline.phase("commit", index):
+            tensors = work.modules[index].state_dict()
+            digest = write_tensors(directory / block_file(index), {names[name]: t for name, t in tensors.items()})
+        tokens, streamed = self._streamed.get(index, (0, 0.0))
+        report = next(report for report in work.reports() if report["block"] == index)
+        seconds = report["seconds"] | {"stream": streamed, "commit": time.perf_counter() - started}
+        return {
+            "tokens": tokens,
+            "tokens_per_second": tokens / max(streamed, 1e-9),
+            "seconds": seconds,
+            "shard": self.spec.index,
+            "file": block_file(index),
+            "digest": digest,
+            "peak_memory": peak_bytes(self.spec.device),
+        }
 
 
 def compute_dtype(config: Any, wanted: str) -> torch.dtype:

@@ -1,163 +1,272 @@
-"""The work on one block: score, mask, fit each unit, count. What goes in is dense, what comes out is pruned."""
+"""The work on one block, or on a window of blocks: mask and rebuild one unit after the other, then count.
 
-import hashlib
+What goes in is dense (or, in a later sweep, what the sweep before left), what comes out is pruned.
+"""
+
 import time
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stages.blocks import Unit, Weight
-from stages.calibrate import BlockCalibration
-from stages.criteria import ROW_WISE, score
-from stages.masks import Scope, count_zeros, keep_mask, masked
+from stages.blocks import Anatomy, Weight
+from stages.calibrate import BlockCalibration, counting, new_statistics
+from stages.choose import Chooser
+from stages.masks import count_zeros, masked
 from stages.meter import Timeline
-from stages.reconstruct import FitSettings, UnitModules, fit, rate_unit
+from stages.observe import observing
+from stages.recipe import Recipe, WorkOrder, derived_seed
+from stages.reconstruct import FitSettings, Target, fit, rate_unit
 from stages.skeleton import Skeleton
+from stages.spool import Spool
+from stages.statistics import InputStatistics
+from stages.units import FitUnit, Group, UnitModules, groups_of
 
-TRAINING_BYTES = 15  # a parameter of the unit being fitted
-SCORED_AT_A_TIME = 1 << 17  # weights, where rows are scored independently
-EXPERT_TOKENS = 32  # an expert that got fewer is pruned by magnitude: a channel's norm over n tokens is off by about
-# 1/√(2n) of itself for normal activations (12 % at 32), more for those with outliers
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """How blocks are pruned. Exactly one of `sparsity` and `pattern` is set."""
-
-    criterion: str = "wanda"
-    sparsity: float | None = 0.5
-    pattern: tuple[int, int] | None = None
-    scope: Scope = "row"
-    reconstruct: Literal["component", "none"] = "component"
-    epochs: int = 1
-    batch: int = 2
-    learning_rate: float = 0.4
-    seed: int = 0
+TRAINING_BYTES = 15  # a parameter of the unit being fitted: working weight, float32 master, two moments, mask
+PASS_TOKENS = 2048  # run through a unit at a time where its activations are needed once more
 
 
-def derived_seed(*parts: object) -> int:
-    """A seed of its own for each (run seed, block, component, sweep): the same wherever and whenever it is used."""
-    text = "/".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+class _Reached(Exception):
+    """Ends a pass at the module that was looked for."""
 
 
-class BlockWork:
-    """One block on its way from dense to pruned. `tensors` holds the result so far, by name inside the block."""
+class Work:
+    """One piece of work. `modules` holds the blocks as they are so far.
+
+    `carried` is the pruned model's activations at the first block, where units are to read those; `spool` makes an
+    empty spool of a name.
+    """
 
     def __init__(
         self,
         recipe: Recipe,
-        index: int,
-        dense: nn.Module,
-        calibration: BlockCalibration,
+        order: WorkOrder,
+        blocks: Mapping[int, nn.Module],
+        calibrations: Mapping[int, BlockCalibration],
         skeleton: Skeleton,
         timeline: Timeline,
+        spool: Callable[[str], Spool],
+        carried: Spool | None = None,
     ) -> None:
-        self.recipe, self.index, self.skeleton = recipe, index, skeleton
-        self.calibration, self.timeline = calibration, timeline
-        self.tensors: dict[str, Tensor] = dict(dense.state_dict())
-        self.keep: dict[str, Tensor] = {}  # by parameter, in its own shape and orientation
-        self.fallbacks: dict[str, int] = {}  # weight -> the tokens it got, where they were too few for the criterion
-        self.rate_units = {unit.name: self._rate_unit(unit) for unit in calibration.anatomy.units}
-        self.units: list[dict[str, Any]] = []
-        self.seconds = {"mask": 0.0, "reconstruct": 0.0}
-        self.flops = 0.0
+        self.recipe, self.order, self.calibrations = recipe, order, calibrations
+        self.skeleton, self.timeline, self._spool, self._carried = skeleton, timeline, spool, carried
+        self.modules = {index: skeleton.assembled(index, dict(block.state_dict())) for index, block in blocks.items()}
+        self.groups = groups_of(
+            {index: calibration.anatomy for index, calibration in calibrations.items()},
+            {index: calibration.call for index, calibration in calibrations.items()},
+            recipe.reconstruct,
+        )
+        self.keep: dict[str, Tensor] = {}  # by block.parameter, in the parameter's own shape and orientation
+        self.units: dict[int, list[dict[str, Any]]] = {index: [] for index in blocks}
+        self.seconds = {index: {"mask": 0.0, "reconstruct": 0.0} for index in blocks}
+        ratios = order.sparsity or (recipe.sparsity,) * len(order.blocks)
+        self.choosers = {
+            index: Chooser(recipe, index, ratio) for index, ratio in zip(order.blocks, ratios, strict=True)
+        }
 
     @property
     def training_bytes(self) -> int:
-        """Memory that fitting the largest unit takes: weight, float32 master, two moments, mask."""
-        units = self.calibration.anatomy.units
-        return max(TRAINING_BYTES * sum(self.tensors[name].numel() for name in unit.parameters) for unit in units)
+        """Memory that the most demanding group takes: one fit's weights, or the Hessians of its inputs."""
+        fits = [unit for group in self.groups for unit in group.fits] if self.recipe.reconstruct != "none" else []
+        training = [TRAINING_BYTES * sum(self._stored(*at).numel() for at in _parameters(unit)) for unit in fits]
+        hessians = [self._hessian_bytes(group.whole) for group in self.groups if "hessian" in self.recipe.needs]
+        return max([*training, *hessians, 0])
 
-    def _rate_unit(self, unit: Unit) -> float:
-        return rate_unit([self.tensors[name] for name in unit.parameters], self.skeleton.hidden_size)
+    def _hessian_bytes(self, unit: FitUnit) -> int:
+        names = {weight.name for _, weight in unit.weights}
+        widths = [
+            group[0].of(self._stored(block, group[0].parameter)).shape[1]
+            for block in {step.block for step in unit.steps}
+            for group in self.calibrations[block].anatomy.shared_inputs
+            if group[0].name in names
+        ]
+        return 4 * (sum(width * width for width in widths) + 3 * max(width * width for width in widths))
 
-    def prune(self) -> None:
-        """Score and mask every prunable weight; pruned weights become +0."""
+    def _stored(self, block: int, parameter: str) -> Tensor:
+        return self.modules[block].get_parameter(parameter).detach()
+
+    def _put(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        self.modules[block].load_state_dict(tensors, strict=False, assign=True)
+        self.modules[block].requires_grad_(False)
+
+    def run(self) -> None:
+        """Mask and rebuild all units, each against its dense outputs."""
+        for group in self.groups:
+            with ExitStack() as held:
+                captured: dict[str, Spool] = {}
+                held.callback(lambda spools=captured: [spool.close() for spool in spools.values()])
+                with self._timed(group.whole, "mask"), torch.no_grad():
+                    if self.order.sweep:
+                        self._find_masks(group)
+                    else:
+                        self._mask(group, captured)
+                if self.recipe.reconstruct != "none":
+                    for unit in group.fits:
+                        with self._timed(unit, "reconstruct"):
+                            self._fit(unit, captured)
+            self.keep.clear()
+
+    @contextmanager
+    def _timed(self, unit: FitUnit, what: str) -> Iterator[None]:
         started = time.perf_counter()
-        with self.timeline.phase("score", self.index):
-            for unit in self.calibration.anatomy.units:
-                for name in unit.parameters:
-                    keep = torch.empty_like(self.tensors[name], dtype=torch.bool)
-                    for weight in (weight for weight in unit.weights if weight.parameter == name):
-                        weight.of(keep).copy_(self._choose(weight, weight.of(self.tensors[name])))
-                    self.keep[name] = keep
-                    self.tensors[name] = masked(self.tensors[name], keep)
-        self.seconds["mask"] = time.perf_counter() - started
+        with self.timeline.phase("score" if what == "mask" else what, unit.first):
+            yield
+        self.seconds[unit.first][what] += time.perf_counter() - started
 
-    def _criterion(self, weight: Weight) -> str:
-        statistics = self.calibration.statistics[weight.name]
-        if weight.expert is None or statistics.tokens >= EXPERT_TOKENS or self.recipe.criterion == "magnitude":
-            return self.recipe.criterion
-        self.fallbacks[weight.name] = statistics.tokens
-        return "magnitude"
+    # -- masks -----------------------------------------------------------------------------------------------------
 
-    def _choose(self, weight: Weight, matrix: Tensor) -> Tensor:
-        """Which weights survive, bool (O, I). Where rows do not depend on each other, a few at a time: the scores stay
-        in the cache, and the weight never has a float32 copy."""
-        recipe, criterion = self.recipe, self._criterion(weight)
-        rows = len(matrix)
-        if criterion in ROW_WISE and recipe.scope == "row" and matrix.device.type == "cpu":
-            rows = max(1, SCORED_AT_A_TIME // matrix.shape[-1])
-        keep = torch.empty(matrix.shape, dtype=torch.bool, device=matrix.device)
-        for start in range(0, len(matrix), rows):
-            part = matrix[start : start + rows].contiguous()  # a copy only where the weight is stored transposed
-            scores = score(criterion, part, self.calibration.statistics[weight.name])
-            keep[start : start + rows] = keep_mask(scores, recipe.sparsity, recipe.pattern, recipe.scope)
-        return keep
+    def _mask(self, group: Group, captured: dict[str, Spool]) -> None:
+        """Score, mask and refine every prunable weight of the group; pruned weights become +0."""
+        gathered = self._gather(group.whole, captured) if self.recipe.gathers else {}
+        for block, parameter in _parameters(group.whole):
+            chooser = self.choosers[block]
+            statistics = gathered.get(block) or self.calibrations[block].statistics
+            stored = moved = self._stored(block, parameter)
+            keep = torch.empty_like(stored, dtype=torch.bool)
+            for _, weight in (at for at in group.whole.weights if at[0] == block and at[1].parameter == parameter):
+                kept, values = chooser.choose(weight, weight.of(stored), statistics[weight.name])
+                weight.of(keep).copy_(kept)
+                if values is not None:
+                    moved = stored.clone() if moved is stored else moved
+                    weight.of(moved).copy_(values)
+            self.keep[f"{block}.{parameter}"] = keep
+            self._put(block, {parameter: masked(moved, keep)})
 
-    def reconstruct(self) -> None:
-        """Fit every unit to its dense outputs, each on its own: with dense inputs the order does not matter."""
-        pruned = self.skeleton.assembled(self.index, self.tensors)
-        for unit in self.calibration.anatomy.units:
-            started = time.perf_counter()
-            with self.timeline.phase("reconstruct", self.index):
-                self._fit(unit, pruned)
-            self.units[-1]["seconds"] = time.perf_counter() - started
-            self.seconds["reconstruct"] += self.units[-1]["seconds"]
+    def _find_masks(self, group: Group) -> None:
+        """The masks of an earlier sweep: what is zero stays zero."""
+        for block, parameter in _parameters(group.whole):
+            self.keep[f"{block}.{parameter}"] = self._stored(block, parameter) != 0
 
-    def _fit(self, unit: Unit, pruned: nn.Module) -> None:
-        recipe, calibration = self.recipe, self.calibration
+    def _gather(self, unit: FitUnit, captured: dict[str, Spool]) -> dict[int, dict[str, InputStatistics]]:
+        """Statistics of what the unit's weights read when the unit, still dense, is given its inputs once more."""
+        inputs = self._captured(unit, captured) if self.recipe.sequential else self._entry(unit).inputs[unit.source]
+        names = {weight.name for _, weight in unit.weights}
+        gathered: dict[int, dict[str, InputStatistics]] = {}
+        chain = UnitModules(unit, self.modules)
+        with ExitStack() as hooks:
+            for step in _entries(unit):
+                module, anatomy = self.modules[step], _part(self.calibrations[step].anatomy, names)
+                gathered[step] = new_statistics(anatomy, module, self.recipe.needs)
+                count = counting(gathered[step], module, f"calibration, block {step}")
+                root = next(entry.module for entry in unit.steps if entry.block == step)
+                hooks.enter_context(observing(module, anatomy, count, root=root))
+            for batch in _batches(inputs):
+                chain(batch.to(self.skeleton.device), [step.call for step in unit.steps])
+        return gathered
+
+    # -- activations -----------------------------------------------------------------------------------------------
+
+    def _entry(self, unit: FitUnit) -> BlockCalibration:
+        return self.calibrations[unit.first]
+
+    def _captured(self, unit: FitUnit, captured: dict[str, Spool]) -> Spool:
+        """What reaches the unit when the pruned model's activations pass through the blocks as they are so far."""
+        assert self._carried is not None
+        module, entry = unit.steps[0].module, self._entry(unit)
+        if not module:
+            return self._carried
+        if unit.source in captured:
+            return captured[unit.source]
+        spool = captured[unit.source] = self._spool(f"block-{unit.first:05d}-{unit.source}.captured")
+
+        def reached(hidden: Tensor) -> None:
+            spool.append(hidden)
+            raise _Reached
+
+        block = self.modules[unit.first]
+        with torch.no_grad(), observing(block, entry.anatomy, None, {module: [reached]}):
+            for batch in _batches(self._carried):
+                with suppress(_Reached):
+                    entry.call.run(block, batch.to(self.skeleton.device))
+        return spool
+
+    def _activations(self, unit: FitUnit, captured: dict[str, Spool]) -> tuple[Spool, Target]:
+        """What the unit reads while it is fitted, and what it is to give."""
+        recipe, entry = self.recipe, self._entry(unit)
+        outputs = self.calibrations[unit.last].outputs[unit.name]
+        if self.order.sweep:
+            given, correction = entry.drifted[unit.source], recipe.corrections[self.order.sweep - 1]
+        elif recipe.sequential:
+            given, correction = self._captured(unit, captured), 1.0
+        else:
+            return entry.inputs[unit.source], Target(outputs)
+        shift = correction - 1 if unit.residual else correction * unit.share
+        return given, Target(outputs, entry.inputs[unit.source], given, shift)
+
+    # -- fits ------------------------------------------------------------------------------------------------------
+
+    def _fit(self, unit: FitUnit, captured: dict[str, Spool]) -> None:
+        recipe = self.recipe
+        inputs, target = self._activations(unit, captured)
+        sizes = [
+            (self.calibrations[block].rms[name], self._stored(block, name).numel()) for block, name in _parameters(unit)
+        ]
         parameters, report = fit(
-            UnitModules(pruned, unit),
+            UnitModules(unit, self.modules),
             self.keep,
-            calibration.anatomy.calls[unit.name],
-            calibration.inputs[unit.name],
-            calibration.outputs[unit.name],
+            [step.call for step in unit.steps],
+            inputs,
+            target,
             FitSettings(
                 epochs=recipe.epochs,
                 batch=recipe.batch,
                 learning_rate=recipe.learning_rate,
-                seed=derived_seed(recipe.seed, self.index, unit.name, 0),
+                seed=derived_seed(recipe.seed, unit.first, unit.name, self.order.sweep),
             ),
-            self.rate_units[unit.name],
+            rate_unit(sizes, self.skeleton.hidden_size),
         )
-        self.tensors.update(parameters)
-        pruned.load_state_dict(parameters, strict=False, assign=True)  # the unit's bare pruned weights can go,
-        for name in unit.parameters:
-            del self.keep[name]  # and its masks
-        self.flops += report.flops
-        self.units.append({"name": unit.name, **asdict(report)})
+        for block in _entries(unit):
+            prefix = f"{block}."
+            self._put(block, {n.removeprefix(prefix): t for n, t in parameters.items() if n.startswith(prefix)})
+        self.units[unit.first].append({"name": unit.name, **asdict(report)})
 
-    def report(self) -> dict[str, Any]:
-        """Counted zeros, errors, seconds: one plain dict, ready for the journal and for MLflow."""
+    # -- the result ------------------------------------------------------------------------------------------------
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Counted zeros, errors, seconds: a plain dict for each block, ready for the journal and for MLflow."""
+        return [self._report(index) for index in self.order.blocks]
+
+    def _report(self, index: int) -> dict[str, Any]:
         layers = {}
-        for weight in self.calibration.anatomy.weights:
-            matrix = weight.of(self.tensors[weight.parameter])
+        for weight in self.calibrations[index].anatomy.weights:
+            matrix = weight.of(self._stored(index, weight.parameter))
             layers[weight.name] = {"zeros": count_zeros(matrix), "weights": matrix.numel()}
-        weights = sum(layer["weights"] for layer in layers.values())
-        seconds = self.seconds["reconstruct"]
-        statistics = next(iter(self.calibration.statistics.values()))
+        seconds = self.seconds[index]
+        flops = sum(unit["flops"] for unit in self.units[index])
         return {
-            "block": self.index,
-            "sparsity": sum(layer["zeros"] for layer in layers.values()) / weights,
-            "tokens": statistics.tokens,
-            "gflops": self.flops / seconds / 1e9 if seconds else None,
-            "seconds": dict(self.seconds),
-            "units": self.units,
+            "block": index,
+            "sweep": self.order.sweep,
+            "sparsity": sum(each["zeros"] for each in layers.values()) / sum(each["weights"] for each in layers.values()),
+            "gflops": flops / seconds["reconstruct"] / 1e9 if flops else None,
+            "seconds": dict(seconds),
+            "units": self.units[index],
             "layers": layers,
-            "fallbacks": dict(self.fallbacks),
-            "spool_disk": self.calibration.disk_bytes,
+            "fallbacks": dict(self.choosers[index].fallbacks),
+            "spool_disk": self.calibrations[index].disk_bytes,
         }
+
+
+def _parameters(unit: FitUnit) -> list[tuple[int, str]]:
+    """The stored tensors that hold the unit's weights, with their blocks."""
+    return list(dict.fromkeys((block, weight.parameter) for block, weight in unit.weights))
+
+
+def _entries(unit: FitUnit) -> list[int]:
+    """The unit's blocks."""
+    return list(dict.fromkeys(step.block for step in unit.steps))
+
+
+def _part(anatomy: Anatomy, names: set[str]) -> Anatomy:
+    """The anatomy with those weights alone."""
+    shared: list[tuple[Weight, ...]] = [group for group in anatomy.shared_inputs if group[0].name in names]
+    return Anatomy([], shared, {})
+
+
+def _batches(samples: Spool) -> Iterator[Tensor]:
+    """All samples in order, a few at a time."""
+    step = max(1, PASS_TOKENS // len(samples[0])) if len(samples) else 1
+    for start in range(0, len(samples), step):
+        yield samples.batch(list(range(start, min(start + step, len(samples)))))

@@ -1,0 +1,77 @@
+"""Which weights of one matrix survive: its criterion's scores, its pattern's mask, and that mask refined."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.allocation import LayerRule
+from stages.blocks import Weight
+from stages.criteria import find_criterion, score, score_rows
+from stages.masks import keep_mask
+from stages.recipe import Recipe, derived_seed
+from stages.refine import dsnot, r2_dsnot, swaps
+from stages.statistics import InputStatistics
+
+EXPERT_TOKENS = 32  # an expert that got fewer is pruned by magnitude: a channel's norm over n tokens is off by about
+# 1/√(2n) of itself for normal activations (12 % at 32), more for those with outliers
+
+
+class Chooser:
+    """Masks for the matrices of one block. `fallbacks`: the weights that were pruned by magnitude, and why: their
+    expert's tokens, too few for the criterion."""
+
+    def __init__(self, recipe: Recipe, block: int, sparsity: float | None) -> None:
+        self.recipe, self.block, self.sparsity = recipe, block, sparsity
+        self.fallbacks: dict[str, int] = {}
+
+    def choose(self, weight: Weight, matrix: Tensor, statistics: InputStatistics) -> tuple[Tensor, Tensor | None]:
+        """Which weights of `matrix` (O, I) survive, bool (O, I), and their values where the criterion moves them."""
+        recipe, rule = self.recipe, self.recipe.rule(self.block, weight.name, self.sparsity)
+        if rule.dense:
+            return torch.ones(matrix.shape, dtype=torch.bool, device=matrix.device), None
+        name, options = rule.criterion, dict(rule.criterion_options)
+        few = weight.expert is not None and statistics.tokens < EXPERT_TOKENS
+        if few and name != "magnitude":
+            self.fallbacks[weight.name] = statistics.tokens
+            name, options = "magnitude", {}
+        criterion = find_criterion(name)
+        if criterion.seeded:
+            options["seed"] = derived_seed(recipe.seed, self.block, weight.name)
+        if criterion.solve is not None and options.pop("update", True):
+            keep, values = criterion.solve(matrix, statistics, rule, keep=None, **options)
+            if recipe.refine == "none":
+                return keep, values
+            keep = self._refined(matrix, keep, statistics, rule)
+            return criterion.solve(matrix, statistics, rule, keep=keep, **options)
+        keep = _mask(matrix, statistics, rule, name, options)
+        return (keep if few else self._refined(matrix, keep, statistics, rule, name, options)), None
+
+    def _refined(
+        self,
+        matrix: Tensor,
+        keep: Tensor,
+        statistics: InputStatistics,
+        rule: LayerRule,
+        name: str = "wanda",
+        options: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """The mask after the recipe's refinement, with as many weights kept in each row, or group, as before."""
+        refine = self.recipe.refine
+        if refine == "none":
+            return keep
+        if refine == "swaps":
+            return swaps(matrix, keep, statistics, rule.pattern)
+        scores = score(name, matrix, statistics, **(options or {})) if rule.pattern and name != "wanda" else None
+        refined = dsnot if refine == "dsnot" else r2_dsnot
+        return refined(matrix, keep, statistics, rule.pattern, scores=scores)
+
+
+def _mask(matrix: Tensor, statistics: InputStatistics, rule: LayerRule, name: str, options: dict[str, Any]) -> Tensor:
+    """The lowest scores of each row, group, or of the whole matrix go."""
+    if rule.pattern is None and rule.scope == "matrix":
+        return keep_mask(score(name, matrix, statistics, **options), rule.sparsity, scope="matrix")
+    keep = torch.empty(matrix.shape, dtype=torch.bool, device=matrix.device)
+    for rows, scores in score_rows(name, matrix, statistics, **options):
+        keep[rows] = keep_mask(scores, rule.sparsity, rule.pattern)
+    return keep

@@ -1,0 +1,98 @@
+"""What a run does to its blocks: plain data that travels from the driver to every shard."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from stages.allocation import LayerRule, Override, layer_rule
+from stages.criteria import find_criterion
+from stages.masks import Scope
+
+Refine = Literal["none", "dsnot", "r2-dsnot", "swaps"]
+Rebuild = Literal["none", "matrix", "component", "block", "window"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How blocks are pruned. Exactly one of `sparsity` and `pattern` is set."""
+
+    criterion: str = "wanda"
+    criterion_options: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: float | None = 0.5
+    pattern: tuple[int, int] | None = None
+    scope: Scope = "row"
+    overrides: tuple[Override, ...] = ()
+    allocation: Literal["uniform", "owl"] = "uniform"  # how a sparsity is spread over the blocks
+    refine: Refine = "none"
+    reconstruct: Rebuild = "component"
+    window: int = 1  # blocks rebuilt as one
+    inputs: Literal["dense", "pruned"] = "dense"
+    epochs: int = 1
+    batch: int = 2
+    learning_rate: float = 0.4
+    corrections: tuple[float, ...] = ()  # of each sweep: the share of the accumulated error that a unit takes back
+    seed: int = 0
+
+    def rule(self, block: int, layer: str, sparsity: float | None) -> LayerRule:
+        """How one layer is pruned, where `sparsity` is its block's."""
+        default = LayerRule(
+            criterion=self.criterion,
+            criterion_options=self.criterion_options,
+            sparsity=sparsity,
+            pattern=self.pattern,
+            scope=self.scope,
+        )
+        return layer_rule(self.overrides, block, layer, default)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its criteria and its refinement need beyond sums over the inputs: "hessian", "outputs"."""
+        overridden = (override.changes.get("criterion", self.criterion) for override in self.overrides)
+        names = {self.criterion, *overridden}
+        needs = frozenset[str]().union(*(find_criterion(name).needs for name in names))
+        return needs | {"hessian"} if self.refine == "swaps" else needs
+
+    @property
+    def gathers(self) -> bool:
+        """Whether statistics are gathered when a unit's turn comes, over its kept inputs, and not in the stream: a
+        Hessian is too large to wait for its turn in every block, and the pruned model's activations come last."""
+        return self.sequential or "hessian" in self.needs
+
+    @property
+    def streams_dense(self) -> bool:
+        """Whether the dense model's activations are needed: not where only the pruned model's are, to score with."""
+        return not self.sequential or self.reconstruct != "none" or self.allocation == "owl"
+
+    @property
+    def sweeps(self) -> int:
+        """Further times that every unit is rebuilt, with the pruned model's activations."""
+        return len(self.corrections)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a block needs the pruned blocks before it, so that blocks go in order."""
+        return self.inputs == "pruned"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkOrder:
+    """One piece of work: consecutive blocks that are rebuilt together, in one sweep."""
+
+    blocks: tuple[int, ...]
+    sweep: int = 0  # 0: from the dense blocks; then from what the sweep before left
+    sparsity: tuple[float, ...] | None = None  # of each block, where it is not the recipe's
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed of its own for each (run seed, block, component, sweep): the same wherever and whenever it is used."""
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def pieces(blocks: range, window: int) -> list[tuple[int, ...]]:
+    """`blocks` cut into windows that start at multiples of `window`, whatever the shard they are on."""
+    cut: dict[int, list[int]] = {}
+    for block in blocks:
+        cut.setdefault(block // window, []).append(block)
+    return [tuple(members) for members in cut.values()]
