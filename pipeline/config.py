@@ -10,7 +10,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 
 from stages.criteria import CRITERIA, check_criterion
 from stages.errors import Refusal
-from stages.masks import check_pattern, check_sparsity
+from stages.masks import check_sparsity, parse_pattern
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -121,14 +121,6 @@ class PruneConfig(ClusterConfig):
 
 
 Config = TypeVar("Config", bound=ClusterConfig)
-
-
-def parse_pattern(text: str) -> tuple[int, int]:
-    """`2:4` as (2, 4). Raises Refusal for anything else."""
-    parts = text.split(":")
-    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
-        raise Refusal(f"pattern {text!r}: write N:M, such as 2:4 (keep 2 of every 4)")
-    return check_pattern((int(parts[0]), int(parts[1])))
 
 
 def build_config(values: Mapping[str, Any], kind: type[Config]) -> Config:

@@ -33,6 +33,14 @@ def check_pattern(pattern: tuple[int, int]) -> tuple[int, int]:
     return pattern
 
 
+def parse_pattern(text: str) -> tuple[int, int]:
+    """`2:4` as (2, 4). Raises Refusal for anything else."""
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise Refusal(f"pattern {text!r}: write N:M, such as 2:4 (keep 2 of every 4)")
+    return check_pattern((int(parts[0]), int(parts[1])))
+
+
 def check_divisible(in_features: int, pattern: tuple[int, int], layer: str = "weight") -> None:
     """Raises Refusal unless groups of M fill a row of `in_features` inputs, naming the layer."""
     keep, group = pattern

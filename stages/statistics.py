@@ -1,7 +1,11 @@
 """Sums over a layer's calibration inputs, kept while the inputs stream by. Methods §1.
 
-Letters: S = samples in this call, T = tokens of a sample, C = chunks of a sample's tokens, I = input channels.
+Letters: S = samples in this call, T = tokens of a sample, C = chunks of a sample's tokens, I = input channels,
+O = output channels.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,6 +14,8 @@ from stages.errors import Refusal
 
 CPU_CHUNK = 1 << 18  # elements converted to float32 at a time, so that a chunk stays in the cache
 PIVOT_TOKENS = 32  # tokens whose mean the sums are taken around
+GRAM_TOKENS = 512  # tokens of a sample multiplied at a time: enough for a full-speed product
+GRAM_ROWS = 512  # rows of the gram computed at a time, up to their diagonal
 
 
 class InputStatistics:
@@ -17,19 +23,39 @@ class InputStatistics:
 
     Attributes (all float64, shape (I,)): `sum` Σx, `sum_sq` Σx², `weighted_variance` Σ over samples of
     tokens · the biased variance within that sample. Counts: `tokens`, `samples` (sequences).
-    `gram` Σ x xᵀ (I, I) float32, only with `hessian=True`.
+    `gram` Σ x xᵀ (I, I) float32, only with `hessian=True`. `output_sum_sq` Σy² (O,) float64 of the outputs of one
+    linear that reads the input, only with `out_features`.
 
-    Sums add: two disjoint sets of samples, merged, equal one pass over both up to rounding.
+    Sums add: two disjoint sets of samples, merged, equal one pass over both up to rounding. How samples are cut into
+    updates changes no bit.
     """
 
-    def __init__(self, in_features: int, hessian: bool = False, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hessian: bool = False,
+        out_features: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
         self.in_features = in_features
         self.tokens = 0
         self.samples = 0
         self.sum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.sum_sq = torch.zeros_like(self.sum)
         self.weighted_variance = torch.zeros_like(self.sum)
-        self.gram = torch.zeros(in_features, in_features, device=device) if hessian else None
+        self.output_sum_sq: Tensor | None = None
+        if out_features is not None:
+            self.output_sum_sq = torch.zeros(out_features, dtype=torch.float64, device=device)
+        self._gram = torch.zeros(in_features, in_features, device=device) if hessian else None
+        self._mirrored = True  # False: only the lower triangle of _gram holds the sums
+
+    @property
+    def gram(self) -> Tensor | None:
+        """Σ x xᵀ, (I, I) float32, exactly symmetric; None without `hessian=True`. Not to be written to."""
+        if self._gram is not None and not self._mirrored:
+            _mirror_lower(self._gram)
+            self._mirrored = True
+        return self._gram
 
     @property
     def norm(self) -> Tensor:
@@ -49,44 +75,92 @@ class InputStatistics:
     @property
     def hessian(self) -> Tensor:
         """H = 2/samples · Σ x xᵀ, (I, I) float32 (SparseGPT). Raises ValueError if it was not asked for."""
-        if self.gram is None:
+        gram = self.gram
+        if gram is None:
             raise ValueError("these statistics were made without hessian=True")
-        return self.gram * (2.0 / max(self.samples, 1))
+        return gram * (2.0 / max(self.samples, 1))
 
-    def update(self, x: Tensor) -> None:
+    def output_norm(self, weight: Tensor) -> Tensor:
+        """‖Y_i‖₂ of Y = X Wᵀ over all tokens, (O,) float32, on the weight's device.
+
+        From the outputs seen if they were counted, else as the root of the diagonal of W G Wᵀ, where a bias, if there
+        is one, is left out. Raises ValueError if neither was kept.
+        """
+        if self.output_sum_sq is not None:
+            if len(self.output_sum_sq) != len(weight):
+                raise ValueError(f"outputs of {len(self.output_sum_sq)} channels were counted, not {len(weight)}")
+            return self.output_sum_sq.sqrt().float().to(weight.device)
+        gram = self.gram
+        if gram is None:
+            raise ValueError("output norms need statistics made with out_features=... or hessian=True")
+        gram = gram.to(weight.device)
+        norms = []
+        for part in weight.detach().split(max(1, CPU_CHUNK // self.in_features)):
+            part_RI = part.float()
+            norms.append((part_RI @ gram).mul_(part_RI).sum(-1).clamp_(min=0).sqrt_())
+        return torch.cat(norms)
+
+    def update(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add inputs x (samples, tokens, I) of any floating dtype; (tokens, I) counts as one sample.
 
+        y (samples, tokens, O): what the linear made of x; needed if, and only if, `out_features` was given.
         Raises Refusal if a sample holds a NaN or an infinity, naming the sample by its place in the stream.
         """
         x_STI = x.detach().reshape(-1, *x.shape[-2:])
         samples, tokens, channels = x_STI.shape
         if channels != self.in_features:
             raise ValueError(f"inputs have {channels} channels, these statistics {self.in_features}")
+        y_STO = self._outputs(y, samples, tokens)
         if not samples or not tokens:
             return
         with torch.no_grad(), torch.autocast(x_STI.device.type, enabled=False):
             pivot_SI = x_STI[:, :PIVOT_TOKENS].float().mean(1)
             first_SI, second_SI = self._centred_sums(x_STI, pivot_SI)
+            outputs_SO = _sums_of_squares(y_STO) if y_STO is not None else None
         pivot_SI = pivot_SI.double()
         deviation_SI = second_SI - first_SI.square() / tokens  # Σ(x − mean)²: no digits cancel, the pivot is near
         total_SI = first_SI + tokens * pivot_SI
         squares_SI = deviation_SI + total_SI.square() / tokens
-        finite_S = torch.isfinite(squares_SI.sum(-1))
-        if not finite_S.all():
-            sample = int((~finite_S).nonzero()[0])
-            channel = int((~torch.isfinite(squares_SI[sample])).nonzero()[0])
-            raise Refusal(f"sample {self.samples + sample}: NaN or infinity in its inputs, first in channel {channel}")
+        self._check_finite(squares_SI, "inputs")
+        if outputs_SO is not None and self.output_sum_sq is not None:
+            self._check_finite(outputs_SO, "outputs")
+            for squares_O in outputs_SO:
+                self.output_sum_sq += squares_O
         for total_I, squares_I, deviation_I in zip(total_SI, squares_SI, deviation_SI, strict=True):
             self.sum += total_I
             self.sum_sq += squares_I
             self.weighted_variance += deviation_I.clamp_(min=0)  # tokens · (deviation / tokens)
+        if self._gram is not None:
+            with torch.no_grad(), torch.autocast(x_STI.device.type, enabled=False):
+                _add_lower_gram(self._gram, x_STI)
+            self._mirrored = False
         self.samples += samples
         self.tokens += samples * tokens
+
+    def _outputs(self, y: Tensor | None, samples: int, tokens: int) -> Tensor | None:
+        """y as (samples, tokens, O), checked against what these statistics keep."""
+        if y is None or self.output_sum_sq is None:
+            if y is not None or self.output_sum_sq is not None:
+                raise ValueError("update() takes outputs y if, and only if, the statistics were made with out_features")
+            return None
+        expected = (samples, tokens, len(self.output_sum_sq))
+        y_STO = y.detach().reshape(-1, *y.shape[-2:])
+        if y_STO.shape != expected:
+            raise ValueError(f"outputs are {tuple(y_STO.shape)}, these statistics expect {expected}")
+        return y_STO
+
+    def _check_finite(self, squares_SC: Tensor, of_what: str) -> None:
+        finite_S = torch.isfinite(squares_SC.sum(-1))
+        if finite_S.all():
+            return
+        sample = int((~finite_S).nonzero()[0])
+        channel = int((~torch.isfinite(squares_SC[sample])).nonzero()[0])
+        raise Refusal(f"sample {self.samples + sample}: NaN or infinity in its {of_what}, first in channel {channel}")
 
     def _centred_sums(self, x_STI: Tensor, pivot_SI: Tensor) -> tuple[Tensor, Tensor]:
         """Σ(x − pivot) and Σ(x − pivot)² of each sample, (S, I) float64: float32 in a chunk, float64 between chunks."""
         samples, tokens, channels = x_STI.shape
-        chunk = min(tokens, max(32, CPU_CHUNK // channels)) if x_STI.device.type == "cpu" else tokens
+        chunk = _chunk_tokens(x_STI)
         chunks = -(-tokens // chunk)
         first_SCI = torch.empty(samples, chunks, channels, device=x_STI.device)
         second_SCI = torch.empty_like(first_SCI)
@@ -96,8 +170,6 @@ class InputStatistics:
             for position, part_TI in enumerate(sample_TI.split(chunk)):
                 x_TI, ones = space_TI[: len(part_TI)], ones_T[:, : len(part_TI)]
                 x_TI.copy_(part_TI)
-                if self.gram is not None:
-                    self.gram.addmm_(x_TI.T, x_TI)
                 x_TI.sub_(pivot_SI[sample])
                 # Column sums as a matrix product: several times faster than sum(0).
                 torch.mm(ones, x_TI, out=first_SCI[sample, position : position + 1])
@@ -106,12 +178,85 @@ class InputStatistics:
 
     def merge(self, other: "InputStatistics") -> None:
         """Add the sums of `other`, gathered over other samples of the same input."""
-        if (self.in_features, self.gram is None) != (other.in_features, other.gram is None):
-            raise ValueError(f"cannot merge statistics of {other.in_features} channels into {self.in_features}")
+        if self._keeps() != other._keeps():
+            raise ValueError(
+                f"cannot merge statistics of {other._keeps()} into {self._keeps()} (inputs, hessian, outputs)"
+            )
         self.tokens += other.tokens
         self.samples += other.samples
         self.sum += other.sum.to(self.sum.device)
         self.sum_sq += other.sum_sq.to(self.sum.device)
         self.weighted_variance += other.weighted_variance.to(self.sum.device)
-        if self.gram is not None and other.gram is not None:
-            self.gram += other.gram.to(self.gram.device)
+        if self.output_sum_sq is not None and other.output_sum_sq is not None:
+            self.output_sum_sq += other.output_sum_sq.to(self.sum.device)
+        if self._gram is not None and other._gram is not None:
+            self._gram += other._gram.to(self._gram.device)
+            self._mirrored = False
+
+    def _keeps(self) -> tuple[int, bool, int | None]:
+        outputs = None if self.output_sum_sq is None else len(self.output_sum_sq)
+        return self.in_features, self._gram is not None, outputs
+
+
+def _chunk_tokens(x_STC: Tensor) -> int:
+    """Tokens summed in float32 at a time: on a CPU as many as stay in the cache."""
+    tokens, channels = x_STC.shape[1:]
+    return min(tokens, max(32, CPU_CHUNK // channels)) if x_STC.device.type == "cpu" else tokens
+
+
+def _sums_of_squares(y_STO: Tensor) -> Tensor:
+    """Σy² over each sample's tokens, (S, O) float64: float32 in a chunk, float64 between chunks."""
+    samples, _, channels = y_STO.shape
+    sums_SO = torch.zeros(samples, channels, dtype=torch.float64, device=y_STO.device)
+    for sample, sample_TO in enumerate(y_STO):
+        for part_TO in sample_TO.split(_chunk_tokens(y_STO)):
+            ones_T = torch.ones(1, len(part_TO), device=y_STO.device)
+            sums_SO[sample] += (ones_T @ part_TO.float().square())[0]
+    return sums_SO
+
+
+def _add_lower_gram(gram_II: Tensor, x_STI: Tensor) -> None:
+    """Add Σ x xᵀ to the lower triangle of `gram_II`; what lies above it is left undefined.
+
+    A sample at a time, so that no bit depends on how samples were batched, and a panel of rows at a time, each only up
+    to its diagonal: nearly half the work of the whole square.
+
+    bfloat16 inputs on a CPU: torch.mm of them is fast and accumulates in float32 but rounds its result to bfloat16,
+    and `out_dtype` exists on CUDA only. oneDNN's bfloat16 mode for float32 products is the way to the same arithmetic
+    with a float32 result; it rounds the factors to bfloat16, which these already are, so nothing is lost.
+    """
+    exact_in_bfloat16 = x_STI.dtype == torch.bfloat16 and x_STI.device.type == "cpu"
+    with _bfloat16_products(exact_in_bfloat16):
+        for sample_TI in x_STI:
+            for part_TI in sample_TI.split(GRAM_TOKENS):
+                x_TI = part_TI.float()
+                for start in range(0, len(gram_II), GRAM_ROWS):
+                    end = start + GRAM_ROWS
+                    gram_II[start:end, :end].addmm_(x_TI[:, start:end].T, x_TI[:, :end])
+
+
+@contextmanager
+def _bfloat16_products(wanted: bool) -> Iterator[None]:
+    """Within it, float32 matrix products on the CPU may round their factors (not their sums) to bfloat16.
+
+    A setting of the process, held for the length of one update: no other thread may multiply meanwhile.
+    """
+    setting = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and later; before, full float32
+    if not wanted or setting is None:
+        yield
+        return
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def _mirror_lower(gram_II: Tensor) -> None:
+    """Write the lower triangle over the upper one, in place."""
+    for start in range(0, len(gram_II), GRAM_ROWS):
+        end = start + GRAM_ROWS
+        gram_II[:start, start:end] = gram_II[start:end, :start].T
+        diagonal = gram_II[start:end, start:end]
+        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)

@@ -65,7 +65,7 @@ def test_any_split_into_updates_gives_the_same_bits(counts, tokens, seed) -> Non
     parts = list(x.split(counts))
     whole, pieces = gathered([x]), gathered(parts)
     assert_equal_to_brute_force(pieces, parts)
-    for name in ("sum", "sum_sq", "weighted_variance"):
+    for name in ("sum", "sum_sq", "weighted_variance", "gram"):
         assert torch.equal(getattr(whole, name), getattr(pieces, name)), name
 
 
@@ -162,3 +162,81 @@ def test_what_does_not_fit_together_is_an_error() -> None:
         InputStatistics(6).merge(InputStatistics(6, hessian=True))
     with pytest.raises(ValueError, match="hessian=True"):
         _ = InputStatistics(6).hessian
+    with pytest.raises(ValueError, match="cannot merge"):
+        InputStatistics(6).merge(InputStatistics(6, out_features=3))
+    with pytest.raises(ValueError, match="out_features"):
+        InputStatistics(6).update(torch.ones(1, 2, 6), torch.ones(1, 2, 3))
+    with pytest.raises(ValueError, match="out_features"):
+        InputStatistics(6, out_features=3).update(torch.ones(1, 2, 6))
+    with pytest.raises(ValueError, match=r"expect \(1, 2, 3\)"):
+        InputStatistics(6, out_features=3).update(torch.ones(1, 2, 6), torch.ones(1, 2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [500, 1100])  # below one panel of rows, and above two
+def test_the_gram_is_symmetric_and_as_exact_as_float32_sums(dtype, channels) -> None:
+    x = inputs(2, 700, channels).to(dtype)
+    statistics = gathered([x[:1], x[1:]])
+    tokens = x.double().flatten(0, 1)
+    gram = tokens.T @ tokens
+    size = gram.diag().sqrt()
+    assert torch.equal(statistics.gram, statistics.gram.T)
+    assert float(((statistics.gram.double() - gram) / (size[:, None] * size)).abs().max()) < 2e-6
+    statistics.update(x)  # after it was read, and mirrored
+    assert float(((statistics.gram.double() - 2 * gram) / (size[:, None] * size)).abs().max()) < 4e-6
+
+
+def test_the_gram_of_bfloat16_inputs_is_not_rounded_to_bfloat16() -> None:
+    x = inputs(1, 512, 64).to(torch.bfloat16)
+    gram = gathered([x]).gram
+    assert int((gram != gram.bfloat16()).sum()) > 0.9 * gram.numel()
+
+
+def test_precision_of_other_products_is_as_before_after_an_update() -> None:
+    a = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    before = a @ a
+    gathered([inputs(1, 64, 300).to(torch.bfloat16)])
+    assert torch.equal(a @ a, before)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=5), st.integers(1, 40), st.integers(0, 10**6))
+def test_output_norms_from_sums_and_from_the_gram_equal_float64(counts, tokens, seed) -> None:
+    x = inputs(sum(counts), tokens, seed=seed)
+    weight = torch.randn(9, CHANNELS, generator=torch.Generator().manual_seed(seed))
+    y = x @ weight.T
+    counted, merged = (InputStatistics(CHANNELS, out_features=9) for _ in range(2))
+    counted.update(x, y)
+    for x_part, y_part in zip(x.split(counts), y.split(counts), strict=True):
+        part = InputStatistics(CHANNELS, out_features=9)
+        part.update(x_part, y_part)
+        merged.merge(part)
+    expected = y.double().flatten(0, 1).norm(dim=0)
+    for statistics in (counted, merged):
+        torch.testing.assert_close(statistics.output_norm(weight).double(), expected, rtol=1e-5, atol=0)
+    scale = float((weight.double().norm(dim=1) * x.double().norm()).max())  # a sum over inputs may cancel
+    from_gram = gathered([x]).output_norm(weight).double()
+    torch.testing.assert_close(from_gram, expected, rtol=0, atol=1e-3 * scale)
+
+
+def test_the_gram_gives_output_norms_of_low_precision_weights_in_float32() -> None:
+    x = inputs(2, 50, 600)
+    weight = torch.randn(700, 600, generator=torch.Generator().manual_seed(1)).bfloat16()
+    norm = gathered([x]).output_norm(weight)
+    assert norm.dtype == torch.float32
+    expected = (x.double() @ weight.double().T).flatten(0, 1).norm(dim=0)
+    torch.testing.assert_close(norm.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_output_norms_that_nothing_was_kept_for_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"out_features=\.\.\. or hessian=True"):
+        InputStatistics(6).output_norm(torch.ones(3, 6))
+    with pytest.raises(ValueError, match="3 channels were counted, not 4"):
+        InputStatistics(6, out_features=3).output_norm(torch.ones(4, 6))
+
+
+def test_a_bad_output_names_its_sample_and_channel() -> None:
+    y = torch.ones(2, 5, 3)
+    y[1, 4, 2] = math.inf
+    with pytest.raises(Refusal, match="sample 1: NaN or infinity in its outputs, first in channel 2"):
+        InputStatistics(6, out_features=3).update(inputs(2, 5), y)
