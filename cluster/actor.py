@@ -96,8 +96,8 @@ class ShardWorker:
     def pass_on(self, blocks: Sequence[int], sweep: int) -> None:
         self._open.pass_on(blocks, sweep)
 
-    def outlier_counts(self, block: int) -> Any:
-        return self._open.outlier_counts(block)
+    def outlier_share(self, block: int) -> float:
+        return self._open.outlier_share(block)
 
     def work(self, order: WorkOrder) -> list[dict[str, Any]]:
         return self._open.work(order)

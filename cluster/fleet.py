@@ -42,6 +42,8 @@ class Fleet:
     ) -> None:
         self.specs = list(specs)
         self._on_event = on_event
+        recipe = specs[0].recipe
+        self._streams_dense = recipe is not None and recipe.streams_dense
         self._fruitless = 0
         gpus = 1 if specs[0].device.startswith("cuda") else 0
         options = ShardActor.options(num_cpus=threads, num_gpus=gpus, scheduling_strategy="SPREAD")
@@ -75,13 +77,13 @@ class Fleet:
 
         return self._recovering(attempt)
 
-    def outlier_counts(self, stream: Stream, blocks: Sequence[int]) -> list[Any]:
+    def outlier_shares(self, stream: Stream, blocks: Sequence[int]) -> list[float]:
         """What OWL weighs each of `blocks` by, from their calibration."""
 
-        def attempt() -> list[Any]:
+        def attempt() -> list[float]:
             self._calibrate_missing(stream, set(blocks), lambda _: None)
             owners = {block: self._actors[spec.index] for spec in self.specs for block in range(spec.first, spec.last)}
-            return self._get([owners[block].outlier_counts.remote(block) for block in blocks])
+            return self._get([owners[block].outlier_share.remote(block) for block in blocks])
 
         return self._recovering(attempt)
 
@@ -147,7 +149,7 @@ class Fleet:
         self, stream: Stream, left: dict[tuple[int, ...], WorkOrder]
     ) -> Iterator[list[dict[str, Any]]]:
         """One try at what is `left`, from which each order goes when it is finished."""
-        if self._gathers_dense:
+        if self._streams_dense:
             self._calibrate_missing(stream, {block for blocks in left for block in blocks}, lambda _: None)
         self._hold(None)
         last = max(left)[0]
@@ -157,7 +159,7 @@ class Fleet:
             if spec.first > last:
                 return
             self._windowed(self._receiving(position, stream), stream, lambda _: None)
-            for blocks in spec.pieces:
+            for blocks in (blocks for blocks in spec.pieces if blocks[0] <= last):
                 if blocks in left:
                     reports = self._get(actor.work.remote(left[blocks]))
                     self._fruitless = 0

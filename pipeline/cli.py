@@ -55,27 +55,31 @@ errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 PANELS = {
-    **dict.fromkeys(("sparsity", "pattern", "criterion", "scope"), "Masks"),
-    **dict.fromkeys(("reconstruct", "inputs", "epochs", "batch", "learning_rate"), "Reconstruction"),
+    **dict.fromkeys(("sparsity", "pattern", "criterion", "criterion_options"), "Masks"),
+    **dict.fromkeys(("scope", "allocation", "refine"), "Masks"),
+    **dict.fromkeys(("reconstruct", "inputs", "sweeps", "correction"), "Reconstruction"),
+    **dict.fromkeys(("epochs", "batch", "learning_rate"), "Reconstruction"),
     **dict.fromkeys(("samples", "length", "eval", "seed"), "Text"),
     **dict.fromkeys(("experiment", "run_name"), "Record"),
 }
 
 
-def options_of(kind: "type[ClusterConfig]") -> list[inspect.Parameter]:
+def options_of(config: "type[ClusterConfig]") -> list[inspect.Parameter]:
     """A flag for every field of a configuration but `model`, in its order; values are checked by the configuration."""
     parameters = []
-    for name, field in kind.model_fields.items():
-        if name == "model":
+    for name, field in config.model_fields.items():
+        if name == "model" or (field.json_schema_extra or {}).get("flag") is False:
             continue
-        flag = f"--{name.replace('_', '-')}"
+        many = get_origin(field.annotation) is dict  # --criterion-option alpha=0.5 --criterion-option seed=1
+        flag = f"--{(name.removesuffix('s') if many else name).replace('_', '-')}"
         is_bool = field.annotation is bool
-        default = "" if field.is_required() or field.default is None else f" [dim]\\[{field.default}][/dim]"
+        default = "" if field.is_required() or field.default in (None, {}) else f" [dim]\\[{field.default}][/dim]"
         help_text = (field.description or "") + (" [red]required[/red]" if field.is_required() else default)
         panel = PANELS.get(name, "What" if field.is_required() else "Where and how it runs")
-        metavar = None if is_bool else _metavar(field.annotation)
+        metavar = None if is_bool else "NAME=VALUE" if many else _metavar(field.annotation)
         option = typer.Option(flag, help=help_text, metavar=metavar, rich_help_panel=panel, show_default=False)
-        annotation = Annotated[(bool if is_bool else str | None), option]  # type: ignore[valid-type]
+        kind = list[str] | None if many else bool if is_bool else str | None
+        annotation = Annotated[kind, option]  # type: ignore[valid-type]
         default_value = False if is_bool else None
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_value, annotation=annotation)
@@ -115,7 +119,7 @@ def with_options(kind_name: str) -> Callable[[Callable[..., None]], Callable[...
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """The options that were written on the command line."""
-    return {name: value for name, value in values.items() if value is not None and value is not False}
+    return {name: value for name, value in values.items() if value is not None and value is not False and value != []}
 
 
 @app.command()

@@ -3,16 +3,19 @@
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from stages.criteria import CRITERIA, check_criterion
+from stages.allocation import Override, resolve_overrides
+from stages.criteria import CRITERIA, check_criterion, check_options
 from stages.errors import Refusal
 from stages.masks import check_sparsity, parse_pattern
+from stages.recipe import Rebuild, Recipe, Refine
 
 Count = Annotated[int, Field(ge=1)]
+CORRECTIONS = (0.3, 0.6)  # of the first sweep, and of all later ones
 
 
 class ClusterConfig(BaseModel):
@@ -68,12 +71,38 @@ class PruneConfig(ClusterConfig):
     )
     sparsity: float = Field(0.5, description="Share of the weights to remove, at least 0 and below 1.")
     pattern: str | None = Field(None, description="N:M instead of --sparsity: keep N of every M inputs, such as 2:4.")
-    criterion: str = Field("wanda", description=f"How weights are scored: {', '.join(CRITERIA)}.")
-    scope: Literal["row", "matrix"] = Field("row", description="Compare scores within each output row or the matrix.")
-    reconstruct: Literal["component", "none"] = Field(
-        "component", description="Refit attention and MLP, each against its dense output, or leave the kept weights."
+    criterion: str = Field(
+        "wanda", description=f"How weights are scored: {', '.join(CRITERIA)}, or your own as module.function."
     )
-    inputs: Literal["dense"] = Field("dense", description="What a unit reads while refitted: the dense activations.")
+    criterion_options: dict[str, Any] = Field(
+        {}, description="An option of the criterion, such as alpha=0.5; may be given again for another."
+    )
+    scope: Literal["row", "matrix"] = Field("row", description="Compare scores within each output row or the matrix.")
+    allocation: Literal["uniform", "owl"] = Field(
+        "uniform", description="The same sparsity in every block, or less in those with more outliers."
+    )
+    overrides: list[Any] = Field(
+        [], description="What is different in some layers, in YAML only.", json_schema_extra={"flag": False}
+    )
+    refine: Literal["auto", "none", "dsnot", "r2-dsnot", "swaps"] = Field(
+        "auto", description="Exchange pruned for kept weights before refitting; auto: swaps, or none without refitting."
+    )
+    reconstruct: str = Field(
+        "component",
+        description="What is refitted to its dense output as one: matrix, component (attention and MLP apart), block, "
+        "window:N blocks, or none: the kept weights stay as they were.",
+    )
+    inputs: Literal["dense", "pruned"] = Field(
+        "dense",
+        description="What a unit reads while it is scored and refitted: the dense model's activations, all blocks at "
+        "once, or those of the blocks pruned so far, one after the other.",
+    )
+    sweeps: int = Field(
+        0, ge=0, description="Refit all blocks again, at once, this often: each time on what the pruned model gives."
+    )
+    correction: Literal["auto"] | list[float] = Field(
+        "auto", description="Share of the accumulated error that a sweep takes back: one for all sweeps, or C,C,..."
+    )
     epochs: Count = Field(1, description="Passes over the calibration while refitting.")
     batch: Count = Field(2, description="Samples in one refitting step.")
     learning_rate: float = Field(
@@ -102,11 +131,104 @@ class PruneConfig(ClusterConfig):
             parse_pattern(value)
         return value
 
+    @field_validator("criterion_options", mode="before")
+    @classmethod
+    def _criterion_options(cls, value: Any) -> Any:
+        """From the command line's name=value, from one such text, or from a mapping."""
+        if not isinstance(value, str | list):
+            return value
+        pairs = [text.partition("=") for text in ([value] if isinstance(value, str) else value)]
+        for name, equals, _ in pairs:
+            if not name or not equals:
+                raise Refusal(f"criterion-option {name!r}: write name=value, such as alpha=0.5")
+        return {name.strip(): text.strip() for name, _, text in pairs}
+
+    @field_validator("reconstruct")
+    @classmethod
+    def _reconstruct(cls, value: str) -> str:
+        parse_rebuild(value)
+        return value
+
+    @field_validator("correction", mode="before")
+    @classmethod
+    def _correction(cls, value: Any) -> Any:
+        """From 0.3 or 0.3,0.6 as text, or from numbers."""
+        if value == "auto":
+            return value
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        try:
+            shares = [float(part) for part in parts]
+        except (TypeError, ValueError):
+            shares = []
+        if not shares or not all(0 <= share <= 1 for share in shares):
+            raise Refusal(f"correction {value}: give shares from 0 to 1, one for all sweeps or one for each: 0.3,0.6")
+        return shares
+
     @model_validator(mode="after")
-    def _one_target(self) -> "PruneConfig":
+    def _together(self) -> "PruneConfig":
+        """What fits each by itself and not all together."""
         if self.pattern is not None and "sparsity" in self.model_fields_set:
             raise Refusal(f"sparsity {self.sparsity} and pattern {self.pattern}: give one of the two")
+        if self.pattern is not None and self.allocation == "owl":
+            raise Refusal(f"allocation owl with pattern {self.pattern}: N:M leaves every block the same; use --sparsity")
+        if self.pattern is not None and self.scope == "matrix":
+            raise Refusal(f"scope matrix with pattern {self.pattern}: N:M compares within groups; leave --scope out")
+        check_options(self.criterion, self.criterion_options)
+        self._check_sweeps()
+        self.rules  # noqa: B018 refuses entries that are wrong in themselves
         return self
+
+    def _check_sweeps(self) -> None:
+        unit, _ = parse_rebuild(self.reconstruct)
+        if self.sweeps and self.inputs == "pruned":
+            raise Refusal(f"sweeps {self.sweeps} with inputs pruned: sweeps make up for dense inputs; choose one of the two")
+        if self.sweeps and unit in ("none", "matrix"):
+            raise Refusal(
+                f"sweeps {self.sweeps} with reconstruct {self.reconstruct}: a sweep refits component, block or window:N"
+            )
+        if self.correction != "auto" and len(self.correction) not in (1, self.sweeps):
+            given = ",".join(f"{share:g}" for share in self.correction)
+            raise Refusal(f"correction {given}: {self.sweeps} sweeps take one share, or {self.sweeps}")
+
+    @property
+    def rules(self) -> tuple[Override, ...]:
+        """The overrides, parsed."""
+        return tuple(resolve_overrides(self.overrides))
+
+    @property
+    def recipe(self) -> Recipe:
+        """What every shard does to its blocks."""
+        unit, window = parse_rebuild(self.reconstruct)
+        return Recipe(
+            criterion=self.criterion,
+            criterion_options=check_options(self.criterion, self.criterion_options),
+            sparsity=None if self.groups else self.sparsity,
+            pattern=self.groups,
+            scope=self.scope,
+            overrides=self.rules,
+            allocation=self.allocation,
+            refine=self._refine,
+            reconstruct=unit,
+            window=window,
+            inputs=self.inputs,
+            epochs=self.epochs,
+            batch=self.batch,
+            learning_rate=self.learning_rate,
+            corrections=self._corrections,
+            seed=self.seed,
+        )
+
+    @property
+    def _refine(self) -> Refine:
+        if self.refine == "auto":
+            return "none" if self.reconstruct == "none" else "swaps"
+        return self.refine
+
+    @property
+    def _corrections(self) -> tuple[float, ...]:
+        if self.correction == "auto":
+            return tuple(CORRECTIONS[min(sweep, len(CORRECTIONS) - 1)] for sweep in range(self.sweeps))
+        return tuple(self.correction) * (self.sweeps if len(self.correction) == 1 else 1)
 
     @property
     def groups(self) -> tuple[int, int] | None:
@@ -114,13 +236,32 @@ class PruneConfig(ClusterConfig):
         return parse_pattern(self.pattern) if self.pattern else None
 
     @property
+    def mask_name(self) -> str:
+        """Such as `wanda 50% + swaps`."""
+        name = f"{self.criterion} {self.pattern or f'{100 * self.sparsity:g}%'}"
+        return name if self._refine == "none" else f"{name} + {self._refine}"
+
+    @property
     def recipe_name(self) -> str:
-        """Such as `wanda 50% + component`."""
-        amount = self.pattern or f"{100 * self.sparsity:g}%"
-        return f"{self.criterion} {amount}" + ("" if self.reconstruct == "none" else f" + {self.reconstruct}")
+        """Such as `wanda 50% + swaps + component`."""
+        parts = [self.mask_name]
+        parts += [] if self.reconstruct == "none" else [self.reconstruct]
+        parts += ["pruned inputs"] if self.inputs == "pruned" else []
+        parts += [f"{self.sweeps} sweep{'s' if self.sweeps > 1 else ''}"] if self.sweeps else []
+        return " + ".join(parts)
 
 
 Config = TypeVar("Config", bound=ClusterConfig)
+
+
+def parse_rebuild(text: str) -> tuple[Rebuild, int]:
+    """`window:4` as ("window", 4), `component` as ("component", 1). Raises Refusal for anything else."""
+    name, colon, number = text.partition(":")
+    if name == "window" and colon and number.isdigit() and int(number):
+        return "window", int(number)
+    if not colon and name != "window" and name in get_args(Rebuild):
+        return cast(Rebuild, name), 1
+    raise Refusal(f"reconstruct {text!r}: choose matrix, component, block, window:N (N blocks as one) or none")
 
 
 def build_config(values: Mapping[str, Any], kind: type[Config]) -> Config:

@@ -19,17 +19,19 @@ from cluster.fleet import Fleet, Stream
 from pipeline.assemble import copy_companions, write_index
 from pipeline.config import PruneConfig, build_config
 from pipeline.layout import Layout, Load, ShardLayout, arrange, check_disk
-from pipeline.plan import ModelFacts, check_headers, check_pattern_fits, microbatch_size, model_facts, window_length
+from pipeline.plan import ModelFacts, check_headers, check_recipe_fits, microbatch_size, model_facts, window_length
 from pipeline.progress import Reporter, reporter_for
 from pipeline.report import write_report
 from pipeline.rundir import RunDirectory, check_free, disk_full_refused
 from pipeline.tracking import Recorder, block_metrics, recorded_run, total_metrics
 from stages.checkpoint import Checkpoint, resolve
+from stages.allocation import owl
+from stages.choose import EXPERT_TOKENS
 from stages.errors import Refusal
 from stages.meter import peak_bytes
+from stages.recipe import WorkOrder
 from stages.skeleton import read_config
 from stages.tokens import TokenTable, build_token_table
-from stages.work import Recipe
 
 SUMMARY = (
     *("output", "sparsity", "dense_perplexity", "perplexity", "seconds", "peak_memory", "estimate"),
@@ -124,7 +126,7 @@ def _request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
 def _inspect(config: PruneConfig) -> tuple[ModelFacts, str]:
     model = resolve(config.model)
     facts = model_facts(read_config(model, config.trust_remote_code), config.model, config.dtype)
-    check_pattern_fits(facts, config.groups)
+    check_recipe_fits(facts, config.recipe)
     return facts, check_headers(facts, Checkpoint(model))
 
 
@@ -143,6 +145,7 @@ class _Run:
         self.config, self.facts, self.layout, self.directory, self.run = config, facts, layout, directory, run
         self.reporter = reporter or reporter_for(Console(stderr=True))
         self.length = window_length(facts, config.length)
+        self.recipe = config.recipe
         self.started = time.time()
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
@@ -220,25 +223,11 @@ class _Run:
                     object_store_bytes=layout.object_store_bytes,
                 )
             )
-            placed = layout.place(str(self.directory.output), str(self.scratch), self._recipe())
+            placed = layout.place(str(self.directory.output), str(self.scratch), self.recipe)
         shards = [{"index": spec.index, "first": spec.first, "last": spec.last - 1} for spec in placed.specs]
         self.run |= {"estimate": placed.estimate, "shards": shards}
         self.directory.write(self.run)
         return placed
-
-    def _recipe(self) -> Recipe:
-        config = self.config
-        return Recipe(
-            criterion=config.criterion,
-            sparsity=None if config.groups else config.sparsity,
-            pattern=config.groups,
-            scope=config.scope,
-            reconstruct=config.reconstruct,
-            epochs=config.epochs,
-            batch=config.batch,
-            learning_rate=config.learning_rate,
-            seed=config.seed,
-        )
 
     def _work(
         self,
@@ -254,15 +243,7 @@ class _Run:
             shard |= {"node": fact.node, "device": fact.device}
         self.reporter.note(self._headline(layout))
         self.run["dense_perplexity"] = self._perplexity(fleet, evaluation, "dense_perplexity")
-        finished = self.directory.finished_blocks()
-        todo = set(range(self.facts.blocks)) - set(finished)
-        stream = self._stream(calibration)
-        if todo:
-            with self._phase("stream"):
-                fleet.calibrate(stream, todo, self.reporter.pass_begins("calibrate", stream.microbatches))
-        self.worked = True
-        with self._phase("work"):
-            finished |= self._prune_blocks(fleet, layout, stream, todo, finished, recorder)
+        finished = self._sweeps(fleet, layout, self._stream(calibration), recorder)
         self.run["blocks"] = [finished[block] for block in sorted(finished)]
         with self._phase("assemble"):
             ends = self.directory.finished_ends()
@@ -280,25 +261,78 @@ class _Run:
             for phase in phases
         ]
 
-    def _prune_blocks(
+    def _sweeps(
+        self, fleet: Fleet, layout: ShardLayout, stream: Stream, recorder: Recorder
+    ) -> dict[int, dict[str, Any]]:
+        """Reports of the last sweep's blocks; what an earlier run of this directory finished is not done again."""
+        last, everything = self.recipe.sweeps, set(range(self.facts.blocks))
+        done = {sweep: self.directory.finished_blocks(sweep, last) for sweep in range(last + 1)}
+        first = max((sweep + 1 for sweep in done if done[sweep].keys() == everything), default=0)
+        for sweep in range(first, last + 1):
+            todo = everything - done[sweep].keys()
+            ratios = self._ratios(fleet, stream) if sweep == 0 and self.recipe.allocation == "owl" else None
+            orders = [
+                WorkOrder(blocks=blocks, sweep=sweep, sparsity=ratios and tuple(ratios[block] for block in blocks))
+                for spec in layout.specs
+                for blocks in spec.pieces
+                if todo & set(blocks)
+            ]
+            if self.recipe.streams_dense:
+                with self._phase("stream"):
+                    name = f"sweep {sweep}" if sweep else "calibrate"
+                    fleet.calibrate(stream, todo, self.reporter.pass_begins(name, stream.microbatches), sweep)
+            self.worked = True
+            with self._phase("work"):
+                done[sweep] |= self._work_off(fleet, layout, stream, orders, len(done[sweep]), recorder)
+            self.directory.drop_sweep(sweep - 1, last)
+        return done[last]
+
+    def _work_off(
         self,
         fleet: Fleet,
         layout: ShardLayout,
         stream: Stream,
-        todo: set[int],
-        finished: dict[int, dict[str, Any]],
+        orders: list[WorkOrder],
+        finished: int,
         recorder: Recorder,
     ) -> dict[int, dict[str, Any]]:
+        """The reports of all blocks of `orders`, each journalled as it comes."""
+        todo = {block for order in orders for block in order.blocks}
         self.reporter.work_begins(
-            {spec.index: len(todo & set(range(spec.first, spec.last))) for spec in layout.specs}, len(finished)
+            {spec.index: len(todo & set(range(spec.first, spec.last))) for spec in layout.specs}, finished
         )
+        name = self.config.mask_name if not orders[0].sweep else f"sweep {orders[0].sweep}"
         reports: dict[int, dict[str, Any]] = {}
-        for report in fleet.work(stream, todo) if todo else ():
+        for report in (report for reports in self._worked(fleet, stream, orders) for report in reports):
             self.directory.note("block", **report)
             recorder.metrics(block_metrics(report), step=report["block"])
-            self.reporter.block_done(report, self.config.recipe_name.split(" + ")[0], self.facts.blocks)
+            self.reporter.block_done(report, name, self.facts.blocks)
+            self._tell_fallbacks(report)
             reports[report["block"]] = report
         return reports
+
+    def _worked(self, fleet: Fleet, stream: Stream, orders: list[WorkOrder]) -> Iterator[list[dict[str, Any]]]:
+        return fleet.work_in_order(stream, orders) if self.recipe.sequential else fleet.work(stream, orders)
+
+    def _ratios(self, fleet: Fleet, stream: Stream) -> list[float]:
+        """Each block's sparsity by OWL, the same again when the run is resumed."""
+        for entry in self.directory.noted("allocation"):
+            return list(entry["sparsity"])
+        blocks = range(self.facts.blocks)
+        with self._phase("stream"):
+            shares = fleet.outlier_shares(stream, blocks)
+        ratios = owl(shares, self.config.sparsity, weights=self.facts.prunable_by_block)
+        self.directory.note("allocation", sparsity=ratios, outlier_shares=shares)
+        return ratios
+
+    def _tell_fallbacks(self, report: dict[str, Any]) -> None:
+        """Say which experts saw too little to be scored."""
+        if few := report["fallbacks"]:
+            name, tokens = next(iter(few.items()))
+            self._warn(
+                f"block {report['block']}: {len(few)} expert matrices were pruned by magnitude, their experts saw fewer "
+                f"than {EXPERT_TOKENS} tokens ({name}: {tokens}); use more --samples"
+            )
 
     def _stream(self, table: TokenTable) -> Stream:
         return stream_of(table, microbatch_size(self.config.microbatch, self.length), self.config.window)
@@ -311,10 +345,8 @@ class _Run:
         pruned = which == "perplexity"
         stream = self._stream(table)
         with self._phase("evaluate" if pruned else "evaluate_dense"):
-            if pruned:
-                fleet.open(pruned=True)
             step = self.reporter.pass_begins("evaluate", stream.microbatches)
-            loss, tokens = fleet.loss(stream, step, pruned)
+            loss, tokens = fleet.loss(stream, step, self.recipe.sweeps if pruned else None)
         value = math.exp(loss / tokens)
         self.directory.note(which, value=value, tokens=tokens)
         return value

@@ -33,10 +33,16 @@ class Load:
 
     samples: int = 0
     batch: int = 0
+    recipe: Recipe | None = None
 
     @classmethod
     def of_pruning(cls, config: PruneConfig) -> "Load":
-        return cls() if config.reconstruct == "none" else cls(samples=config.samples, batch=config.batch)
+        return cls(samples=config.samples, batch=config.batch, recipe=config.recipe)
+
+    @property
+    def window(self) -> int:
+        """Blocks that must be on one shard together."""
+        return self.recipe.window if self.recipe else 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,11 +73,11 @@ class Layout:
         members = nodes()
         device = "cuda" if config.device != "cpu" and any(node.gpus for node in members) else "cpu"
         room = sum(int(node.gpus) if device == "cuda" else int(node.cpus // config.threads) for node in members)
-        shards = self.shards or max(1, min(room, facts.blocks))
+        shards = self.shards or max(1, min(room, -(-facts.blocks // self.load.window)))
         if shards > room:
             what = "GPUs" if device == "cuda" else f"CPUs for {config.threads} threads each"
             raise Refusal(f"shards {shards}: the cluster has {what} for {room}; give --shards {room} or add nodes")
-        ranges = split_blocks(facts.block_bytes, shards)
+        ranges = split_blocks(facts.block_bytes, shards, self.load.window)
         estimates = estimates_by_resident(config, facts, self.load, self.length, ranges, device == "cuda")
         resident = choose_resident(config.resident, estimates, _memory_per_shard(members, shards, device))
         specs = [
@@ -103,11 +109,11 @@ def arrange(config: ClusterConfig, facts: ModelFacts, load: Load) -> Layout:
     length = window_length(facts, config.length)
     shards = None if config.shards == "auto" else config.shards
     if shards is not None:
-        split_blocks(facts.block_bytes, shards)
+        split_blocks(facts.block_bytes, shards, load.window)
     gpus = _local_gpus() if config.device != "cpu" else 0
     if config.device == "cuda" and not gpus and config.address is None:
         raise Refusal("device cuda: this machine has no CUDA device; use --device cpu or --address of a GPU cluster")
-    wanted = shards or min(facts.blocks, gpus or max(1, cores() // config.threads))
+    wanted = shards or min(-(-facts.blocks // load.window), gpus or max(1, cores() // config.threads))
     microbatch_bytes = microbatch_size(config.microbatch, length) * length * facts.hidden * facts.itemsize
     return Layout(
         config=config,
@@ -135,7 +141,7 @@ def estimates_by_resident(
                 tokens=load.samples * length,
                 step_tokens=load.batch * length,
                 spool_memory=int(config.spool_memory),
-                reconstruct=load.batch > 0,
+                recipe=load.recipe,
                 gpu=gpu,
             )
             for first, last in ranges

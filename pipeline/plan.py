@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
+from stages.allocation import check_matches
 from stages.blocks import prunable
 from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
 from stages.masks import check_divisible
+from stages.recipe import Recipe, pieces
 from stages.shard import compute_dtype
 from stages.skeleton import Skeleton, tied_names
 
@@ -41,6 +43,7 @@ class ModelFacts:
     unit_parameters: tuple[tuple[int, ...], ...]  # parameters of each component, block by block
     largest_matrix: int
     linears: tuple[tuple[str, int, int], ...]  # (checkpoint name, out, in) of every prunable weight
+    layers: tuple[tuple[tuple[str, int, int], ...], ...]  # of each block's: (name as reports call it, out, in)
 
     @property
     def blocks(self) -> int:
@@ -49,6 +52,10 @@ class ModelFacts:
     @property
     def prunable(self) -> int:
         return sum(out * into for _, out, into in self.linears)
+
+    @property
+    def prunable_by_block(self) -> list[int]:
+        return [sum(out * into for _, out, into in layers) for layers in self.layers]
 
     @property
     def total_bytes(self) -> int:
@@ -72,14 +79,16 @@ def model_facts(config: PreTrainedConfig, path: str, dtype: str = "auto") -> Mod
     skeleton = Skeleton(config, torch_dtype)
     text = config.get_text_config()
     item = torch_dtype.itemsize
-    linears, units, sizes = [], [], []
+    linears, units, sizes, layers = [], [], [], []
     for index, layer in enumerate(skeleton.layers):
         names = skeleton.block_tensors(index)
         shapes = {name: tensor.shape for name, tensor in layer.state_dict().items()}
         sizes.append(sum(shape.numel() for shape in shapes.values()) * item)
         components = prunable(layer, skeleton.layout)
         units.append(tuple(sum(shapes[n].numel() for n in shapes if n.startswith(f"{c}.")) for c in components))
-        for weight in (weight for members in components.values() for weight in members):
+        weights = [weight for members in components.values() for weight in members]
+        layers.append(tuple((w.name, *w.of(layer.get_parameter(w.parameter)).shape) for w in weights))
+        for weight in weights:
             out, into = weight.of(layer.get_parameter(weight.parameter)).shape
             linears.append((names[weight.parameter], out, into))
     tied = tied_names(skeleton.model)
@@ -98,6 +107,7 @@ def model_facts(config: PreTrainedConfig, path: str, dtype: str = "auto") -> Mod
         unit_parameters=tuple(units),
         largest_matrix=max(out * into for _, out, into in linears),
         linears=tuple(linears),
+        layers=tuple(layers),
     )
 
 
@@ -129,11 +139,17 @@ def _sampled(path: Path) -> bytes:
     return b"".join(stretches)
 
 
-def check_pattern_fits(facts: ModelFacts, pattern: tuple[int, int] | None) -> None:
-    """Raises Refusal naming the first layer whose rows groups of M do not fill."""
-    if pattern is not None:
-        for name, _, into in facts.linears:
-            check_divisible(into, pattern, name)
+def check_recipe_fits(facts: ModelFacts, recipe: Recipe) -> None:
+    """Raises Refusal for a window larger than the model, an override that matches no layer, criterion options that a
+    layer's criterion does not take, and rows that groups of M do not fill, naming the first such layer."""
+    if recipe.window > facts.blocks:
+        raise Refusal(f"reconstruct window:{recipe.window}: the model has {facts.blocks} blocks; give at most that many")
+    names = [(block, layer, into) for block, layers in enumerate(facts.layers) for layer, _, into in layers]
+    check_matches(recipe.overrides, [f"{block}.{layer}" for block, layer, _ in names])
+    for block, layer, into in names:
+        rule = recipe.rule(block, layer, recipe.sparsity)
+        if rule.pattern is not None:
+            check_divisible(into, rule.pattern, f"block {block}, {layer}")
 
 
 def window_length(facts: ModelFacts, asked: int | Literal["auto"]) -> int:
@@ -150,11 +166,20 @@ def microbatch_size(asked: int | Literal["auto"], length: int) -> int:
     return max(1, MICROBATCH_TOKENS // length) if asked == "auto" else asked
 
 
-def split_blocks(costs: tuple[int, ...], shards: int) -> list[tuple[int, int]]:
-    """Consecutive (first, last) of each shard, `last` excluded, as even in cost as whole blocks allow.
+def split_blocks(costs: tuple[int, ...], shards: int, window: int = 1) -> list[tuple[int, int]]:
+    """Consecutive (first, last) of each shard, `last` excluded, as even in cost as whole windows of blocks allow.
 
-    Raises Refusal for more shards than blocks.
+    Raises Refusal for more shards than there are blocks, or windows.
     """
+    if window > 1:
+        together = pieces(range(len(costs)), window)
+        if shards > len(together):
+            raise Refusal(
+                f"shards {shards}: {len(costs)} blocks make {len(together)} windows of {window}, and a shard needs one; "
+                f"at most {len(together)}"
+            )
+        ranges = split_blocks(tuple(sum(costs[block] for block in blocks) for blocks in together), shards)
+        return [(together[first][0], together[last - 1][-1] + 1) for first, last in ranges]
     if shards > len(costs):
         raise Refusal(f"shards {shards}: the model has {len(costs)} blocks and a shard needs one; at most {len(costs)}")
     total, bounds, reached = sum(costs), [0], 0
@@ -189,7 +214,7 @@ def estimate_shard(
     tokens: int,
     step_tokens: int,
     spool_memory: int,
-    reconstruct: bool,
+    recipe: Recipe | None,
     gpu: bool,
 ) -> ShardEstimate:
     """What blocks `first` to `last` need: weights, one unit's training state, activations set aside.
@@ -199,11 +224,12 @@ def estimate_shard(
     sizes = facts.block_bytes[first:last]
     ends = facts.ends_bytes if first == 0 or last == facts.blocks else 0
     weights = ends + (sum(sizes) if resident == "all" else max(sizes))
-    unit = max(max(units) for units in facts.unit_parameters[first:last])
-    # bf16 working copy, fp32 master, two moments; the largest gradient twice; a step's activations.
-    training = 14 * unit + 6 * facts.largest_matrix + step_tokens * facts.hidden * 40 if reconstruct else 0
-    spooled = 4 * tokens * facts.hidden * facts.itemsize * (last - first) if reconstruct else 0
-    carried = 2 * tokens * facts.hidden * facts.itemsize if resident == "one" else 0
+    training, kept = 0, 0
+    if recipe is not None:
+        training = max(_fit_bytes(facts, first, last, step_tokens, recipe), _hessian_bytes(facts, recipe))
+        kept = _kept_streams(recipe)
+    spooled = int(kept * tokens * facts.hidden * facts.itemsize * (last - first))
+    carried = 2 * tokens * facts.hidden * facts.itemsize if resident == "one" or (recipe and recipe.sequential) else 0
     in_memory = min(spooled + carried, spool_memory)
     both = min(training + in_memory, max(training, spool_memory))  # activations make room for the fit
     copy = max(sizes)  # the pruned copy of the block in work
@@ -214,6 +240,39 @@ def estimate_shard(
         spool_disk=spooled + carried - in_memory,
         peak=weights + copy + (training if gpu else PROCESS_BYTES + both),
     )
+
+
+def _fit_bytes(facts: ModelFacts, first: int, last: int, step_tokens: int, recipe: Recipe) -> int:
+    """Memory that fitting the largest unit takes: bf16 working copy, fp32 master, two moments; the largest gradient
+    twice; a step's activations."""
+    if recipe.reconstruct == "none":
+        return 0
+    if recipe.reconstruct == "matrix":
+        unit = facts.largest_matrix
+    elif recipe.reconstruct == "component":
+        unit = max(max(units) for units in facts.unit_parameters[first:last])
+    else:
+        unit = recipe.window * max(sum(units) for units in facts.unit_parameters[first:last])
+    return 14 * unit + 6 * facts.largest_matrix + step_tokens * facts.hidden * 40 * recipe.window
+
+
+def _hessian_bytes(facts: ModelFacts, recipe: Recipe) -> int:
+    """Memory for the Hessians of one group's inputs (an attention's two, say), and for what is made of the largest."""
+    if "hessian" not in recipe.needs:
+        return 0
+    widest = max(into for layers in facts.layers for _, _, into in layers)
+    return 4 * (facts.hidden**2 + 4 * widest**2)
+
+
+def _kept_streams(recipe: Recipe) -> float:
+    """How often a block's tokens × hidden states are set aside: inputs and dense outputs of its units."""
+    if recipe.reconstruct == "none":
+        return 2 if recipe.gathers and not recipe.sequential else 0
+    if recipe.reconstruct == "window":
+        return (3 if recipe.sweeps else 2) / recipe.window
+    if recipe.reconstruct == "block":
+        return 3 if recipe.sweeps else 2
+    return 6 if recipe.sweeps else 4
 
 
 def choose_resident(

@@ -3,6 +3,7 @@
 OUTPUT/model-block-00003.safetensors   a finished block (written under a temporary name, then renamed)
 OUTPUT/espalier/run.json               request, plan, and at the end everything that was measured
 OUTPUT/espalier/journal.jsonl          one line for each finished thing, appended and synced
+OUTPUT/espalier/sweep-0/               blocks as a sweep left them, until the next one is done with all of its own
 """
 
 import contextlib
@@ -17,8 +18,7 @@ from typing import IO, Any
 
 from stages.checkpoint import file_digest, sync_directory
 from stages.errors import Refusal
-
-HOME = "espalier"
+from stages.shard import HOME, sweep_directory
 
 
 class RunDirectory:
@@ -120,14 +120,20 @@ class RunDirectory:
             if entry["event"] == event:
                 yield entry
 
-    def finished_blocks(self) -> dict[int, dict[str, Any]]:
-        """Block -> its report, for the blocks whose files still are what the journal says."""
-        reports = {entry["block"]: entry for entry in self.noted("block")}
+    def finished_blocks(self, sweep: int = 0, sweeps: int = 0) -> dict[int, dict[str, Any]]:
+        """Block -> its report in one of so many sweeps, for the blocks whose files still are what the journal says."""
+        reports = {entry["block"]: entry for entry in self.noted("block") if entry["sweep"] == sweep}
+        directory = sweep_directory(self.output, sweep, sweeps)
         return {
             block: {key: value for key, value in report.items() if key != "event"}
             for block, report in sorted(reports.items())
-            if self._is_whole(report["file"], report["digest"])
+            if _is_whole(directory / report["file"], report["digest"])
         }
+
+    def drop_sweep(self, sweep: int, sweeps: int) -> None:
+        """Remove what a sweep left, if it is not the result."""
+        if sweep < sweeps:
+            shutil.rmtree(sweep_directory(self.output, sweep, sweeps), ignore_errors=True)
 
     def note_ends(self, files: Iterable[str]) -> None:
         """Note the files that hold what lies outside the blocks, with their digests."""
@@ -136,11 +142,7 @@ class RunDirectory:
     def finished_ends(self) -> list[str] | None:
         """The files last noted by `note_ends`; None if there are none, or one is not what it was."""
         noted: dict[str, str] = next((entry["files"] for entry in reversed(list(self.noted("ends")))), {})
-        return list(noted) if noted and all(self._is_whole(*entry) for entry in noted.items()) else None
-
-    def _is_whole(self, file: str, digest: str) -> bool:
-        path = self.output / file
-        return path.is_file() and file_digest(path) == digest
+        return list(noted) if noted and all(_is_whole(self.output / f, digest) for f, digest in noted.items()) else None
 
 
 def check_free(output: Path) -> None:
@@ -155,6 +157,10 @@ def check_free(output: Path) -> None:
     if run["status"] == "finished":
         raise Refusal(f"output {output}: holds a finished run; give another directory, or remove this one")
     raise Refusal(f"output {output}: belongs to a run that is not finished; `espalier resume {output}` goes on with it")
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    return path.is_file() and file_digest(path) == digest
 
 
 def _recorded(run_file: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ The blocks that `forward` runs stay as they were loaded: work writes pruned copi
 import functools
 import gc
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stages.allocation import outlier_share
 from stages.blocks import Call, trace
 from stages.calibrate import BlockCalibration
 from stages.carry import Carry
 from stages.checkpoint import Checkpoint, grouped, resolve, write_tensors
+from stages.criteria import score_rows
 from stages.errors import OutOfStep
 from stages.meter import Timeline, peak_bytes
 from stages.recipe import Recipe, WorkOrder, pieces
@@ -61,6 +63,11 @@ class ShardSpec:
     trust_remote_code: bool = False
     recipe: Recipe | None = None
 
+    @property
+    def pieces(self) -> list[tuple[int, ...]]:
+        """Its blocks, those together that are rebuilt together."""
+        return pieces(range(self.first, self.last), self.recipe.window if self.recipe else 1)
+
 
 def block_file(index: int) -> str:
     """The output file of one finished block."""
@@ -85,8 +92,7 @@ class Shard:
         self._expected = self._microbatches = self._sweep = 0
         self._collect: frozenset[int] = frozenset()
         self._carry: Carry | None = None
-        window = spec.recipe.window if spec.recipe else 1
-        self._pieces = {block: piece for piece in pieces(range(spec.first, spec.last), window) for block in piece}
+        self._pieces = {block: piece for piece in spec.pieces for block in piece}
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -286,9 +292,17 @@ class Shard:
 
     # -- the work --------------------------------------------------------------------------------------------------
 
-    def outlier_counts(self, index: int) -> dict[str, int]:
-        """What OWL weighs block `index` by; see `stages.allocation`. Raises OutOfStep without its calibration."""
-        return outlier_counts(self._hold([index])[index], self._calibrated(index))
+    def outlier_share(self, index: int) -> float:
+        """What OWL weighs block `index` by, from Wanda's scores. Raises OutOfStep without its calibration."""
+        calibration = self._calibrated(index)
+        block = self._hold([index])[index]
+
+        def scores() -> Iterator[Tensor]:
+            for weight in calibration.anatomy.weights:
+                matrix = weight.of(block.get_parameter(weight.parameter))
+                yield from (part for _, part in score_rows("wanda", matrix, calibration.statistics[weight.name]))
+
+        return outlier_share(scores)
 
     def _calibrated(self, index: int, sweep: int = 0) -> BlockCalibration:
         calibration = self._calibrations.get(index)
@@ -320,9 +334,8 @@ class Shard:
         blocks = self._hold(order.blocks)
         if not recipe.streams_dense:
             calibrations = {index: self._calibration(index, block) for index, block in blocks.items()}
-        spool = functools.partial(self._new_spool)
         samples = carry.samples if carry else None
-        work = Work(recipe, order, blocks, calibrations, self.skeleton, self.timeline, spool, samples)
+        work = Work(recipe, order, blocks, calibrations, self.skeleton, self.timeline, self._new_spool, samples)
         del blocks
         if self.spec.resident == "one":
             self._blocks.clear()  # the dense blocks go, matrix by matrix, as their pruned copies are made
@@ -331,7 +344,7 @@ class Shard:
         if carry:
             for index in order.blocks:
                 carry.advance(functools.partial(self._run, index, work.modules[index]), index + 1)
-        reports = [report | self._commit(work, report["block"]) for report in work.reports()]
+        reports = [report | self._commit(work, report) for report in work.reports()]
         if order.sweep == recipe.sweeps:
             for index in order.blocks:
                 self._calibrations.pop(index).close()
@@ -343,17 +356,16 @@ class Shard:
     def _new_spool(self, name: str) -> Spool:
         return Spool(self._scratch / f"{name}.arrow", self._budget)
 
-    def _commit(self, work: Work, index: int) -> dict[str, Any]:
-        """Write one block; what the report says of that and of the stream."""
-        started = time.perf_counter()
-        recipe = work.recipe
-        directory = sweep_directory(Path(self.spec.output), work.order.sweep, recipe.sweeps)
+    def _commit(self, work: Work, report: dict[str, Any]) -> dict[str, Any]:
+        """Write one block; what its report is to say of that and of the stream."""
+        started, index = time.perf_counter(), report["block"]
+        directory = sweep_directory(Path(self.spec.output), work.order.sweep, work.recipe.sweeps)
+        directory.mkdir(parents=True, exist_ok=True)
         names = self.skeleton.block_tensors(index)
         with self.timeline.phase("commit", index):
             tensors = work.modules[index].state_dict()
             digest = write_tensors(directory / block_file(index), {names[name]: t for name, t in tensors.items()})
         tokens, streamed = self._streamed.get(index, (0, 0.0))
-        report = next(report for report in work.reports() if report["block"] == index)
         seconds = report["seconds"] | {"stream": streamed, "commit": time.perf_counter() - started}
         return {
             "tokens": tokens,
