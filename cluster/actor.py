@@ -60,7 +60,10 @@ class ShardWorker:
         return self._shard
 
     def open(self, source: int | None = None) -> ShardFacts:
-        """Load this shard's tensors, its blocks as sweep number `source` left them if one is given. Raises Refusal if this node does not see the run's directory or its model."""
+        """Load this shard's tensors, its blocks as sweep number `source` left them if one is given.
+
+        Raises Refusal if this node does not see the run's directory or its model.
+        """
         spec = self._spec
         if self._run_file and not Path(self._run_file).exists():
             raise Refusal(

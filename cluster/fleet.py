@@ -186,7 +186,7 @@ class Fleet:
     def _calibrate_missing(
         self, stream: Stream, blocks: set[int], on_step: Callable[[int], None], sweep: int = 0
     ) -> None:
-        """Passes that gather what the shards lack for `sweep` in `blocks`, after which each holds what it starts from."""
+        """Passes that gather what the shards lack for `sweep` in `blocks`, after which each has what it starts from."""
         dense = self._lacking(blocks, lambda held, block: block in held)
         if dense:
             self._hold(None)

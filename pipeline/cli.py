@@ -68,7 +68,7 @@ def options_of(config: "type[ClusterConfig]") -> list[inspect.Parameter]:
     """A flag for every field of a configuration but `model`, in its order; values are checked by the configuration."""
     parameters = []
     for name, field in config.model_fields.items():
-        if name == "model" or (field.json_schema_extra or {}).get("flag") is False:
+        if name in ("model", "overrides"):  # an argument; YAML only
             continue
         many = get_origin(field.annotation) is dict  # --criterion-option alpha=0.5 --criterion-option seed=1
         flag = f"--{(name.removesuffix('s') if many else name).replace('_', '-')}"

@@ -81,9 +81,7 @@ class PruneConfig(ClusterConfig):
     allocation: Literal["uniform", "owl"] = Field(
         "uniform", description="The same sparsity in every block, or less in those with more outliers."
     )
-    overrides: list[Any] = Field(
-        [], description="What is different in some layers, in YAML only.", json_schema_extra={"flag": False}
-    )
+    overrides: list[Any] = Field([], description="What is different in some layers, in YAML only.")
     refine: Literal["auto", "none", "dsnot", "r2-dsnot", "swaps"] = Field(
         "auto", description="Exchange pruned for kept weights before refitting; auto: swaps, or none without refitting."
     )
@@ -170,7 +168,9 @@ class PruneConfig(ClusterConfig):
         if self.pattern is not None and "sparsity" in self.model_fields_set:
             raise Refusal(f"sparsity {self.sparsity} and pattern {self.pattern}: give one of the two")
         if self.pattern is not None and self.allocation == "owl":
-            raise Refusal(f"allocation owl with pattern {self.pattern}: N:M leaves every block the same; use --sparsity")
+            raise Refusal(
+                f"allocation owl with pattern {self.pattern}: N:M leaves every block the same; use --sparsity"
+            )
         if self.pattern is not None and self.scope == "matrix":
             raise Refusal(f"scope matrix with pattern {self.pattern}: N:M compares within groups; leave --scope out")
         check_options(self.criterion, self.criterion_options)
@@ -181,7 +181,9 @@ class PruneConfig(ClusterConfig):
     def _check_sweeps(self) -> None:
         unit, _ = parse_rebuild(self.reconstruct)
         if self.sweeps and self.inputs == "pruned":
-            raise Refusal(f"sweeps {self.sweeps} with inputs pruned: sweeps make up for dense inputs; choose one of the two")
+            raise Refusal(
+                f"sweeps {self.sweeps} with inputs pruned: sweeps make up for dense inputs; choose one of the two"
+            )
         if self.sweeps and unit in ("none", "matrix"):
             raise Refusal(
                 f"sweeps {self.sweeps} with reconstruct {self.reconstruct}: a sweep refits component, block or window:N"

@@ -24,8 +24,8 @@ from pipeline.progress import Reporter, reporter_for
 from pipeline.report import write_report
 from pipeline.rundir import RunDirectory, check_free, disk_full_refused
 from pipeline.tracking import Recorder, block_metrics, recorded_run, total_metrics
-from stages.checkpoint import Checkpoint, resolve
 from stages.allocation import owl
+from stages.checkpoint import Checkpoint, resolve
 from stages.choose import EXPERT_TOKENS
 from stages.errors import Refusal
 from stages.meter import peak_bytes
@@ -272,7 +272,9 @@ class _Run:
             todo = everything - done[sweep].keys()
             ratios = self._ratios(fleet, stream) if sweep == 0 and self.recipe.allocation == "owl" else None
             orders = [
-                WorkOrder(blocks=blocks, sweep=sweep, sparsity=ratios and tuple(ratios[block] for block in blocks))
+                WorkOrder(
+                    blocks=blocks, sweep=sweep, sparsity=tuple(ratios[block] for block in blocks) if ratios else None
+                )
                 for spec in layout.specs
                 for blocks in spec.pieces
                 if todo & set(blocks)
@@ -330,8 +332,8 @@ class _Run:
         if few := report["fallbacks"]:
             name, tokens = next(iter(few.items()))
             self._warn(
-                f"block {report['block']}: {len(few)} expert matrices were pruned by magnitude, their experts saw fewer "
-                f"than {EXPERT_TOKENS} tokens ({name}: {tokens}); use more --samples"
+                f"block {report['block']}: {len(few)} expert matrices were pruned by magnitude, as their experts saw "
+                f"fewer than {EXPERT_TOKENS} tokens ({name}: {tokens}); use more --samples"
             )
 
     def _stream(self, table: TokenTable) -> Stream:

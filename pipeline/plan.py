@@ -143,7 +143,9 @@ def check_recipe_fits(facts: ModelFacts, recipe: Recipe) -> None:
     """Raises Refusal for a window larger than the model, an override that matches no layer, criterion options that a
     layer's criterion does not take, and rows that groups of M do not fill, naming the first such layer."""
     if recipe.window > facts.blocks:
-        raise Refusal(f"reconstruct window:{recipe.window}: the model has {facts.blocks} blocks; give at most that many")
+        raise Refusal(
+            f"reconstruct window:{recipe.window}: the model has {facts.blocks} blocks; give at most that many"
+        )
     names = [(block, layer, into) for block, layers in enumerate(facts.layers) for layer, _, into in layers]
     check_matches(recipe.overrides, [f"{block}.{layer}" for block, layer, _ in names])
     for block, layer, into in names:
@@ -175,8 +177,8 @@ def split_blocks(costs: tuple[int, ...], shards: int, window: int = 1) -> list[t
         together = pieces(range(len(costs)), window)
         if shards > len(together):
             raise Refusal(
-                f"shards {shards}: {len(costs)} blocks make {len(together)} windows of {window}, and a shard needs one; "
-                f"at most {len(together)}"
+                f"shards {shards}: {len(costs)} blocks make {len(together)} windows of {window}, and a shard needs "
+                f"one; at most {len(together)}"
             )
         ranges = split_blocks(tuple(sum(costs[block] for block in blocks) for blocks in together), shards)
         return [(together[first][0], together[last - 1][-1] + 1) for first, last in ranges]
@@ -223,8 +225,9 @@ def estimate_shard(
     """
     sizes = facts.block_bytes[first:last]
     ends = facts.ends_bytes if first == 0 or last == facts.blocks else 0
-    weights = ends + (sum(sizes) if resident == "all" else max(sizes))
-    training, kept = 0, 0
+    window = recipe.window if recipe else 1
+    weights = ends + (sum(sizes) if resident == "all" else window * max(sizes))
+    training, kept = 0, 0.0
     if recipe is not None:
         training = max(_fit_bytes(facts, first, last, step_tokens, recipe), _hessian_bytes(facts, recipe))
         kept = _kept_streams(recipe)
@@ -232,7 +235,7 @@ def estimate_shard(
     carried = 2 * tokens * facts.hidden * facts.itemsize if resident == "one" or (recipe and recipe.sequential) else 0
     in_memory = min(spooled + carried, spool_memory)
     both = min(training + in_memory, max(training, spool_memory))  # activations make room for the fit
-    copy = max(sizes)  # the pruned copy of the block in work
+    copy = window * max(sizes)  # the pruned copy of the blocks in work
     return ShardEstimate(
         weights=weights,
         training=training,
@@ -272,6 +275,8 @@ def _kept_streams(recipe: Recipe) -> float:
         return (3 if recipe.sweeps else 2) / recipe.window
     if recipe.reconstruct == "block":
         return 3 if recipe.sweeps else 2
+    if recipe.reconstruct == "matrix":
+        return 16  # what each reads and gives, some of it as wide as the MLP
     return 6 if recipe.sweeps else 4
 
 

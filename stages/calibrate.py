@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from stages.blocks import Anatomy, Call, Weight
 from stages.errors import Refusal
 from stages.observe import observing
-from stages.reconstruct import weight_rms
 from stages.recipe import Recipe
+from stages.reconstruct import weight_rms
 from stages.spool import Spool, SpoolBudget
 from stages.statistics import InputStatistics
 from stages.units import groups_of

@@ -38,12 +38,12 @@ class Chooser:
         criterion = find_criterion(name)
         if criterion.seeded:
             options["seed"] = derived_seed(recipe.seed, self.block, weight.name)
-        if criterion.solve is not None and options.pop("update", True):
-            keep, values = criterion.solve(matrix, statistics, rule, keep=None, **options)
+        if criterion.solve is not None:
+            keep, values = criterion.solve(matrix, statistics, rule.sparsity, rule.pattern, None, **options)
             if recipe.refine == "none":
                 return keep, values
             keep = self._refined(matrix, keep, statistics, rule)
-            return criterion.solve(matrix, statistics, rule, keep=keep, **options)
+            return criterion.solve(matrix, statistics, rule.sparsity, rule.pattern, keep, **options)
         keep = _mask(matrix, statistics, rule, name, options)
         return (keep if few else self._refined(matrix, keep, statistics, rule, name, options)), None
 
@@ -62,9 +62,11 @@ class Chooser:
             return keep
         if refine == "swaps":
             return swaps(matrix, keep, statistics, rule.pattern)
+        if refine == "r2-dsnot":
+            return r2_dsnot(matrix, keep, statistics, rule.pattern)
+        # In groups DSnoT prunes by the scores that the mask was made with.
         scores = score(name, matrix, statistics, **(options or {})) if rule.pattern and name != "wanda" else None
-        refined = dsnot if refine == "dsnot" else r2_dsnot
-        return refined(matrix, keep, statistics, rule.pattern, scores=scores)
+        return dsnot(matrix, keep, statistics, rule.pattern, scores=scores)
 
 
 def _mask(matrix: Tensor, statistics: InputStatistics, rule: LayerRule, name: str, options: dict[str, Any]) -> Tensor:

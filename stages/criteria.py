@@ -21,6 +21,7 @@ FLOOR = 1e-30  # row and column norms below it count as it: no division by zero,
 
 Exponent = Annotated[float, Rule("at least 0 and finite", lambda value: 0 <= value < float("inf"))]
 Share = Annotated[float, Rule("above 0 and at most 1", lambda value: 0 < value <= 1)]
+Columns = Annotated[int, Rule("at least 1", lambda value: value >= 1)]
 Order = Annotated[float, Rule("1, 2, 3 or inf", lambda value: value in (1, 2, 3, float("inf")))]
 
 
@@ -119,9 +120,7 @@ def ria(
 
 def inverse_diagonal(weight_OI: Tensor, statistics: InputStatistics, *, damping: Share = 0.01) -> dict[str, Tensor]:
     """1 / U_jj² of the upper Cholesky factor U of H⁻¹, (I,); 0 for a channel that no input ever reached."""
-    from stages.sparsegpt import inverse_factor
-
-    diagonal_I = inverse_factor(statistics.hessian, damping).diagonal()
+    diagonal_I = statistics.inverse_factor(damping).diagonal()
     alive_I = (statistics.sum_sq > 0).to(diagonal_I.device)
     return {"curvature_I": torch.where(alive_I, diagonal_I.square().reciprocal(), 0.0).to(weight_OI.device)}
 
@@ -135,6 +134,35 @@ def sparsegpt(weight_OI: Tensor, statistics: InputStatistics, *, curvature_I: Te
     return weight_OI.float().square().mul_(curvature_I)
 
 
+def solve_sparsegpt(
+    weight_OI: Tensor,
+    statistics: InputStatistics,
+    sparsity: float | None,
+    pattern: tuple[int, int] | None,
+    keep_OI: Tensor | None,
+    *,
+    damping: Share = 0.01,
+    block_size: Columns = 128,
+    update: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """SparseGPT whole: masks chosen in blocks of columns while the weights that stay make up for those that went.
+
+    With `update=False` its masks alone, over weights as they were: a start for refitting.
+    """
+    from stages.sparsegpt import sparsegpt
+
+    moved, keep = sparsegpt(
+        weight_OI,
+        statistics.hessian,
+        sparsity if keep_OI is None and pattern is None else None,
+        pattern if keep_OI is None else None,
+        block_size=block_size,
+        keep=keep_OI,
+        factor=statistics.inverse_factor(damping),
+    )
+    return keep, moved if update else None
+
+
 OUTPUTS: frozenset[Need] = frozenset({"outputs"})
 HESSIAN: frozenset[Need] = frozenset({"hessian"})
 CRITERIA: dict[str, Criterion] = {
@@ -145,7 +173,7 @@ CRITERIA: dict[str, Criterion] = {
     "ria": Criterion(function=ria, prepare=sums),
     "stochria": Criterion(function=ria, prepare=sampled_sums),
     "lp-ria": Criterion(function=ria, prepare=lp_norms),
-    "sparsegpt": Criterion(function=sparsegpt, prepare=inverse_diagonal, needs=HESSIAN),
+    "sparsegpt": Criterion(function=sparsegpt, prepare=inverse_diagonal, solve=solve_sparsegpt, needs=HESSIAN),
 }
 
 

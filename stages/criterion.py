@@ -43,6 +43,9 @@ class Criterion:
     prepare: Callable[..., dict[str, Tensor]] | None = None
     """(whole weight, statistics, **options) -> what the function needs of the layer as a whole, by keyword: (I,) for
     its columns, (O, 1) for its rows. With it the function may be given some of the rows, and what is theirs."""
+    solve: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    """For a criterion that also moves the weights that stay: (weight, statistics, sparsity, pattern, keep, **options)
+    -> (keep, values or None), choosing the mask itself unless `keep` is one."""
     row_wise: bool = False
     """The function may be given some of the rows, and scores them as it would among all the others."""
     needs: frozenset[Need] = frozenset()
@@ -50,8 +53,9 @@ class Criterion:
 
     @property
     def options(self) -> dict[str, Option]:
-        """Keywords with defaults, of the function and of its preparation."""
-        return {**_options(self.function), **(_options(self.prepare) if self.prepare else {})}
+        """Keywords with defaults, of the function, of its preparation and of its solution."""
+        parts = (self.function, self.prepare, self.solve)
+        return {name: option for part in parts if part for name, option in _options(part).items()}
 
     @property
     def seeded(self) -> bool:

@@ -42,32 +42,39 @@ def observing(
     def by_sample(x: Tensor) -> Tensor:
         return x.view(*shape, x.shape[-1])
 
-    def read(group: tuple[Weight, ...], see: SeenInput) -> Callable[..., None]:
-        return lambda module, args: see(group, by_sample(args[0]))
-
     def entered(see: Seen) -> Callable[..., None]:
         return lambda module, args, kwargs: see(by_sample(Call.hidden_of(args, kwargs)))
 
     def left(see: Seen) -> Callable[..., None]:
         return lambda module, args, output: see(by_sample(first(output)))
 
-    stacks: dict[str, list[Weight]] = {}
     with ExitStack() as hooks:
         hooks.callback(block.get_submodule(root).register_forward_pre_hook(enter, with_kwargs=True).remove)
-        for group in anatomy.shared_inputs if weights else ():
-            if group[0].expert is not None:
-                stacks.setdefault(group[0].module, []).append(group[0])
-                continue
-            module = block.get_submodule(group[0].module)
-            hooks.callback(module.register_forward_pre_hook(read(group, weights)).remove)
-        for name, experts in stacks.items():
-            hook = _routed(experts, shape, weights)
-            hooks.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
+        for module, hook in _readers(anatomy, shape, by_sample, weights) if weights else ():
+            hooks.callback(block.get_submodule(module).register_forward_pre_hook(hook).remove)
         for name, see in ((name, see) for name, seers in inputs.items() for see in seers):
             hooks.callback(block.get_submodule(name).register_forward_pre_hook(entered(see), with_kwargs=True).remove)
         for name, see in ((name, see) for name, seers in outputs.items() for see in seers):
             hooks.callback(block.get_submodule(name).register_forward_hook(left(see)).remove)
         yield
+
+
+def _readers(
+    anatomy: Anatomy, shape: list[int], by_sample: Callable[[Tensor], Tensor], weights: SeenInput
+) -> Iterator[tuple[str, Callable[..., None]]]:
+    """Module -> a hook that hands on what its weights read."""
+
+    def read(group: tuple[Weight, ...]) -> Callable[..., None]:
+        return lambda module, args: weights(group, by_sample(args[0]))
+
+    stacks: dict[str, list[Weight]] = {}
+    for group in anatomy.shared_inputs:
+        if group[0].expert is None:
+            yield group[0].module, read(group)
+        else:
+            stacks.setdefault(group[0].module, []).append(group[0])
+    for name, experts in stacks.items():
+        yield name, _routed(experts, shape, weights)
 
 
 def _routed(experts: list[Weight], shape: list[int], weights: SeenInput) -> Callable[..., None]:

@@ -198,8 +198,9 @@ class Shard:
         self._expected += 1
 
     def _full_carry(self, block: int) -> Carry:
-        if self._carry is None or len(self._carry) != self._microbatches or self._carry.block != block:
-            raise OutOfStep(f"shard {self.spec.index} does not hold all {self._microbatches} inputs of block {block}")
+        held = len(self._carry) if self._carry is not None and self._carry.block == block else 0
+        if self._carry is None or not held == self._microbatches > 0:
+            raise OutOfStep(f"shard {self.spec.index} holds {held} of {self._microbatches} inputs of block {block}")
         return self._carry
 
     def _run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -341,10 +342,10 @@ class Shard:
             self._blocks.clear()  # the dense blocks go, matrix by matrix, as their pruned copies are made
         self._make_room(work.training_bytes)
         work.run()
+        reports = [report | self._commit(work, report) for report in work.reports()]
         if carry:
             for index in order.blocks:
                 carry.advance(functools.partial(self._run, index, work.modules[index]), index + 1)
-        reports = [report | self._commit(work, report) for report in work.reports()]
         if order.sweep == recipe.sweeps:
             for index in order.blocks:
                 self._calibrations.pop(index).close()

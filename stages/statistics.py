@@ -47,6 +47,7 @@ class InputStatistics:
         if out_features is not None:
             self.output_sum_sq = torch.zeros(out_features, dtype=torch.float64, device=device)
         self._gram = torch.zeros(in_features, in_features, device=device) if hessian else None
+        self._factors: dict[float, Tensor] = {}  # by damping, until another sample is added
         self._mirrored = True  # False: only the lower triangle of _gram holds the sums
 
     @property
@@ -80,6 +81,15 @@ class InputStatistics:
             raise ValueError("these statistics were made without hessian=True")
         return gram * (2.0 / max(self.samples, 1))
 
+    def inverse_factor(self, damping: float = 0.01) -> Tensor:
+        """The upper Cholesky factor of H⁻¹ (see `stages.sparsegpt.inverse_factor`), factored once for all linears that
+        read this input. Raises ValueError without `hessian=True`."""
+        from stages.sparsegpt import inverse_factor
+
+        if damping not in self._factors:
+            self._factors[damping] = inverse_factor(self.hessian, damping)
+        return self._factors[damping]
+
     def output_norm(self, weight: Tensor) -> Tensor:
         """‖Y_i‖₂ of Y = X Wᵀ over all tokens, (O,) float32, on the weight's device.
 
@@ -106,6 +116,7 @@ class InputStatistics:
         y (samples, tokens, O): what the linear made of x; needed if, and only if, `out_features` was given.
         Raises Refusal if a sample holds a NaN or an infinity, naming the sample by its place in the stream.
         """
+        self._factors.clear()
         x_STI = x.detach().reshape(-1, *x.shape[-2:])
         samples, tokens, channels = x_STI.shape
         if channels != self.in_features:

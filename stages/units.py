@@ -34,7 +34,9 @@ class FitUnit:
     weights: tuple[tuple[int, Weight], ...]  # with the block of each
     frozen: tuple[str, ...] = ()  # modules, relative to their block, that are not fitted
     residual: bool = False  # the residual stream is part of its output
-    share: float = 1.0  # of the error accumulated in its input, what it may take back: less where units run in parallel
+    share: float = 1.0
+    # Of the error accumulated in its input, what it may take back: less where units run in parallel, nothing for a
+    # matrix, whose output is not added to the stream.
 
     @property
     def first(self) -> int:
@@ -67,9 +69,7 @@ def groups_of(anatomies: Mapping[int, Anatomy], calls: Mapping[int, Call], rebui
     groups = []
     for block, anatomy in anatomies.items():
         components = _components(block, anatomy)
-        groups += [
-            Group(unit, _matrices(unit, anatomy) if rebuild == "matrix" else (unit,)) for unit in components
-        ]
+        groups += [Group(unit, _matrices(unit, anatomy) if rebuild == "matrix" else (unit,)) for unit in components]
     return groups
 
 
@@ -95,10 +95,10 @@ def _matrices(unit: FitUnit, anatomy: Anatomy) -> tuple[FitUnit, ...]:
     for block, weight in unit.weights:
         if weight.expert is not None:
             raise Refusal(
-                f"reconstruct matrix: {weight.name} of block {block} is one tensor with the other experts; use component"
+                f"reconstruct matrix: {weight.name} of block {block} is stored with the other experts; use component"
             )
     return tuple(
-        FitUnit(weight.name, readers[weight.name], (Step(block, weight.module, PLAIN),), ((block, weight),))
+        FitUnit(weight.name, readers[weight.name], (Step(block, weight.module, PLAIN),), ((block, weight),), share=0.0)
         for block, weight in unit.weights
     )
 

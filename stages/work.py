@@ -97,7 +97,7 @@ class Work:
         for group in self.groups:
             with ExitStack() as held:
                 captured: dict[str, Spool] = {}
-                held.callback(lambda spools=captured: [spool.close() for spool in spools.values()])
+                held.callback(_close, captured)
                 with self._timed(group.whole, "mask"), torch.no_grad():
                     if self.order.sweep:
                         self._find_masks(group)
@@ -239,7 +239,8 @@ class Work:
         return {
             "block": index,
             "sweep": self.order.sweep,
-            "sparsity": sum(each["zeros"] for each in layers.values()) / sum(each["weights"] for each in layers.values()),
+            "sparsity": sum(each["zeros"] for each in layers.values())
+            / sum(each["weights"] for each in layers.values()),
             "gflops": flops / seconds["reconstruct"] / 1e9 if flops else None,
             "seconds": dict(seconds),
             "units": self.units[index],
@@ -247,6 +248,11 @@ class Work:
             "fallbacks": dict(self.choosers[index].fallbacks),
             "spool_disk": self.calibrations[index].disk_bytes,
         }
+
+
+def _close(spools: Mapping[str, Spool]) -> None:
+    for spool in spools.values():
+        spool.close()
 
 
 def _parameters(unit: FitUnit) -> list[tuple[int, str]]:

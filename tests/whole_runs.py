@@ -19,10 +19,10 @@ import torch
 from pipeline.config import PruneConfig
 from pipeline.driver import load_tokenizer
 from pipeline.progress import Reporter
+from stages.recipe import WorkOrder
 from stages.shard import Shard, ShardSpec
 from stages.skeleton import read_config
 from stages.tokens import build_token_table
-from stages.work import Recipe
 
 LENGTH, SAMPLES, MICROBATCH = 32, 16, 2
 GIVE_UP_SECONDS = 180  # for what takes ten on an idle machine
@@ -80,17 +80,6 @@ def prune_without_ray(config: PruneConfig) -> dict[str, str]:
         path=output.parent / f"{output.name}-tokens.arrow",
         vocab_size=vocabulary,
     )
-    recipe = Recipe(
-        criterion=config.criterion,
-        sparsity=None if config.groups else config.sparsity,
-        pattern=config.groups,
-        scope=config.scope,
-        reconstruct=config.reconstruct,
-        epochs=config.epochs,
-        batch=config.batch,
-        learning_rate=config.learning_rate,
-        seed=config.seed,
-    )
     shard = Shard(
         ShardSpec(
             index=0,
@@ -102,7 +91,7 @@ def prune_without_ray(config: PruneConfig) -> dict[str, str]:
             output=str(output),
             scratch=str(output.parent / f"{output.name}-scratch"),
             length=config.length,
-            recipe=recipe,
+            recipe=config.recipe,
         )
     )
     shard.open()
@@ -111,8 +100,8 @@ def prune_without_ray(config: PruneConfig) -> dict[str, str]:
     for number in range(microbatches):
         rows = table.rows(number * config.microbatch, (number + 1) * config.microbatch)
         shard.forward(number, shard.embed(torch.from_numpy(rows.copy())))
-    for block in range(blocks):
-        shard.work(block)
+    for blocks_together in shard.spec.pieces:
+        shard.work(WorkOrder(blocks=blocks_together))
     shard.copy_ends()
     return weights_of(output)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from bench_model import SMALL, make_llama, report
 
+from stages.recipe import Recipe, WorkOrder
 from stages.shard import Shard, ShardSpec
-from stages.work import Recipe
 
 
 def plain_gflops(shapes: Iterable[torch.Size], tokens: int, repeat: int = 5) -> float:
@@ -61,7 +61,7 @@ def main() -> None:
         shapes = [w.shape for name, w in shard.skeleton.layers[0].named_parameters() if w.dim() == 2]
         before = plain_gflops(shapes, 2 * arguments.length)
         started, wall = time.process_time(), time.perf_counter()
-        block = shard.work(0)
+        (block,) = shard.work(WorkOrder(blocks=(0,)))
         cpu, wall = time.process_time() - started, time.perf_counter() - wall
         after = plain_gflops(shapes, 2 * arguments.length)
     flops = sum(unit["flops"] for unit in block["units"])

@@ -15,8 +15,8 @@ import torch
 from cluster.connect import local_cluster
 from cluster.fleet import FRUITLESS_RECOVERIES, Fleet, Stream
 from stages.errors import Refusal
+from stages.recipe import Recipe, WorkOrder
 from stages.shard import ShardSpec
-from stages.work import Recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 LENGTH, MICROBATCHES = 16, 6
@@ -76,7 +76,8 @@ def test_losses_and_refusals_cross_the_fleet(one_cluster: None, specs: list[Shar
         assert all("a shard was lost" in event and "\n" not in event for event in events)
 
         fleet.calibrate(stream(tokens), {0, 3}, steps.append)
-        reports = list(fleet.work(stream(tokens), {0, 3}))
+        orders = [WorkOrder(blocks=(0,)), WorkOrder(blocks=(3,))]
+        reports = [report for reports in fleet.work(stream(tokens), orders) for report in reports]
         assert sorted(report["block"] for report in reports) == [0, 3], "only what was asked for"
 
         wrong = tokens.copy()

@@ -70,10 +70,14 @@ def test_every_field_is_a_flag_and_gets_there(asked: Any) -> None:
         "output": "o",
         "calibration": "c",
         "sparsity": 0.25,
-        "criterion": "magnitude",
+        "criterion": "stochria",
         "scope": "matrix",
-        "reconstruct": "none",
+        "allocation": "owl",
+        "refine": "dsnot",
+        "reconstruct": "window:2",
         "inputs": "dense",
+        "sweeps": 2,
+        "correction": [0.3, 0.6],
         "epochs": 6,
         "batch": 7,
         "learning_rate": 0.5,
@@ -83,9 +87,13 @@ def test_every_field_is_a_flag_and_gets_there(asked: Any) -> None:
         "experiment": "x",
         "run_name": "n",
     }
-    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
-    config = asked("m", *flags, "--trust-remote-code")
-    expected = options | {"model": "m", "trust_remote_code": True, "pattern": None}
+    written = options | {"correction": "0.3,0.6"}
+    flags = [part for name, value in written.items() for part in (f"--{name.replace('_', '-')}", value)]
+    config = asked(
+        "m", *flags, "--trust-remote-code", "--criterion-option", "alpha=1", "--criterion-option", "ratio=0.5"
+    )
+    expected = options | {"model": "m", "trust_remote_code": True, "pattern": None, "overrides": []}
+    expected["criterion_options"] = {"alpha": "1", "ratio": "0.5"}
     assert config.model_dump() == expected
     assert set(expected) == set(PruneConfig.model_fields)
 
@@ -133,9 +141,51 @@ def test_what_a_run_records_can_be_asked_for_again() -> None:
 
 
 def test_names_of_recipes() -> None:
-    assert PruneConfig(**LEAST).recipe_name == "wanda 50% + component"
+    assert PruneConfig(**LEAST).recipe_name == "wanda 50% + swaps + component"
     assert PruneConfig(**LEAST, pattern="2:4", reconstruct="none", criterion="magnitude").recipe_name == "magnitude 2:4"
-    assert PruneConfig(**LEAST, sparsity=0.625).recipe_name == "wanda 62.5% + component"
+    assert PruneConfig(**LEAST, sparsity=0.625, refine="none", reconstruct="window:4").recipe_name == (
+        "wanda 62.5% + window:4"
+    )
+    assert (
+        PruneConfig(**LEAST, inputs="pruned", refine="dsnot").recipe_name
+        == "wanda 50% + dsnot + component + pruned inputs"
+    )
+    assert PruneConfig(**LEAST, sweeps=2).recipe_name == "wanda 50% + swaps + component + 2 sweeps"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"sweeps": 1, "inputs": "pruned"}, "sweeps 1 with inputs pruned"),
+        ({"sweeps": 1, "reconstruct": "none"}, "sweeps 1 with reconstruct none"),
+        ({"sweeps": 1, "reconstruct": "matrix"}, "sweeps 1 with reconstruct matrix"),
+        ({"sweeps": 3, "correction": "0.3,0.6"}, "correction 0.3,0.6: 3 sweeps take one share, or 3"),
+        ({"sweeps": 1, "correction": "1.5"}, "correction 1.5: give shares from 0 to 1"),
+        ({"correction": "some"}, "correction some: give shares"),
+        ({"reconstruct": "window:0"}, "reconstruct 'window:0': choose"),
+        ({"reconstruct": "window"}, "reconstruct 'window': choose"),
+        ({"reconstruct": "layer"}, "reconstruct 'layer': choose"),
+        ({"pattern": "2:4", "allocation": "owl"}, "allocation owl with pattern 2:4"),
+        ({"pattern": "2:4", "scope": "matrix"}, "scope matrix with pattern 2:4"),
+        ({"criterion": "wandas"}, "did you mean wanda"),
+        ({"criterion": "ria", "criterion_options": ["alpha=-1"]}, "alpha"),
+        ({"criterion": "ria", "criterion_options": ["alpha"]}, "criterion-option 'alpha': write name=value"),
+        ({"criterion": "wanda", "criterion_options": {"alpha": 0.5}}, "alpha"),
+        ({"overrides": [{"match": "0.*"}]}, "nothing to change"),
+        ({"overrides": [{"match": "0.*", "sparsety": 0}]}, "did you mean sparsity"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_line(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        build_config(LEAST | wrong, PruneConfig)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_one_correction_serves_all_sweeps_and_a_list_one_each() -> None:
+    assert PruneConfig(**LEAST, sweeps=2, correction=0.5).recipe.corrections == (0.5, 0.5)
+    assert PruneConfig(**LEAST, sweeps=2, correction="0.3,0.6").recipe.corrections == (0.3, 0.6)
+    assert len(PruneConfig(**LEAST, sweeps=5).recipe.corrections) == 5
+    assert PruneConfig(**LEAST).recipe.corrections == ()
 
 
 def test_eval_has_the_flags_of_its_own_configuration() -> None:

@@ -15,6 +15,7 @@ from pipeline.cli import main
 from pipeline.plan import ModelFacts, check_headers, choose_resident, estimate_shard, model_facts, split_blocks
 from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
+from stages.recipe import Recipe
 from stages.skeleton import read_config
 
 costs_and_shards = st.lists(st.integers(1, 1000), min_size=1, max_size=40).flatmap(
@@ -55,7 +56,7 @@ def facts(tiny_model: Callable[..., Path]) -> ModelFacts:
 
 
 def peak(facts: ModelFacts, first: int = 0, last: int = 4, **changes: object) -> int:
-    usual = {"resident": "all", "tokens": 1000, "step_tokens": 64, "spool_memory": 1 << 30, "reconstruct": True}
+    usual = {"resident": "all", "tokens": 1000, "step_tokens": 64, "spool_memory": 1 << 30, "recipe": Recipe()}
     return estimate_shard(facts, first, last, **(usual | {"gpu": False} | changes)).peak  # type: ignore[arg-type]
 
 
@@ -77,7 +78,15 @@ def test_estimates_grow_with_what_is_held(facts: ModelFacts) -> None:
     large = replace(facts, block_bytes=(10**9,) * 4)
     assert peak(large, resident="one") < peak(large, resident="all") - 2 * 10**9
     assert peak(facts, gpu=True) < peak(facts, gpu=False)
-    assert peak(facts, reconstruct=False) < peak(facts)
+    assert peak(facts, recipe=None) < peak(facts)
+    assert (
+        peak(facts)
+        < peak(facts, recipe=Recipe(reconstruct="block"))
+        < peak(facts, recipe=Recipe(reconstruct="window", window=2))
+    )
+    wide = replace(facts, hidden=10_000)
+    assert peak(wide, recipe=Recipe(reconstruct="none", refine="swaps")) > peak(wide, recipe=Recipe(reconstruct="none"))
+    assert peak(facts, recipe=Recipe(corrections=(0.5,))) > peak(facts, recipe=Recipe())
     assert peak(facts, tokens=1000) < peak(facts, tokens=2000)
     assert peak(facts, step_tokens=64) < peak(facts, step_tokens=128)
 
@@ -85,7 +94,7 @@ def test_estimates_grow_with_what_is_held(facts: ModelFacts) -> None:
 def test_activations_beyond_the_budget_go_to_disk(facts: ModelFacts) -> None:
     def estimate(budget: int):
         return estimate_shard(
-            facts, 0, 4, resident="all", tokens=1000, step_tokens=64, spool_memory=budget, reconstruct=True, gpu=False
+            facts, 0, 4, resident="all", tokens=1000, step_tokens=64, spool_memory=budget, recipe=Recipe(), gpu=False
         )
 
     all_in_memory, none = estimate(1 << 30), estimate(0)
@@ -99,7 +108,7 @@ def test_blocks_stay_in_memory_if_they_fit_and_go_one_by_one_if_not(facts: Model
     estimates = {
         resident: [
             estimate_shard(
-                large, 0, 4, resident=resident, tokens=0, step_tokens=0, spool_memory=0, reconstruct=False, gpu=False
+                large, 0, 4, resident=resident, tokens=0, step_tokens=0, spool_memory=0, recipe=None, gpu=False
             )
         ]
         for resident in ("all", "one")

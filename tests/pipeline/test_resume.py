@@ -122,8 +122,8 @@ class Watched(Fleet):
 
     pids: list[int]
 
-    def open(self, pruned: bool = False) -> Any:
-        facts = super().open(pruned)
+    def open(self) -> Any:
+        facts = super().open()
         type(self).pids = [fact.pid for fact in facts]
         return facts
 
@@ -152,7 +152,7 @@ def test_a_shard_killed_at_work_costs_a_warning_and_no_finished_block(
 ) -> None:
     result = prune(request_for(epochs=EPOCHS, shards=2), Listener(on_block=kill_once(watched, 0)))
     assert weights_of(result.output) == expected
-    assert "a shard was lost" in result.run["warnings"][0]
+    assert any("a shard was lost" in warning for warning in result.run["warnings"])
     assert sorted(line["block"] for line in journal_of(result.output)) == [0, 1, 2, 3]
 
 
@@ -163,7 +163,7 @@ def test_a_shard_killed_in_the_stream_costs_a_warning_and_a_second_pass(
 ) -> None:
     result = prune(request_for(epochs=EPOCHS, shards=2), Listener(on_step=kill_once(watched, 1)))
     assert weights_of(result.output) == expected
-    assert "a shard was lost" in result.run["warnings"][0]
+    assert any("a shard was lost" in warning for warning in result.run["warnings"])
 
 
 # -- what is no run to go on with --------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from stages.recipe import Recipe, WorkOrder
 from stages.shard import Shard, ShardSpec
-from stages.work import Recipe
 
 BATCH = 2  # samples a microbatch
 GENTLE = 0.04  # a learning rate at which units of 32 random channels get better; the default suits trained models
@@ -71,7 +71,7 @@ def stream(shards: Sequence[Shard], tokens: Tensor, collect: Collection[int] = (
 def prune(shards: Sequence[Shard], tokens: Tensor, blocks: int = 4) -> list[dict[str, Any]]:
     """Calibrate, then work on every block: the reports in block order."""
     stream(shards, tokens, range(blocks))
-    return [shard.work(index) for shard in shards for index in range(shard.spec.first, shard.spec.last)]
+    return [report for shard in shards for piece in shard.spec.pieces for report in shard.work(WorkOrder(blocks=piece))]
 
 
 def whole_model(directory: Path, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.blocks import FAMILIES, Anatomy, Weight, layout_of, prunable, trace
 from stages.errors import Refusal
+from stages.recipe import Recipe
 from stages.shard import block_file
 from stages.skeleton import Skeleton, read_config
-from stages.work import Recipe
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

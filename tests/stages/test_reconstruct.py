@@ -8,11 +8,11 @@ from streaming import bits, same_bits
 from torch import Tensor, nn
 
 from stages import reconstruct
-from stages.blocks import Call, Unit, Weight
+from stages.blocks import Weight
 from stages.reconstruct import (
     Fit,
     FitSettings,
-    UnitModules,
+    Target,
     fit,
     learning_rate_at,
     rate_unit,
@@ -21,11 +21,14 @@ from stages.reconstruct import (
     weight_rms,
 )
 from stages.spool import Spool, SpoolBudget
+from stages.units import PLAIN, FitUnit, Step, UnitModules
 
 HIDDEN, LENGTH = 8, 6
-CALL = Call((), {}, None)
+CALLS = (PLAIN, PLAIN)
 WEIGHTS = tuple(Weight(name, f"{name}.weight", name) for name in ("mlp.up", "mlp.down"))
-UNIT = Unit("mlp", before="norm", weights=WEIGHTS)
+UNIT = FitUnit(
+    "mlp", "mlp", tuple(Step(0, name, PLAIN) for name in ("norm", "mlp")), tuple((0, weight) for weight in WEIGHTS)
+)
 
 
 class Mlp(nn.Module):
@@ -49,14 +52,15 @@ class Problem:
             block.mlp.up.weight.data.mul_(3)
             block.mlp.down.weight.data.mul_(3)
             self.x = torch.randn(samples, LENGTH, HIDDEN).to(dtype)
-            self.keep = {name: torch.rand_like(block.get_parameter(name)) > 0.5 for name in UNIT.parameters}
-        self.dense = UnitModules(block.to(dtype).requires_grad_(False), UNIT)
-        self.y = self.dense(self.x, CALL)
+            self.keep = {f"0.{w.parameter}": torch.rand_like(block.get_parameter(w.parameter)) > 0.5 for w in WEIGHTS}
+        self.dense = UnitModules(UNIT, {0: block.to(dtype).requires_grad_(False)})
+        self.y = self.dense(self.x, CALLS)
         self.pruned = copy.deepcopy(self.dense)
         for name, parameter in self.pruned.named().items():
             if name in self.keep:
                 parameter.data.masked_fill_(~self.keep[name], 0)
-        self.rms = weight_rms([self.dense.named()[name] for name in self.keep])
+        sizes = [(weight_rms(self.dense.named()[name]), keep.numel()) for name, keep in self.keep.items()]
+        self.rms = rate_unit(sizes, width=1)
         self.inputs, self.targets = (Spool(home / f"{name}.arrow", SpoolBudget(1 << 20)) for name in ("in", "out"))
         self.inputs.append(self.x)
         self.targets.append(self.y)
@@ -65,9 +69,9 @@ class Problem:
         return fit(
             self.pruned,
             self.keep,
-            CALL,
+            CALLS,
             self.inputs,
-            self.targets,
+            Target(self.targets),
             FitSettings(**{"learning_rate": 0.01} | settings),
             self.rms,
         )
@@ -98,9 +102,9 @@ def plainly(problem: Problem, settings: FitSettings) -> dict[str, Tensor]:
             batch = order[start : start + settings.batch]
             w = {name: p * problem.keep[name] if name in problem.keep else p for name, p in parameters.items()}
             x = problem.x[batch]
-            normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w["norm.weight"]
-            inner = nn.functional.silu(normed @ w["mlp.up.weight"].T + w["mlp.up.bias"])
-            loss = (inner @ w["mlp.down.weight"].T - problem.y[batch]).square().mean()
+            normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w["0.norm.weight"]
+            inner = nn.functional.silu(normed @ w["0.mlp.up.weight"].T + w["0.mlp.up.bias"])
+            loss = (inner @ w["0.mlp.down.weight"].T - problem.y[batch]).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.param_groups[0]["lr"] = learning_rate_at(step, steps, settings.learning_rate * problem.rms)
@@ -118,7 +122,11 @@ def test_the_fit_is_plain_adamw_on_masked_parameters(tmp_path, in_float32, sampl
     parameters, report = problem.fit(**settings)
     assert report.improved
     expected = plainly(problem, FitSettings(**settings))
-    assert set(parameters) == set(expected) == {"norm.weight", "mlp.up.weight", "mlp.up.bias", "mlp.down.weight"}
+    assert (
+        set(parameters)
+        == set(expected)
+        == {f"0.{name}" for name in ("norm.weight", "mlp.up.weight", "mlp.up.bias", "mlp.down.weight")}
+    )
     moved = 0.0
     for name, tensor in parameters.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
@@ -171,9 +179,9 @@ def test_the_reported_errors_are_those_of_the_held_out_samples(tmp_path, either_
         parameter.data.copy_(parameters[name])
     target = problem.y[held].double()
     for unit, reported in ((problem.pruned, report.error_before), (fitted, report.error_after)):
-        difference = unit(problem.x[held], CALL).double() - target
+        difference = unit(problem.x[held], CALLS).double() - target
         assert reported == pytest.approx(float(difference.square().sum() / target.square().sum()), rel=1e-4)
-    assert relative_error(problem.dense, CALL, problem.inputs, problem.targets, held) < 1e-12
+    assert relative_error(problem.dense, CALLS, problem.inputs, Target(problem.targets), held) < 1e-12
 
 
 @pytest.mark.parametrize("learning_rate", [1e4, 1e36], ids=["worse", "overflows"])
@@ -201,7 +209,7 @@ def test_the_unit_that_came_in_is_left_as_it_was(tmp_path, either_path) -> None:
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_order(tmp_path, either_path) -> None:
     fits = [Problem(tmp_path).fit(seed=seed)[0] for seed in (4, 4, 5)]
     assert all(same_bits(fits[0][name], fits[1][name]) for name in fits[0])
-    assert not torch.equal(fits[0]["mlp.up.weight"], fits[2]["mlp.up.weight"])
+    assert not torch.equal(fits[0]["0.mlp.up.weight"], fits[2]["0.mlp.up.weight"])
 
 
 def test_the_global_random_state_plays_no_part(tmp_path, in_float32) -> None:
@@ -241,6 +249,20 @@ def test_an_eighth_of_the_samples_is_held_out(samples) -> None:
 
 def test_the_rms_is_over_all_weights_together() -> None:
     weights = [torch.full((2, 3), 3.0), torch.full((1, 2), -1.0, dtype=torch.bfloat16)]
-    assert weight_rms(weights) == pytest.approx(((6 * 9 + 2 * 1) / 8) ** 0.5)
-    assert weight_rms([torch.zeros(3)]) == 0
-    assert rate_unit(weights, 16) == pytest.approx(weight_rms(weights) / 4)
+    assert [weight_rms(weight) for weight in weights] == [3.0, 1.0]
+    assert weight_rms(torch.zeros(3)) == 0
+    assert rate_unit([(3.0, 6), (1.0, 2)], 16) == pytest.approx(((6 * 9 + 2 * 1) / 8) ** 0.5 / 4)
+
+
+def test_a_target_takes_back_a_share_of_the_error_in_its_input(tmp_path) -> None:
+    values = {name: torch.randn(3, LENGTH, HIDDEN) for name in ("outputs", "dense", "given")}
+    spools = {name: Spool(tmp_path / f"{name}.arrow", SpoolBudget(1 << 20)) for name in values}
+    for name, spool in spools.items():
+        spool.append(values[name])
+    y, x, given = (values[name][[2, 0]] for name in ("outputs", "dense", "given"))
+    assert torch.equal(Target(spools["outputs"]).batch([2, 0]), y)
+    for shift in (0.3, 1.0, -0.7):
+        shifted = Target(spools["outputs"], spools["dense"], spools["given"], shift).batch([2, 0])
+        torch.testing.assert_close(shifted, y + shift * (x - given))
+    with pytest.raises(ValueError, match="needs the dense inputs"):
+        Target(spools["outputs"], shift=0.5)

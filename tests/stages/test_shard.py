@@ -9,8 +9,8 @@ from streaming import BATCH, GENTLE, make_shards, microbatches, prune, same_bits
 
 from stages.errors import OutOfStep, Refusal
 from stages.meter import Timeline
+from stages.recipe import Recipe, WorkOrder, derived_seed
 from stages.shard import Shard, ShardSpec, block_file
-from stages.work import Recipe, derived_seed
 
 LENGTH = 16
 
@@ -45,18 +45,18 @@ def test_block_by_block_out_of_step(tiny_checkpoint, tiny_tokens, tmp_path) -> N
 
 
 def test_work_before_calibration_is_out_of_step(shard, tiny_tokens) -> None:
-    with pytest.raises(OutOfStep, match="no calibration for block 1"):
-        shard.work(1)
+    with pytest.raises(OutOfStep, match="no calibration of sweep 0 for block 1"):
+        shard.work(WorkOrder(blocks=(1,)))
     shard.begin(2, {1})
     shard.forward(0, shard.embed(tiny_tokens(BATCH, LENGTH)))
-    assert shard.calibrated() == set()  # the pass has not ended
-    with pytest.raises(OutOfStep, match="no calibration for block 1"):
-        shard.work(1)
+    assert shard.calibrated() == {}  # the pass has not ended
+    with pytest.raises(OutOfStep, match="no calibration of sweep 0 for block 1"):
+        shard.work(WorkOrder(blocks=(1,)))
     shard.forward(1, shard.embed(tiny_tokens(BATCH, LENGTH, seed=1)))
-    assert shard.calibrated() == {1}
-    shard.work(1)
+    assert shard.calibrated() == {1: 0}
+    shard.work(WorkOrder(blocks=(1,)))
     with pytest.raises(OutOfStep):  # its calibration was used up
-        shard.work(1)
+        shard.work(WorkOrder(blocks=(1,)))
 
 
 def test_a_broken_off_pass_is_forgotten_when_the_next_begins(shard, tiny_tokens, tiny_checkpoint, tmp_path) -> None:
@@ -85,7 +85,7 @@ def test_opened_pruned_it_streams_the_finished_files(shard, tiny_tokens, tiny_ch
     tokens = tiny_tokens(8, LENGTH)
     dense = stream([shard], tokens)
     prune([shard], tokens, blocks=3)
-    shard.open(pruned=True)
+    shard.open(0)
     pruned = stream([shard], tokens)
     assert not torch.equal(dense[0], pruned[0])
     # The same, as a whole checkpoint of the finished files, by transformers.
@@ -122,7 +122,7 @@ def test_work_frees_every_spool(tiny_checkpoint, tiny_tokens, tmp_path, spool_me
     assert bool(files) == (spool_memory < 1 << 30)
     assert (shard._budget.used > 0) == (spool_memory > 0)
     for index in range(3):
-        shard.work(index)
+        shard.work(WorkOrder(blocks=(index,)))
     assert shard._budget.used == 0
     assert 0 <= shard._budget.peak <= spool_memory
     assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
@@ -256,11 +256,11 @@ def test_work_whose_commit_failed_can_be_done_again(
     with monkeypatch.context() as patched:
         patched.setattr("stages.shard.write_tensors", full)
         with pytest.raises(Refusal, match="disk full"):
-            shard.work(1)
-    assert shard.calibrated() == {1}
-    report = shard.work(1)
+            shard.work(WorkOrder(blocks=(1,)))
+    assert shard.calibrated() == {1: 0}
+    (report,) = shard.work(WorkOrder(blocks=(1,)))
     stream([other], tokens, {1})
-    assert report["digest"] == other.work(1)["digest"]
+    assert report["digest"] == other.work(WorkOrder(blocks=(1,)))[0]["digest"]
 
 
 def test_the_timeline_joins_stretches_of_one_phase(monkeypatch) -> None:
