@@ -85,7 +85,7 @@ class Shard:
                 directory = resolve(spec.model)
                 config = read_config(directory, spec.trust_remote_code)
                 self.checkpoint = Checkpoint(directory)
-                self.skeleton = Skeleton(config, compute_dtype(config, spec.dtype), spec.device)
+                self.skeleton = Skeleton(config, compute_dtype(config, spec.dtype), spec.device, self.checkpoint)
                 if spec.embeds or spec.heads:
                     self.skeleton.load_ends(self.checkpoint, embedding=spec.embeds, head=spec.heads)
             self._pruned = pruned
@@ -95,12 +95,10 @@ class Shard:
                     self._blocks[index] = self._load_block(index)
 
     def _load_block(self, index: int) -> nn.Module:
-        names = self.skeleton.block_tensors(index)
         source = self.checkpoint
         if self._pruned:
             source = Checkpoint.of_file(Path(self.spec.output) / block_file(index))
-        tensors = source.load(names.values(), dtype=self.skeleton.dtype, device=self.spec.device)
-        return self.skeleton.assembled(index, {inside: tensors[outside] for inside, outside in names.items()})
+        return self.skeleton.load_block(index, source)
 
     def _block(self, index: int) -> nn.Module:
         if index not in self._blocks:
@@ -251,10 +249,8 @@ class Shard:
 
     def copy_ends(self) -> dict[str, list[str]]:
         """Copy every tensor outside the blocks to the output, a few at a time: file -> tensor names."""
-        inside = f"{self.skeleton.layout.blocks}."
-        outside = [entry for entry in self.checkpoint.entries.values() if not entry.name.startswith(inside)]
         files: dict[str, list[str]] = {}
-        for position, group in enumerate(grouped(outside, ENDS_FILE_BYTES)):
+        for position, group in enumerate(grouped(self.skeleton.outside(self.checkpoint), ENDS_FILE_BYTES)):
             file = f"model-ends-{position:05d}.safetensors"
             names = [entry.name for entry in group]
             write_tensors(Path(self.spec.output) / file, self.checkpoint.load(names, dtype=self.skeleton.dtype))
@@ -288,11 +284,10 @@ class Shard:
         if self.spec.recipe.reconstruct != "none":
             self._make_room(work.training_bytes)
             work.reconstruct()
-        names = self.skeleton.block_tensors(index)
         started = time.perf_counter()
         with self.timeline.phase("commit", index):
             path = Path(self.spec.output) / block_file(index)
-            digest = write_tensors(path, {names[inside]: tensor for inside, tensor in work.tensors.items()})
+            digest = write_tensors(path, self.skeleton.stored(index, work.tensors))
         self._calibrations.pop(index).close()
         if self.spec.resident == "one":
             gc.collect()  # modules hold themselves in cycles: without it two blocks can be in memory
