@@ -125,9 +125,10 @@ def _request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
 
 def _inspect(config: PruneConfig) -> tuple[ModelFacts, str]:
     model = resolve(config.model)
-    facts = model_facts(read_config(model, config.trust_remote_code), config.model, config.dtype)
+    checkpoint = Checkpoint(model)
+    facts = model_facts(read_config(model, config.trust_remote_code), config.model, config.dtype, checkpoint)
     check_recipe_fits(facts, config.recipe)
-    return facts, check_headers(facts, Checkpoint(model))
+    return facts, check_headers(facts, checkpoint)
 
 
 class _Run:

@@ -71,8 +71,9 @@ def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, 
 
 def _layout(config: EvalConfig, model: str) -> Layout:
     directory = resolve(model)
-    facts = model_facts(read_config(directory, config.trust_remote_code), model, config.dtype)
-    check_headers(facts, Checkpoint(directory))
+    checkpoint = Checkpoint(directory)
+    facts = model_facts(read_config(directory, config.trust_remote_code), model, config.dtype, checkpoint)
+    check_headers(facts, checkpoint)
     return arrange(config.model_copy(update={"model": model}), facts, Load())
 
 

@@ -42,7 +42,8 @@ class ModelFacts:
     block_bytes: tuple[int, ...]
     unit_parameters: tuple[tuple[int, ...], ...]  # parameters of each component, block by block
     largest_matrix: int
-    linears: tuple[tuple[str, int, int], ...]  # (checkpoint name, out, in) of every prunable weight
+    linears: tuple[tuple[str, int, int], ...]  # (checkpoint name, out, in) of every prunable matrix
+    stored: tuple[tuple[int, ...], ...]  # their shapes on disk
     layers: tuple[tuple[tuple[str, int, int], ...], ...]  # of each block's: (name as reports call it, out, in)
 
     @property
@@ -73,24 +74,34 @@ class ModelFacts:
         }
 
 
-def model_facts(config: PreTrainedConfig, path: str, dtype: str = "auto") -> ModelFacts:
-    """Sizes from the config alone. Raises Refusal for a family that is not known here."""
+def model_facts(
+    config: PreTrainedConfig, path: str, dtype: str = "auto", checkpoint: Checkpoint | None = None
+) -> ModelFacts:
+    """Sizes from the config alone, names as the checkpoint has them (without it: as transformers would save them).
+
+    Raises Refusal for a family that is not known here.
+    """
     torch_dtype = compute_dtype(config, dtype)
-    skeleton = Skeleton(config, torch_dtype)
+    skeleton = Skeleton(config, torch_dtype, checkpoint=checkpoint)
     text = config.get_text_config()
     item = torch_dtype.itemsize
-    linears, units, sizes, layers = [], [], [], []
+    linears, stored, units, sizes, layers = [], [], [], [], []
+    largest = 0
     for index, layer in enumerate(skeleton.layers):
-        names = skeleton.block_tensors(index)
-        shapes = {name: tensor.shape for name, tensor in layer.state_dict().items()}
-        sizes.append(sum(shape.numel() for shape in shapes.values()) * item)
+        tensors = layer.state_dict()
+        sizes.append(sum(tensor.numel() for tensor in tensors.values()) * item)
         components = prunable(layer, skeleton.layout)
-        units.append(tuple(sum(shapes[n].numel() for n in shapes if n.startswith(f"{c}.")) for c in components))
-        weights = [weight for members in components.values() for weight in members]
-        layers.append(tuple((w.name, *w.of(layer.get_parameter(w.parameter)).shape) for w in weights))
-        for weight in weights:
-            out, into = weight.of(layer.get_parameter(weight.parameter)).shape
-            linears.append((names[weight.parameter], out, into))
+        parts = {name: tuple(f"{p}." for p in skeleton.layout.parts(name)) for name in components}
+        units.append(tuple(sum(t.numel() for n, t in tensors.items() if n.startswith(parts[c])) for c in components))
+        matrices = [weight for members in components.values() for weight in members]
+        layers.append(tuple((w.name, *w.of(layer.get_parameter(w.parameter)).shape) for w in matrices))
+        weights = {weight.parameter: weight for weight in matrices}
+        largest = max(largest, *(tensors[parameter].numel() for parameter in weights))
+        for parameter, weight in weights.items():
+            for name, matrix in skeleton.stored(index, {parameter: tensors[parameter]}).items():
+                out, into = matrix.T.shape if weight.transposed else matrix.shape
+                linears.append((name, out, into))
+                stored.append(tuple(matrix.shape))
     tied = tied_names(skeleton.model)
     ends = sum(p.numel() for name, p in skeleton.model.named_parameters() if name not in tied)
     return ModelFacts(
@@ -105,9 +116,10 @@ def model_facts(config: PreTrainedConfig, path: str, dtype: str = "auto") -> Mod
         ends_bytes=ends * item,
         block_bytes=tuple(sizes),
         unit_parameters=tuple(units),
-        largest_matrix=max(out * into for _, out, into in linears),
+        largest_matrix=largest,
         linears=tuple(linears),
         layers=tuple(layers),
+        stored=tuple(stored),
     )
 
 
@@ -116,12 +128,10 @@ def check_headers(facts: ModelFacts, checkpoint: Checkpoint) -> str:
 
     Raises Refusal if a prunable weight is missing or of another shape.
     """
-    for name, out, into in facts.linears:
-        entry = checkpoint.entries.get(name)
-        if entry is None:
-            raise Refusal(f"{checkpoint.directory}: no tensor {name}; the checkpoint does not match its config.json")
-        if entry.shape != (out, into):
-            raise Refusal(f"{entry.file}: {name} is {entry.shape}, config.json says {(out, into)}; fetch both again")
+    for (name, _, _), shape in zip(facts.linears, facts.stored, strict=True):
+        entry = checkpoint.entry(name)
+        if entry.shape != shape:
+            raise Refusal(f"{entry.file}: {name} is {entry.shape}, config.json says {shape}; fetch both again")
     digest = hashlib.sha256(json.dumps([(e.name, e.shape, e.dtype) for e in checkpoint.entries.values()]).encode())
     for file in sorted({entry.file for entry in checkpoint.entries.values()}):
         digest.update(_sampled(checkpoint.directory / file))

@@ -26,13 +26,34 @@ class BlockLayout:
     components: tuple[str, ...] = ("self_attn", "mlp")
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a component that is no module: its children
     routers: tuple[str, ...] = ()  # choose the experts: neither pruned nor fitted
+    images: bool = False  # reads images too; what is pruned is its text tower
 
+    def parts(self, component: str) -> tuple[str, ...]:
+        """The children of the block that are the component: itself, if it is a module."""
+        return self.chains.get(component, (component,))
+
+
+_LLAMA = BlockLayout()  # norms before and behind its components are found by watching
+_EXPERTS = BlockLayout(routers=("mlp.gate",))
+_IMAGES = BlockLayout(blocks="model.language_model.layers", images=True)
 
 FAMILIES: dict[str, BlockLayout] = {
-    "llama": BlockLayout(),
-    "mistral": BlockLayout(),
-    "qwen2": BlockLayout(),
-    "qwen3": BlockLayout(),
+    "gemma2": _LLAMA,
+    "gemma3": _IMAGES,
+    "gemma3_text": _LLAMA,
+    "gpt2": BlockLayout(blocks="transformer.h", components=("attn", "mlp")),
+    "gpt_neox": BlockLayout(blocks="gpt_neox.layers", components=("attention", "mlp")),
+    "llama": _LLAMA,
+    "llava": _IMAGES,
+    "mistral": _LLAMA,
+    "mixtral": _EXPERTS,
+    "olmo2": _LLAMA,
+    "opt": BlockLayout(blocks="model.decoder.layers", chains={"mlp": ("fc1", "activation_fn", "fc2")}),
+    "phi3": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen2_vl": _IMAGES,
+    "qwen3": _LLAMA,
+    "qwen3_moe": _EXPERTS,
 }
 
 
@@ -159,7 +180,7 @@ def prunable(block: nn.Module, layout: BlockLayout) -> dict[str, tuple[Weight, .
     weights = [weight for name, module in block.named_modules() for weight in _weights_of(name, module)]
     weights = [weight for weight in weights if weight.module not in layout.routers]
     for component in layout.components:
-        parts = layout.chains.get(component, (component,))
+        parts = layout.parts(component)
         inside = tuple(w for w in weights if any(w.module == part or w.module.startswith(f"{part}.") for part in parts))
         if inside:
             found[component] = inside
@@ -197,7 +218,7 @@ def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> A
         return hook
 
     components = prunable(block, layout)
-    parts = {name: layout.chains.get(name, (name,)) for name in components}
+    parts = {name: layout.parts(name) for name in components}
     inner = {part for chain in parts.values() for part in chain}
     norms = [name for name, child in block.named_children() if name not in inner and not isinstance(child, nn.Dropout)]
     plain = [weight for members in components.values() for weight in members if weight.expert is None]

@@ -71,6 +71,12 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
+    def entry(self, name: str) -> TensorEntry:
+        """The tensor's entry. Raises Refusal if the checkpoint lacks it."""
+        if name not in self.entries:
+            raise Refusal(f"{self.directory}: no tensor {name}; the checkpoint does not match its config.json")
+        return self.entries[name]
+
     def load(self, names: Iterable[str], dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Tensor]:
         """The named tensors, each in memory of its own, converted to `dtype` if they are floating point.
 
@@ -78,9 +84,7 @@ class Checkpoint:
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
-            if name not in self.entries:
-                raise Refusal(f"{self.directory}: no tensor {name}; the checkpoint does not match its config.json")
-            by_file.setdefault(self.entries[name].file, []).append(name)
+            by_file.setdefault(self.entry(name).file, []).append(name)
         loaded: dict[str, Tensor] = {}
         for file, members in by_file.items():
             with _opened(self.directory / file) as handle:

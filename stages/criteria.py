@@ -51,8 +51,8 @@ def symwanda(weight_OI: Tensor, statistics: InputStatistics, *, output_norm_O1: 
     return weight_OI.abs().float().mul_(statistics.norm.to(weight_OI.device) + output_norm_O1)
 
 
-def lp_norms(weight_OI: Tensor, statistics: InputStatistics, *, p: Order = 1.0) -> dict[str, Tensor]:
-    """‖W_i·‖_p of every row, (O, 1), and ‖W_·j‖_p of every column, (I,), float32, from a few rows at a time."""
+def _norms(weight_OI: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """‖W_i·‖_p of every row, (O,), and ‖W_·j‖_p of every column, (I,), float64, from a few rows at a time."""
     row_O = torch.empty(len(weight_OI), dtype=torch.float64, device=weight_OI.device)
     column_I = torch.zeros(weight_OI.shape[1], dtype=torch.float64, device=weight_OI.device)
     for rows in _parts(weight_OI):
@@ -65,57 +65,67 @@ def lp_norms(weight_OI: Tensor, statistics: InputStatistics, *, p: Order = 1.0) 
         powers_OI = part_OI if p == 1 else part_OI.pow_(p)
         row_O[rows] = powers_OI.sum(1).double()
         column_I += powers_OI.sum(0)
-    root = 1 / p if p in (2, 3) else 1.0
-    return {"row_norm_O1": row_O.pow_(root).float()[:, None], "column_norm_I": column_I.pow_(root).float()}
+    return (row_O.pow_(1 / p), column_I.pow_(1 / p)) if p in (2, 3) else (row_O, column_I)
 
 
-def sums(weight_OI: Tensor, statistics: InputStatistics) -> dict[str, Tensor]:
-    """Σ_j |W_ij| of every row and Σ_i |W_ij| of every column."""
-    return lp_norms(weight_OI, statistics, p=1.0)
-
-
-def sampled_sums(
-    weight_OI: Tensor, statistics: InputStatistics, *, ratio: Share = 0.1, seed: int = 0
-) -> dict[str, Tensor]:
-    """What `sums` gives, estimated (Symmetric Pruning, 2501.18980): each sum from a random share `ratio` of its terms.
+def _sampled_sums(weight_OI: Tensor, ratio: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Σ_j |W_ij| and Σ_i |W_ij|, estimated: rows from a share `ratio` of the columns, columns from one of the rows.
 
     One draw of columns serves all rows, and one of rows all columns, so that little more than `ratio` of the weights
     is read. A sample of nothing but zeros says nothing about its row or column: those are summed in full.
     """
     generator = torch.Generator().manual_seed(seed)
-    row_O1, column_I = (_sampled_sum(weight_OI, dim, ratio, generator).float() for dim in (1, 0))
-    return {"row_norm_O1": row_O1[:, None], "column_norm_I": column_I}
+    estimates = []
+    for dim in (1, 0):
+        size = weight_OI.shape[dim]
+        chosen = torch.randperm(size, generator=generator)[: max(1, round(size * ratio))].sort().values
+        sample = weight_OI.index_select(dim, chosen.to(weight_OI.device))
+        estimate = _norms(sample, 1)[1 - dim].mul_(size / len(chosen))
+        if len(unknown := (estimate == 0).nonzero()[:, 0]):
+            estimate[unknown] = _norms(weight_OI.index_select(1 - dim, unknown), 1)[1 - dim]
+        estimates.append(estimate)
+    return estimates[0], estimates[1]
 
 
-def _sampled_sum(weight_OI: Tensor, dim: int, ratio: float, generator: torch.Generator) -> Tensor:
-    """Σ|W| along `dim` from a drawn share of that dimension, scaled up to all of it, float64."""
-    size = weight_OI.shape[dim]
-    drawn = max(1, round(size * ratio))
-    chosen = torch.randperm(size, generator=generator)[:drawn].sort().values.to(weight_OI.device)
-    estimate = weight_OI.index_select(dim, chosen).abs().sum(dim, dtype=torch.float64) * (size / drawn)
-    if len(empty := (estimate == 0).nonzero()[:, 0]):
-        estimate[empty] = weight_OI.index_select(1 - dim, empty).abs().sum(dim, dtype=torch.float64)
-    return estimate
+def _relative_factors(norms: tuple[Tensor, Tensor], statistics: InputStatistics, alpha: float) -> dict[str, Tensor]:
+    """1 / ‖W_i·‖ (O, 1), and (Σx² / samples)^{α/2} without and with 1 / ‖W_·j‖ (I,), all float32."""
+    row_O, column_I = (norm.clamp(min=FLOOR).reciprocal() for norm in norms)
+    activation_I = (statistics.sum_sq / max(statistics.samples, 1)).pow(alpha / 2).to(row_O.device)
+    return {
+        "row_O1": row_O.float()[:, None],
+        "column_I": (activation_I * column_I).float(),
+        "activation_I": activation_I.float(),
+    }
+
+
+def sums(weight_OI: Tensor, statistics: InputStatistics, *, alpha: Exponent = 0.5) -> dict[str, Tensor]:
+    """ria: relative to Σ_j |W_ij| of the row and Σ_i |W_ij| of the column."""
+    return _relative_factors(_norms(weight_OI, 1), statistics, alpha)
+
+
+def sampled_sums(
+    weight_OI: Tensor, statistics: InputStatistics, *, alpha: Exponent = 0.5, ratio: Share = 0.1, seed: int = 0
+) -> dict[str, Tensor]:
+    """stochria: each sum estimated from a random share `ratio` of its terms (Symmetric Pruning, 2501.18980)."""
+    return _relative_factors(_sampled_sums(weight_OI, ratio, seed), statistics, alpha)
+
+
+def lp_norms(
+    weight_OI: Tensor, statistics: InputStatistics, *, alpha: Exponent = 0.5, p: Order = 1.0
+) -> dict[str, Tensor]:
+    """lp-ria: relative to the ℓp norms of the row and of the column (Symmetric Pruning, 2501.18980)."""
+    return _relative_factors(_norms(weight_OI, p), statistics, alpha)
 
 
 def ria(
-    weight_OI: Tensor,
-    statistics: InputStatistics,
-    *,
-    row_norm_O1: Tensor,
-    column_norm_I: Tensor,
-    alpha: Exponent = 0.5,
+    weight_OI: Tensor, statistics: InputStatistics, *, row_O1: Tensor, column_I: Tensor, activation_I: Tensor
 ) -> Tensor:
     """(|W_ij| / Σ_i|W_ij| + |W_ij| / Σ_j|W_ij|) · ‖X_j‖₂^α (RIA, Zhang et al., ICLR 2024, Eq. 4).
 
     The norm enters as (Σx² / samples)^{α/2}, as in the authors' code: a factor for the whole layer. The sums come
     prepared: exact (ria), from samples (stochria), or as ℓp norms (lp-ria). A row or column of zeros scores zero.
     """
-    activation_I = (statistics.sum_sq / max(statistics.samples, 1)).pow(alpha / 2).float().to(weight_OI.device)
-    relative_I = activation_I / column_norm_I.clamp(min=FLOOR)
-    return torch.addcmul(relative_I, row_norm_O1.clamp(min=FLOOR).reciprocal(), activation_I).mul_(
-        weight_OI.abs().float()
-    )
+    return torch.addcmul(column_I, row_O1, activation_I).mul_(weight_OI.abs().float())
 
 
 def inverse_diagonal(weight_OI: Tensor, statistics: InputStatistics, *, damping: Share = 0.01) -> dict[str, Tensor]:

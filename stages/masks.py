@@ -109,7 +109,9 @@ def _keep_groups(scores: Tensor, keep: int, group: int) -> Tensor:
     flat = scores.reshape(-1)
     mask = torch.empty(flat.shape, dtype=torch.bool)
     for start in range(0, len(flat), CHUNK_ELEMENTS):
-        beaten = _beaten(_sortable(flat[start : start + CHUNK_ELEMENTS]), group)
+        part = flat[start : start + CHUNK_ELEMENTS]
+        # numpy compares float32 twice as fast as integers, but has no bfloat16, and is slow in float16
+        beaten = _beaten(part.numpy() if part.dtype in (torch.float32, torch.float64) else _sortable(part), group)
         np.less(beaten, keep, out=mask[start : start + CHUNK_ELEMENTS].numpy())
     return mask.reshape(scores.shape)
 
@@ -130,46 +132,53 @@ def _beaten(keys: np.ndarray, group: int) -> np.ndarray:
 
     A group's counts are the bytes of one word. All keys are compared with those d places on, contiguously, and what
     reached into the next group is masked out; taking the columns apart and putting them together costs three times
-    as much.
+    as much. Where the higher wins, the byte of the lower counts one more, and that of the higher, which starts as
+    beaten by all before it, one less: 1 - 256^d, a borrow or carry from byte to byte being undone by those that follow.
     """
     word = WORDS[group]
-    counts = np.zeros(keys.size // group, dtype=word)
+    counts = np.full(keys.size // group, int.from_bytes(bytes(range(group)), "little"), dtype=word)
     wins = np.zeros(keys.size, dtype=np.bool_)
+    words = wins.view(word)
+    high_wins = np.empty_like(counts)
     for distance in range(1, group):
         np.greater_equal(keys[distance:], keys[:-distance], out=wins[:-distance])
         inside = word.type(int.from_bytes(bytes([1] * (group - distance)), "little"))
-        high_wins = wins.view(word) & inside
-        counts += high_wins
-        counts += (high_wins ^ inside) << word.type(8 * distance)
+        np.bitwise_and(words, inside, out=high_wins)
+        np.multiply(high_wins, word.type(256**distance - 1), out=high_wins)
+        np.subtract(counts, high_wins, out=counts)
     return counts.view(np.uint8)
 
 
 def _drop_lowest(rows: Tensor, drop: int) -> Tensor:
     if drop == 0:
         return torch.ones_like(rows, dtype=torch.bool)
+    columns = rows.shape[-1]
     if rows.device.type != "cpu":
-        last_O = rows.kthvalue(drop, dim=-1).values
-        keep = rows > last_O[:, None]
-        for row in (rows.shape[-1] - drop - keep.sum(-1)).nonzero()[:, 0].tolist():
-            _keep_last_ties(keep[row], rows[row] == last_O[row], drop)
+        rows = rows.contiguous()
+        smallest = rows.kthvalue(drop, dim=-1, keepdim=True).values
+        keep = rows > smallest
+        ties = (rows == smallest).view(-1).nonzero()[:, 0]
+        keep.view(-1)[_last_ties(ties, columns, columns - drop - keep.sum(-1))] = True
         return keep
     keep = torch.empty(rows.shape, dtype=torch.bool)
-    step = max(1, CHUNK_ELEMENTS // rows.shape[-1])
+    step = max(1, CHUNK_ELEMENTS // columns)
     for start in range(0, len(rows), step):
         keys = _sortable(rows[start : start + step])
         # Partial selection; a full sort of the row costs 10 to 40 times as much.
         parted = np.partition(keys, drop - 1, axis=-1)
-        threshold = parted[:, drop - 1 : drop]
+        last_O1, upper = parted[:, drop - 1 : drop], parted[:, drop:]
         part = keep[start : start + step]
-        np.greater(keys, threshold, out=part.numpy())
-        tied = (parted[:, drop:].min(-1) == threshold[:, 0]).nonzero()[0]  # a survivor equals the last to go
-        for row in tied.tolist():
-            _keep_last_ties(part[row], torch.from_numpy(keys[row] == threshold[row]), drop)
+        np.greater(keys, last_O1, out=part.numpy())
+        if (upper.min(-1) == last_O1[:, 0]).any():  # survivors that equal the last to go: those with higher indices
+            survivors = np.bincount(np.flatnonzero(upper == last_O1) // upper.shape[-1], minlength=len(keys))
+            ties = torch.from_numpy(np.flatnonzero(keys == last_O1))
+            part.view(-1)[_last_ties(ties, columns, torch.from_numpy(survivors))] = True
     return keep
 
 
-def _keep_last_ties(keep_I: Tensor, tied_I: Tensor, drop: int) -> None:
-    """Mark as kept so many of the tied weights, the highest indices, that `drop` go."""
-    ties = tied_I.nonzero()[:, 0]
-    missing = len(keep_I) - drop - int(keep_I.sum())
-    keep_I[ties[len(ties) - missing :]] = True
+def _last_ties(place_T: Tensor, columns: int, count_O: Tensor) -> Tensor:
+    """Of ties at these places of a matrix with so many columns, in order, the last `count_O` of each row."""
+    row_T = place_T // columns
+    end_O = torch.bincount(row_T, minlength=len(count_O)).cumsum(0)
+    left_T = end_O[row_T] - torch.arange(len(row_T), device=row_T.device)  # this one and those after it in its row
+    return place_T[left_T <= count_O[row_T]]

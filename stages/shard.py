@@ -104,7 +104,7 @@ class Shard:
                 directory = resolve(spec.model)
                 config = read_config(directory, spec.trust_remote_code)
                 self.checkpoint = Checkpoint(directory)
-                self.skeleton = Skeleton(config, compute_dtype(config, spec.dtype), spec.device)
+                self.skeleton = Skeleton(config, compute_dtype(config, spec.dtype), spec.device, self.checkpoint)
                 if spec.embeds or spec.heads:
                     self.skeleton.load_ends(self.checkpoint, embedding=spec.embeds, head=spec.heads)
             self.source = source
@@ -113,14 +113,12 @@ class Shard:
                 self._hold(range(spec.first, spec.last))
 
     def _load_block(self, index: int, source: int | None) -> nn.Module:
-        names = self.skeleton.block_tensors(index)
         checkpoint = self.checkpoint
         if source is not None:
             assert self.spec.recipe is not None
             directory = sweep_directory(Path(self.spec.output), source, self.spec.recipe.sweeps)
             checkpoint = Checkpoint.of_file(directory / block_file(index))
-        tensors = checkpoint.load(names.values(), dtype=self.skeleton.dtype, device=self.spec.device)
-        return self.skeleton.assembled(index, {inside: tensors[outside] for inside, outside in names.items()})
+        return self.skeleton.load_block(index, checkpoint)
 
     def _hold(self, blocks: Iterable[int]) -> dict[int, nn.Module]:
         """Those blocks, loaded if need be; with one block in memory at a time all others are let go."""
@@ -281,10 +279,8 @@ class Shard:
 
     def copy_ends(self) -> dict[str, list[str]]:
         """Copy every tensor outside the blocks to the output, a few at a time: file -> tensor names."""
-        inside = f"{self.skeleton.layout.blocks}."
-        outside = [entry for entry in self.checkpoint.entries.values() if not entry.name.startswith(inside)]
         files: dict[str, list[str]] = {}
-        for position, group in enumerate(grouped(outside, ENDS_FILE_BYTES)):
+        for position, group in enumerate(grouped(self.skeleton.outside(self.checkpoint), ENDS_FILE_BYTES)):
             file = f"model-ends-{position:05d}.safetensors"
             names = [entry.name for entry in group]
             write_tensors(Path(self.spec.output) / file, self.checkpoint.load(names, dtype=self.skeleton.dtype))
@@ -362,10 +358,9 @@ class Shard:
         started, index = time.perf_counter(), report["block"]
         directory = sweep_directory(Path(self.spec.output), work.order.sweep, work.recipe.sweeps)
         directory.mkdir(parents=True, exist_ok=True)
-        names = self.skeleton.block_tensors(index)
         with self.timeline.phase("commit", index):
-            tensors = work.modules[index].state_dict()
-            digest = write_tensors(directory / block_file(index), {names[name]: t for name, t in tensors.items()})
+            tensors = self.skeleton.stored(index, dict(work.modules[index].state_dict()))
+            digest = write_tensors(directory / block_file(index), tensors)
         tokens, streamed = self._streamed.get(index, (0, 0.0))
         seconds = report["seconds"] | {"stream": streamed, "commit": time.perf_counter() - started}
         return {

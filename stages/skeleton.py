@@ -7,7 +7,7 @@ logits: embedding scale, position embeddings, masks, rotary tables, final norm a
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,19 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from stages.blocks import BlockLayout, Call, layout_of
-from stages.checkpoint import Checkpoint
+from stages.checkpoint import Checkpoint, TensorEntry
 from stages.errors import Refusal
+from stages.storage import Storage
 
 
 class _Stop(Exception):
@@ -63,13 +70,21 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedC
 
 
 class Skeleton:
-    """A model of `config` without weights; `dtype` is what its hidden states are computed in."""
+    """A model of `config` without weights; `dtype` is what its hidden states are computed in.
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str = "cpu") -> None:
+    `checkpoint` tells under which names its tensors lie on disk; without it they are those that transformers saves.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, dtype: torch.dtype, device: str = "cpu", checkpoint: Checkpoint | None = None
+    ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self.layout: BlockLayout = layout_of(config.model_type)
         with init_empty_weights(include_buffers=False), no_init_weights():
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            auto = AutoModelForImageTextToText if self.layout.images else AutoModelForCausalLM
+            self.model = auto.from_config(config, dtype=dtype).eval()
+        shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        self.storage = Storage(self.model, shapes, None if checkpoint is None else checkpoint.entries)
         holder, _, attribute = self.layout.blocks.rpartition(".")
         layers = self.model.get_submodule(self.layout.blocks)
         self.layers: list[nn.Module] = list(layers)  # on the meta device, to be materialised one by one
@@ -93,9 +108,34 @@ class Skeleton:
         finally:
             self._visit = previous
 
-    def block_tensors(self, index: int) -> dict[str, str]:
-        """Name inside block `index` -> name in the checkpoint."""
+    def parameters_of(self, index: int) -> dict[str, str]:
+        """Name inside block `index` -> name in the model."""
         return {name: f"{self.layout.blocks}.{index}.{name}" for name in self.layers[index].state_dict()}
+
+    def stored(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of block `index` by their names inside it, as they lie on disk: name in the checkpoint -> tensor."""
+        names = self.parameters_of(index)
+        return {
+            name: part
+            for inside, tensor in tensors.items()
+            for name, part in self.storage.of(names[inside]).split(tensor).items()
+        }
+
+    def load_block(self, index: int, checkpoint: Checkpoint) -> nn.Module:
+        """Layer `index` with its weights from a checkpoint that uses the names known here."""
+        names = self.parameters_of(index)
+        tensors = self.storage.load(checkpoint, names.values(), self.dtype, self.device)
+        return self.assembled(index, {inside: tensors[name] for inside, name in names.items()})
+
+    def outside(self, checkpoint: Checkpoint) -> list[TensorEntry]:
+        """What lies in the checkpoint and is no block's: ends, image towers, and whatever the model does not read."""
+        mine = {
+            stored
+            for index in range(len(self.layers))
+            for name in self.parameters_of(index).values()
+            for stored in self.storage.of(name).names
+        }
+        return [entry for entry in checkpoint.entries.values() if entry.name not in mine]
 
     def _fill_outer(self, tensors: dict[str, Tensor]) -> None:
         """Give the parameters outside the blocks their values; those not given become zeros that take no memory."""
@@ -121,12 +161,15 @@ class Skeleton:
         of_embedding = _parameters_of(self.model, self.model.get_input_embeddings())
         of_head = _parameters_of(self.model, self.model.get_output_embeddings())
         unwanted = (set() if embedding else of_embedding) | (set() if head else of_head)
+        if self.layout.images:  # what looks at images stays zero: text alone does not pass it
+            tower = self.layout.blocks.rpartition(".")[0]
+            unwanted |= {name for name in self.outer if not name.startswith(f"{tower}.")} - of_head
         tensors: dict[str, Tensor] = {}
         for name in (name for name in self.outer if name not in unwanted):
-            source = name if name in checkpoint else tied.get(name, name)
+            source = name if name in self.storage else tied.get(name, name)
             if source not in tensors:
-                tensors.update(checkpoint.load([source], dtype=self.dtype, device=self.device))
-            tensors[name] = _fitting(source, tensors[source], self.model.get_parameter(name).shape)
+                tensors |= self.storage.load(checkpoint, [source], self.dtype, self.device)
+            tensors[name] = tensors[source]
         self._fill_outer(tensors)
 
     def calls(self, samples: int, length: int) -> list[Call]:
@@ -139,10 +182,14 @@ class Skeleton:
                 raise _Stop(hidden)
             return hidden
 
-        nothing = torch.zeros((), dtype=self.dtype, device=self.device).expand(samples, length, self.hidden_size)
         with self._visiting(visit), suppress(_Stop):
-            self.model(inputs_embeds=nothing, use_cache=False)
+            self.model(inputs_embeds=self._nothing(samples, length), use_cache=False)
         return seen
+
+    def _nothing(self, samples: int, length: int) -> Tensor:
+        """Zeros in place of embedded tokens, as wide as the embedding (OPT's can be narrower than its blocks)."""
+        embedding: Any = self.model.get_input_embeddings()
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(samples, length, embedding.weight.shape[1])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The first layer's input for tokens (samples, length): (samples, length, hidden)."""
@@ -160,22 +207,17 @@ class Skeleton:
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits (samples, length, vocabulary) from its last layer's output."""
         with self._visiting(lambda index, call, _: hidden):
-            return self.model(inputs_embeds=hidden, use_cache=False).logits
+            return self.model(inputs_embeds=self._nothing(*hidden.shape[:2]), use_cache=False).logits
 
-    def assembled(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
+    def assembled(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Layer `index` holding `tensors` (names inside the block); the skeleton's own layer stays on meta."""
-        wanted = self.layers[index].state_dict()
-        for name, outside in self.block_tensors(index).items():
-            _fitting(outside, tensors[name], wanted[name].shape)
-        layer = copy.deepcopy(self.layers[index], {id(self.config): self.config})
+        shared = [self.config, self.config.get_text_config()]
+        layer = copy.deepcopy(self.layers[index], {id(config): config for config in shared})
         layer.load_state_dict(tensors, assign=True, strict=True)
+        for module in layer.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self.device)
         return layer.requires_grad_(False).eval()
-
-
-def _fitting(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-    if tensor.shape != shape:
-        raise Refusal(f"{name} is {tuple(tensor.shape)}, config.json says {tuple(shape)}; fetch both again")
-    return tensor
 
 
 def _parameters_of(model: nn.Module, module: nn.Module | None) -> set[str]:
@@ -190,6 +232,4 @@ def _parameters_of(model: nn.Module, module: nn.Module | None) -> set[str]:
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
     """Parameter -> the parameter that the config ties it to."""
-    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        return {}
-    return dict(getattr(model, "_tied_weights_keys", None) or {})
+    return dict(model.get_expanded_tied_weights_keys())

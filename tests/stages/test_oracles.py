@@ -50,6 +50,17 @@ def test_wanda_masks_are_the_reference_implementations(oracle, pattern, linear) 
     assert torch.equal(keep.sum(-1), reference.sum(-1))
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize("linear", LINEARS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_ria_masks_are_the_reference_implementations(oracle, pattern, linear, alpha) -> None:
+    weight, statistics = part_of(oracle, linear)
+    keep = keep_mask(score("ria", weight, statistics, alpha=alpha), **PATTERNS[pattern])
+    reference = reference_keep(oracle, f"ria_a{alpha}", pattern, linear)
+    assert int((keep != reference).sum()) <= ALLOWED * weight.numel()
+    assert torch.equal(keep.sum(-1), reference.sum(-1))
+
+
 @pytest.mark.parametrize("linear", LINEARS)
 def test_magnitude_masks_are_those_of_a_full_sort(oracle, linear) -> None:
     weight, statistics = part_of(oracle, linear)

@@ -1,0 +1,130 @@
+"""A tiny random checkpoint of every family, with everything that its blocks can have."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from stages.blocks import layout_of
+
+WINDOW = 6  # of the sliding layers: shorter than the sequences that the tests run
+VOCABULARY = 128
+HIDDEN = 32
+LAYERS = 2
+
+_ENDS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.15}
+_TEXT: dict[str, Any] = _ENDS | {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "pad_token_id": None,
+}
+_ALONE = _TEXT | {"num_key_value_heads": 4}
+_MIXED = {"head_dim": 8, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+# model_type -> the config class and what it takes; a name after a dot is a variant of the family
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _TEXT),
+    "mistral": ("MistralConfig", _TEXT | {"sliding_window": WINDOW}),
+    "qwen2": ("Qwen2Config", _TEXT),
+    "qwen3": ("Qwen3Config", _TEXT | _MIXED | {"use_sliding_window": True}),
+    "opt": (
+        "OPTConfig",
+        _ENDS
+        | {
+            "hidden_size": HIDDEN,
+            "ffn_dim": 48,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "init_std": 0.15,
+        },
+    ),
+    "gpt2": ("GPT2Config", _ENDS | {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}),
+    "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in _TEXT.items() if k != "num_key_value_heads"}),
+    "gemma2": ("Gemma2Config", _TEXT | _MIXED | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0}),
+    "gemma3_text": ("Gemma3TextConfig", _TEXT | _MIXED),
+    "phi3": ("Phi3Config", _TEXT | {"sliding_window": WINDOW}),
+    "olmo2": ("Olmo2Config", _TEXT),
+    "mixtral": ("MixtralConfig", _TEXT | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        _TEXT | {"head_dim": 8, "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
+    ),
+}
+CONFIGS["opt.post-norm"] = (
+    "OPTConfig",
+    CONFIGS["opt"][1] | {"do_layer_norm_before": False, "word_embed_proj_dim": 16, "activation_function": "gelu"},
+)
+CONFIGS["gpt_neox.serial"] = ("GPTNeoXConfig", CONFIGS["gpt_neox"][1] | {"use_parallel_residual": False})
+CONFIGS["qwen3_moe.mixed"] = ("Qwen3MoeConfig", CONFIGS["qwen3_moe"][1] | {"mlp_only_layers": [0]})
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    if name == "llava":
+        vision, text = transformers.CLIPVisionConfig(**_VISION), transformers.LlamaConfig(**_TEXT)
+        return transformers.LlavaConfig(
+            vision_config=vision, text_config=text, image_token_id=127, tie_word_embeddings=False
+        )
+    if name == "gemma3":
+        return transformers.Gemma3Config(
+            vision_config=_VISION, text_config=_TEXT | _MIXED, mm_tokens_per_image=4, image_token_id=127
+        )  # its head is tied
+    if name == "qwen2_vl":
+        vision = {"embed_dim": 16, "depth": 1, "num_heads": 2, "hidden_size": HIDDEN, "patch_size": 8}
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+        return transformers.Qwen2VLConfig(
+            vision_config=vision,
+            text_config=_TEXT | {"rope_parameters": rope},
+            image_token_id=127, video_token_id=126, vision_start_token_id=125, vision_end_token_id=124,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+    kind, settings = CONFIGS[name]
+    return getattr(transformers, kind)(**settings)
+
+
+NAMES = (*CONFIGS, "gemma3", "llava", "qwen2_vl")
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    return AutoModelForImageTextToText if layout_of(config.model_type).images else AutoModelForCausalLM
+
+
+def random_model(name: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    config = config_of(name)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = auto_class(config).from_config(config)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norm gains all one and biases all zero would hide mistakes
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model = model.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def family_checkpoint(home: Path) -> Callable[[str, str], Path]:
+    """make(name, dtype) -> the directory of that family's checkpoint, saved once by transformers under `home`."""
+
+    def make(name: str, dtype: str = "float32") -> Path:
+        directory = home / f"{name}-{dtype}"
+        if not directory.exists():
+            random_model(name, getattr(torch, dtype)).save_pretrained(directory)
+        return directory
+
+    return make
