@@ -145,7 +145,7 @@ def test_a_family_is_pruned_exactly_rebuilt_and_loaded_back(
     shard = make_shards(directory, tmp_path, 1, LENGTH, blocks=LAYERS, recipe=recipe)[0]
     reports = prune([shard], tokens, blocks=LAYERS)
     shard.copy_ends()
-    shard.open(pruned=True)
+    shard.open(0)
     streamed = [shard.logits(hidden) for hidden in stream([shard], tokens[:4])]
 
     errors = [(unit["error_before"], unit["error_after"]) for report in reports for unit in report["units"]]
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_the_base_model_is_read_and_written_under_its_own_names(
     assert same_bits(shard.logits(stream([shard], tokens)[0]), logits_of(directory, "float32")(tokens))
     prune([shard], tokens, blocks=LAYERS)
     shard.copy_ends()
-    shard.open(pruned=True)
+    shard.open(0)
     ours = shard.logits(stream([shard], tokens)[0])
     assert set(written(directory, tmp_path / "output")) == set(tensors)
     assert same_bits(ours, logits_of(tmp_path / "output", "float32")(tokens))
@@ -219,7 +219,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_got(checkpoint_of, tmp
         with torch.no_grad():
             for part in parts:
                 call = skeleton.calls(*part.shape[:2])[1]
-                with observing(block, anatomy, add, lambda unit, x: seen.append(x) if unit.name == "mlp" else None):
+                with observing(block, anatomy, add, {unit_entry: [seen.append]}):
                     outputs.append(call.run(block, part))
                 assert same_bits(outputs[-1], call.run(block, part))  # watching changes nothing
         return sums, seen
