@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from stages.blocks import Unit, Weight
 from stages.calibrate import BlockCalibration
-from stages.criteria import ROW_WISE, score
+from stages.criteria import score, score_rows
 from stages.masks import Scope, count_zeros, keep_mask, masked
 from stages.meter import Timeline
 from stages.reconstruct import FitSettings, UnitModules, fit, rate_unit
 from stages.skeleton import Skeleton
 
 TRAINING_BYTES = 15  # a parameter of the unit being fitted
-SCORED_AT_A_TIME = 1 << 17  # weights, where rows are scored independently
 EXPERT_TOKENS = 32  # an expert that got fewer is pruned by magnitude: a channel's norm over n tokens is off by about
 # 1/√(2n) of itself for normal activations (12 % at 32), more for those with outliers
 
@@ -98,14 +97,12 @@ class BlockWork:
         """Which weights survive, bool (O, I). Where rows do not depend on each other, a few at a time: the scores stay
         in the cache, and the weight never has a float32 copy."""
         recipe, criterion = self.recipe, self._criterion(weight)
-        rows = len(matrix)
-        if criterion in ROW_WISE and recipe.scope == "row" and matrix.device.type == "cpu":
-            rows = max(1, SCORED_AT_A_TIME // matrix.shape[-1])
+        statistics = self.calibration.statistics[weight.name]
+        if recipe.scope == "matrix" and recipe.pattern is None:
+            return keep_mask(score(criterion, matrix, statistics), recipe.sparsity, scope="matrix")
         keep = torch.empty(matrix.shape, dtype=torch.bool, device=matrix.device)
-        for start in range(0, len(matrix), rows):
-            part = matrix[start : start + rows].contiguous()  # a copy only where the weight is stored transposed
-            scores = score(criterion, part, self.calibration.statistics[weight.name])
-            keep[start : start + rows] = keep_mask(scores, recipe.sparsity, recipe.pattern, recipe.scope)
+        for rows, scores in score_rows(criterion, matrix, statistics):
+            keep[rows] = keep_mask(scores, recipe.sparsity, recipe.pattern)
         return keep
 
     def reconstruct(self) -> None:
