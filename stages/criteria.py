@@ -283,6 +283,3 @@ def _scorer(
         return scores
 
     return scores_of
-
-
-ROW_WISE = frozenset(name for name, criterion in CRITERIA.items() if criterion.row_wise)

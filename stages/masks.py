@@ -152,14 +152,9 @@ def _beaten(keys: np.ndarray, group: int) -> np.ndarray:
 def _drop_lowest(rows: Tensor, drop: int) -> Tensor:
     if drop == 0:
         return torch.ones_like(rows, dtype=torch.bool)
-    columns = rows.shape[-1]
     if rows.device.type != "cpu":
-        rows = rows.contiguous()
-        smallest = rows.kthvalue(drop, dim=-1, keepdim=True).values
-        keep = rows > smallest
-        ties = (rows == smallest).view(-1).nonzero()[:, 0]
-        keep.view(-1)[_last_ties(ties, columns, columns - drop - keep.sum(-1))] = True
-        return keep
+        return _drop_lowest_on_device(rows.contiguous(), drop)
+    columns = rows.shape[-1]
     keep = torch.empty(rows.shape, dtype=torch.bool)
     step = max(1, CHUNK_ELEMENTS // columns)
     for start in range(0, len(rows), step):
@@ -173,6 +168,15 @@ def _drop_lowest(rows: Tensor, drop: int) -> Tensor:
             survivors = np.bincount(np.flatnonzero(upper == last_O1) // upper.shape[-1], minlength=len(keys))
             ties = torch.from_numpy(np.flatnonzero(keys == last_O1))
             part.view(-1)[_last_ties(ties, columns, torch.from_numpy(survivors))] = True
+    return keep
+
+
+def _drop_lowest_on_device(rows: Tensor, drop: int) -> Tensor:
+    columns = rows.shape[-1]
+    last_O1 = rows.kthvalue(drop, dim=-1, keepdim=True).values
+    keep = rows > last_O1
+    ties = (rows == last_O1).view(-1).nonzero()[:, 0]
+    keep.view(-1)[_last_ties(ties, columns, columns - drop - keep.sum(-1))] = True
     return keep
 
 

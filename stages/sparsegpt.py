@@ -19,7 +19,7 @@ from stages.masks import check_divisible, check_pattern, check_sparsity, keep_ma
 MAX_DAMPING = 1.0  # share of the mean diagonal: more would say that the calibration data does not matter
 FIRST_DAMPING = 1e-3  # the first retry of a damping of 0
 COLUMN_BY_COLUMN = 16  # columns pruned one after the other; wider stretches are halved and joined by a matrix product
-DOUBLE_UP_TO = 8192  # inputs whose Hessian is factored in float64 (three matrices of 0.5 GiB)
+DOUBLE_UP_TO = 8192  # inputs whose Hessian is factored in float64 (two matrices of 0.5 GiB)
 INVERTED_AT_ONCE = 128  # rows of a triangle that LAPACK inverts; larger ones are halved
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,9 @@ def factor_with_damping(hessian: Tensor, damping: float = 0.01) -> tuple[Tensor,
     """`inverse_factor`, and the damping that it took.
 
     H reversed in both directions has a Cholesky factor L; L⁻¹ reversed is U. The usual way, H⁻¹ first and then its
-    factor, takes twice the work and loses digits twice. Up to DOUBLE_UP_TO inputs this is done in float64: in float32
-    U is off by about 1e-4 where there are fewer tokens than channels, enough to change a near tie, and after it much
-    of the row.
+    factor, takes twice the work and loses digits twice. Up to DOUBLE_UP_TO inputs L is found in float64: in float32 U
+    is off by about 1e-4 where there are fewer tokens than channels, enough to decide a near tie otherwise, and with it
+    much of the row. (L is far better conditioned than H: inverting it in float32 costs no digits that matter.)
     """
     if not 0 <= damping <= MAX_DAMPING:  # also false of nan
         raise Refusal(f"damping {damping}: a share of the mean diagonal, at least 0 and at most 1; try 0.01")
@@ -61,7 +61,8 @@ def factor_with_damping(hessian: Tensor, damping: float = 0.01) -> tuple[Tensor,
             break
         damping = _raised(damping, hessian)
     del reversed_II, diagonal_I
-    return _invert_lower(lower_II).float().flip(0, 1), damping
+    with torch.autocast(lower_II.device.type, enabled=False):  # it would multiply float32 matrices in bfloat16
+        return _invert_lower(lower_II.float()).flip(0, 1), damping
 
 
 def _raised(damping: float, hessian: Tensor) -> float:

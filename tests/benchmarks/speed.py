@@ -1,6 +1,6 @@
-"""Wanda without reconstruction on two shards of one thread: stream, masks and commit, beside llm-compressor's oneshot.
+"""One-shot pruning on two shards of one thread: stream, masks and commit, beside llm-compressor's oneshot.
 
-    python tests/benchmarks/speed.py [--peer-python ENV/bin/python] [--pattern 2:4] [--repeat 3]
+    python tests/benchmarks/speed.py [--peer-python ENV/bin/python] [--criterion sparsegpt] [--pattern 2:4] [--repeat 3]
 
 The peer uses as many threads as we do in all. Runs alternate, so that both see the same machine.
 """
@@ -33,6 +33,7 @@ def ours(model: Path, scratch: Path, arguments: argparse.Namespace) -> float:
                 calibration=token_ids(SAMPLES, LENGTH, SMALL["vocab"]),
                 samples=SAMPLES,
                 length=LENGTH,
+                criterion=arguments.criterion,
                 reconstruct="none",
                 shards=arguments.shards,
                 threads=1,
@@ -47,7 +48,7 @@ def ours(model: Path, scratch: Path, arguments: argparse.Namespace) -> float:
 def peer(python: str, model: Path, arguments: argparse.Namespace) -> float:
     """Seconds of the peer's oneshot call."""
     script = Path(__file__).with_name("peer_oneshot.py")
-    values = [arguments.pattern or "0:0", SAMPLES, LENGTH, arguments.shards]
+    values = [arguments.criterion, arguments.pattern or "0:0", SAMPLES, LENGTH, arguments.shards]
     # No environment of ours: the two have different packages.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL"))}
     with tempfile.TemporaryDirectory() as directory:
@@ -66,6 +67,7 @@ def peer(python: str, model: Path, arguments: argparse.Namespace) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="the Python of an environment with llmcompressor; without it, no peer")
+    parser.add_argument("--criterion", choices=["wanda", "sparsegpt"], default="wanda")
     parser.add_argument("--pattern", help="such as 2:4; default: 50 % of each row")
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
@@ -79,7 +81,12 @@ def main() -> None:
         mine.append(ours(model, arguments.scratch, arguments))
         if arguments.peer_python:
             theirs.append(peer(arguments.peer_python, model, arguments))
-    result = {"espalier_seconds": mine, "peer_seconds": theirs, "pattern": arguments.pattern}
+    result = {
+        "espalier_seconds": mine,
+        "peer_seconds": theirs,
+        "criterion": arguments.criterion,
+        "pattern": arguments.pattern,
+    }
     if theirs:
         result["ratio"] = statistics.median(mine) / statistics.median(theirs)
         print(

@@ -79,11 +79,11 @@ def test_estimates_grow_with_what_is_held(facts: ModelFacts) -> None:
     assert peak(large, resident="one") < peak(large, resident="all") - 2 * 10**9
     assert peak(facts, gpu=True) < peak(facts, gpu=False)
     assert peak(facts, recipe=None) < peak(facts)
-    assert (
-        peak(facts)
-        < peak(facts, recipe=Recipe(reconstruct="block"))
-        < peak(facts, recipe=Recipe(reconstruct="window", window=2))
-    )
+    units = [
+        peak(facts, tokens=0, recipe=Recipe(reconstruct=unit)) for unit in ("none", "matrix", "component", "block")
+    ]
+    assert units == sorted(units) and len(set(units)) == 4
+    assert peak(facts, tokens=0, recipe=Recipe(reconstruct="window", window=2)) > units[-1]
     wide = replace(facts, hidden=10_000)
     assert peak(wide, recipe=Recipe(reconstruct="none", refine="swaps")) > peak(wide, recipe=Recipe(reconstruct="none"))
     assert peak(facts, recipe=Recipe(corrections=(0.5,))) > peak(facts, recipe=Recipe())

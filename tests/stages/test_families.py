@@ -216,10 +216,11 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_got(checkpoint_of, tmp
             sums.setdefault(group[0].name, InputStatistics(x.shape[-1])).update(x)
 
         outputs = []
+        entry = next(unit.modules[0] for unit in anatomy.units if unit.name == "mlp")
         with torch.no_grad():
             for part in parts:
                 call = skeleton.calls(*part.shape[:2])[1]
-                with observing(block, anatomy, add, {unit_entry: [seen.append]}):
+                with observing(block, anatomy, add, {entry: [seen.append]}):
                     outputs.append(call.run(block, part))
                 assert same_bits(outputs[-1], call.run(block, part))  # watching changes nothing
         return sums, seen

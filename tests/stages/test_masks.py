@@ -76,6 +76,16 @@ def test_selection_in_chunks_equals_selection_at_once(monkeypatch) -> None:
         assert torch.equal(keep_mask(scores, 0.4), whole)
 
 
+@quick
+@given(matrices(multiple=4), st.floats(0.01, 0.999))
+def test_what_a_gpu_runs_gives_the_same_masks(scores, sparsity) -> None:
+    """The functions for other devices use plain torch and run anywhere."""
+    if drop := int(scores.shape[-1] * sparsity):
+        assert torch.equal(masks._drop_lowest_on_device(scores, drop), by_full_sort(scores, drop))
+    groups = scores.reshape(-1, 4)
+    assert torch.equal(masks._keep_stronger(groups.unbind(-1), 3), by_full_sort(groups, 1))
+
+
 def test_the_scores_are_left_as_they_were() -> None:
     scores = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
     before = scores.clone()
