@@ -25,7 +25,7 @@ class BlockLayout:
     blocks: str = "model.layers"
     components: tuple[str, ...] = ("self_attn", "mlp")
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a component that is no module: its children
-    routers: tuple[str, ...] = ()  # choose the experts: neither pruned nor fitted
+    routers: tuple[str, ...] = ()  # choose and weigh the experts: neither pruned nor fitted
     images: bool = False  # reads images too; what is pruned is its text tower
 
     def parts(self, component: str) -> tuple[str, ...]:
@@ -49,8 +49,10 @@ FAMILIES: dict[str, BlockLayout] = {
     "mixtral": _EXPERTS,
     "olmo2": _LLAMA,
     "opt": BlockLayout(blocks="model.decoder.layers", chains={"mlp": ("fc1", "activation_fn", "fc2")}),
+    "phi": _LLAMA,
     "phi3": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen2_moe": BlockLayout(routers=("mlp.gate", "mlp.shared_expert_gate")),
     "qwen2_vl": _IMAGES,
     "qwen3": _LLAMA,
     "qwen3_moe": _EXPERTS,
@@ -204,7 +206,8 @@ def _weights_of(name: str, module: nn.Module) -> list[Weight]:
 def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> Anatomy:
     """The block's units and shared inputs, from watching one forward pass `run` (a few tokens are enough).
 
-    A norm whose output *is* a component's input belongs to it, as does one whose input *is* its output.
+    A norm whose output *is* a component's input belongs to it, as does one whose input *is* its output. One that
+    feeds two components belongs to neither: fitted for the one, it would be wrong for the other.
     """
     inputs: dict[str, Tensor] = {}  # holding the tensors keeps their identity unique during the pass
     outputs: dict[str, Tensor] = {}
@@ -228,9 +231,10 @@ def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> A
             hooks.callback(handle.remove)
         run()
     units = []
-    for name, weights in components.items():
-        entry, exit_ = inputs[parts[name][0]], outputs[parts[name][-1]]
-        before = [norm for norm in norms if norm in outputs and outputs[norm] is entry]
+    entries = [inputs[parts[name][0]] for name in components]
+    for (name, weights), entry in zip(components.items(), entries, strict=True):
+        exit_, alone = outputs[parts[name][-1]], sum(other is entry for other in entries) == 1
+        before = [norm for norm in norms if alone and norm in outputs and outputs[norm] is entry]
         after = [norm for norm in norms if norm in inputs and inputs[norm] is exit_]
         frozen = tuple(router for router in layout.routers if router.startswith(f"{name}."))
         chain = layout.chains.get(name, ())

@@ -26,7 +26,6 @@ _TEXT: dict[str, Any] = _ENDS | {
     "tie_word_embeddings": False,
     "pad_token_id": None,
 }
-_ALONE = _TEXT | {"num_key_value_heads": 4}
 _MIXED = {"head_dim": 8, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _VISION = {
     "hidden_size": 16,
@@ -59,9 +58,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in _TEXT.items() if k != "num_key_value_heads"}),
     "gemma2": ("Gemma2Config", _TEXT | _MIXED | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0}),
     "gemma3_text": ("Gemma3TextConfig", _TEXT | _MIXED),
+    "phi": ("PhiConfig", _TEXT | {"partial_rotary_factor": 0.5}),
     "phi3": ("Phi3Config", _TEXT | {"sliding_window": WINDOW}),
     "olmo2": ("Olmo2Config", _TEXT),
     "mixtral": ("MixtralConfig", _TEXT | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        _TEXT
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        | {"shared_expert_intermediate_size": 24},
+    ),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         _TEXT | {"head_dim": 8, "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
@@ -72,7 +78,7 @@ CONFIGS["opt.post-norm"] = (
     CONFIGS["opt"][1] | {"do_layer_norm_before": False, "word_embed_proj_dim": 16, "activation_function": "gelu"},
 )
 CONFIGS["gpt_neox.serial"] = ("GPTNeoXConfig", CONFIGS["gpt_neox"][1] | {"use_parallel_residual": False})
-CONFIGS["qwen3_moe.mixed"] = ("Qwen3MoeConfig", CONFIGS["qwen3_moe"][1] | {"mlp_only_layers": [0]})
+CONFIGS["qwen3_moe.mixed"] = ("Qwen3MoeConfig", CONFIGS["qwen3_moe"][1] | {"mlp_only_layers": [0], "num_experts": 4})
 
 
 def config_of(name: str) -> PreTrainedConfig:

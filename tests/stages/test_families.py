@@ -42,6 +42,7 @@ UNITS = dict.fromkeys(NAMES, LLAMA) | {
     "olmo2": [("self_attn", None, "post_attention_layernorm"), ("mlp", None, "post_feedforward_layernorm")],
     "opt": [("self_attn", "self_attn_layer_norm", None), ("mlp", "final_layer_norm", None)],
     "opt.post-norm": [("self_attn", None, None), ("mlp", None, None)],
+    "phi": [("self_attn", None, None), ("mlp", None, None)],  # one norm feeds both: it belongs to neither
 }
 
 
@@ -95,7 +96,7 @@ def test_every_family_has_a_case() -> None:
 def test_units_and_their_norms_are_found(checkpoint_of, name) -> None:
     _, _, anatomy = opened(checkpoint_of(name))
     assert [(unit.name, unit.before, unit.after) for unit in anatomy.units] == UNITS[name]
-    assert {unit.parallel for unit in anatomy.units} == {name == "gpt_neox"}
+    assert {unit.parallel for unit in anatomy.units} == {name in ("gpt_neox", "phi")}
     assert set(anatomy.calls) == {unit.name for unit in anatomy.units}
 
 
@@ -122,7 +123,7 @@ def test_a_family_streams_as_the_whole_model_runs(checkpoint_of, tiny_tokens, tm
 
 
 def is_prunable(name: str, tensor: Tensor) -> bool:
-    return tensor.dim() == 2 and not name.endswith(("mlp.gate.weight", "moe.gate.weight"))  # the routers
+    return tensor.dim() == 2 and not name.endswith(("mlp.gate.weight", "moe.gate.weight", "shared_expert_gate.weight"))
 
 
 def zeros_of_rows(name: str, family: str, tensor: Tensor, group: int) -> Tensor:
@@ -133,7 +134,7 @@ def zeros_of_rows(name: str, family: str, tensor: Tensor, group: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("dtype", "ratio"),
-    [("float32", {"sparsity": 0.5}), ("bfloat16", {"sparsity": None, "pattern": (2, 4)})],
+    [("float32", {"sparsity": 0.5}), ("bfloat16", {"sparsity": None, "pattern": (2, 4), "reconstruct": "none"})],
     ids=["50 %", "2:4"],
 )
 @pytest.mark.parametrize("name", NAMES)
@@ -141,7 +142,7 @@ def test_a_family_is_pruned_exactly_rebuilt_and_loaded_back(
     checkpoint_of, tiny_tokens, tmp_path, name, dtype, ratio
 ) -> None:
     directory, tokens = checkpoint_of(name, dtype), tiny_tokens(16, LENGTH)
-    recipe = Recipe(**ratio, learning_rate=GENTLE, epochs=2)
+    recipe = Recipe(**ratio, learning_rate=GENTLE)
     shard = make_shards(directory, tmp_path, 1, LENGTH, blocks=LAYERS, recipe=recipe)[0]
     reports = prune([shard], tokens, blocks=LAYERS)
     shard.copy_ends()
@@ -149,7 +150,8 @@ def test_a_family_is_pruned_exactly_rebuilt_and_loaded_back(
     streamed = [shard.logits(hidden) for hidden in stream([shard], tokens[:4])]
 
     errors = [(unit["error_before"], unit["error_after"]) for report in reports for unit in report["units"]]
-    assert len(errors) == 2 * LAYERS and all(0 < after < before for before, after in errors), errors
+    assert len(errors) == (0 if "reconstruct" in ratio else 2 * LAYERS)
+    assert all(0 < after < before for before, after in errors), errors
     dense, pruned = load_file(directory / "model.safetensors"), written(directory, tmp_path / "output")
     assert set(pruned) == set(dense)
     inside = ".h." if name == "gpt2" else "layers."
