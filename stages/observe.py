@@ -40,7 +40,7 @@ def observing(
         shape[:] = Call.hidden_of(args, kwargs).shape[:2]
 
     def by_sample(x: Tensor) -> Tensor:
-        return x.view(*shape, x.shape[-1])
+        return x.reshape(*shape, x.shape[-1])
 
     def entered(see: Seen) -> Callable[..., None]:
         return lambda module, args, kwargs: see(by_sample(Call.hidden_of(args, kwargs)))

@@ -128,13 +128,13 @@ class Skeleton:
         return self.assembled(index, {inside: tensors[name] for inside, name in names.items()})
 
     def outside(self, checkpoint: Checkpoint) -> list[TensorEntry]:
-        """What lies in the checkpoint and is no block's: ends, image towers, and whatever the model does not read."""
-        mine = {
-            stored
-            for index in range(len(self.layers))
-            for name in self.parameters_of(index).values()
-            for stored in self.storage.of(name).names
-        }
+        """What lies in the checkpoint outside the blocks: ends, image towers, parts that the model does not read."""
+        inside = f"{self.layout.blocks}."
+        names = {name for index in range(len(self.layers)) for name in self.parameters_of(index).values()}
+        mine = {stored for name in names for stored in self.storage.of(name).names}
+        for stored, name in self.storage.unread.items():  # causal masks and the like that old checkpoints keep
+            if name.startswith(inside) or f"{self.model.base_model_prefix}.{name}".startswith(inside):
+                mine.add(stored)
         return [entry for entry in checkpoint.entries.values() if entry.name not in mine]
 
     def _fill_outer(self, tensors: dict[str, Tensor]) -> None:

@@ -67,10 +67,12 @@ class Storage:
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        self.unread: dict[str, str] = {}  # name on disk -> by the model's names, where it has no such parameter
         pieces: dict[str, dict[str, list[str]]] = {}
         for name in names:
             parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(shapes))
             if parameter not in shapes:
+                self.unread[name] = parameter
                 continue
             if pattern is not None:
                 _check_operations(name, by_pattern[pattern])

@@ -181,9 +181,11 @@ def test_a_checkpoint_of_the_base_model_is_read_and_written_under_its_own_names(
     directory.mkdir()
     source = checkpoint_of(name)
     tensors = {key.removeprefix(BARE[name]): tensor for key, tensor in load_file(source / "model.safetensors").items()}
-    if name == "gpt2":  # as published: with the causal mask of every layer
-        tensors |= {f"h.{index}.attn.bias": torch.ones(1, 1, 64, 64) for index in range(LAYERS)}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    masks = {}
+    if name == "gpt2":  # as published: with the causal mask of every layer, and the score of what it hides
+        masks = {f"h.{index}.attn.bias": torch.ones(1, 1, 64, 64) for index in range(LAYERS)}
+        masks |= {f"h.{index}.attn.masked_bias": torch.tensor(-torch.inf) for index in range(LAYERS)}
+    save_file(tensors | masks, directory / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(source / "config.json", directory / "config.json")
     tokens, recipe = tiny_tokens(2, LENGTH), Recipe(reconstruct="none")
     shard = make_shards(directory, tmp_path, 1, LENGTH, blocks=LAYERS, recipe=recipe)[0]
@@ -194,6 +196,28 @@ def test_a_checkpoint_of_the_base_model_is_read_and_written_under_its_own_names(
     ours = shard.logits(stream([shard], tokens)[0])
     assert set(written(directory, tmp_path / "output")) == set(tensors)
     assert same_bits(ours, logits_of(tmp_path / "output", "float32")(tokens))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "mixtral", "opt", "qwen2_vl"])
+def test_any_cut_of_any_family_gives_the_same_bytes(checkpoint_of, tiny_tokens, tmp_path, name) -> None:
+    directory, tokens = checkpoint_of(name, "bfloat16"), tiny_tokens(9, LENGTH)
+    found = set()
+    for count, resident in ((1, "all"), (2, "one")):
+        home = tmp_path / resident
+        recipe = Recipe(learning_rate=GENTLE)
+        cut = {"blocks": LAYERS, "recipe": recipe, "resident": resident, "spool_memory": 4000}
+        reports = prune(make_shards(directory, home, count, LENGTH, **cut), tokens, blocks=LAYERS)
+        found.add(tuple(report["digest"] for report in reports))
+    assert len(found) == 1
+
+
+def test_what_looks_at_images_is_not_loaded(checkpoint_of) -> None:
+    checkpoint = Checkpoint(checkpoint_of("llava"))
+    skeleton = Skeleton(read_config(checkpoint.directory), torch.float32, checkpoint=checkpoint)
+    skeleton.load_ends(checkpoint)
+    for name, parameter in skeleton.model.named_parameters():
+        read = name.startswith(("model.language_model.", "lm_head."))
+        assert (parameter.untyped_storage().nbytes() == 4 * parameter.numel()) == read, name
 
 
 def expert_sums(block: nn.Module, routed: Tensor, expert: int) -> tuple[Tensor, Tensor, int]:
