@@ -12,7 +12,7 @@ from stages.allocation import Override, resolve_overrides
 from stages.criteria import CRITERIA, check_criterion, check_options
 from stages.errors import Refusal
 from stages.masks import check_sparsity, parse_pattern
-from stages.recipe import Rebuild, Recipe, Refine
+from stages.recipe import Rebuild, Recipe
 
 Count = Annotated[int, Field(ge=1)]
 CORRECTIONS = (0.3, 0.6)  # of the first sweep, and of all later ones
@@ -83,7 +83,9 @@ class PruneConfig(ClusterConfig):
     )
     overrides: list[Any] = Field([], description="What is different in some layers, in YAML only.")
     refine: Literal["auto", "none", "dsnot", "r2-dsnot", "swaps"] = Field(
-        "auto", description="Exchange pruned for kept weights before refitting; auto: swaps, or none without refitting."
+        "auto",
+        description="Exchange pruned for kept weights before refitting; auto: swaps where units are refitted and that "
+        "costs much more, else none.",
     )
     reconstruct: str = Field(
         "component",
@@ -199,7 +201,7 @@ class PruneConfig(ClusterConfig):
 
     @property
     def recipe(self) -> Recipe:
-        """What every shard does to its blocks."""
+        """What every shard does to its blocks; `refine: auto` counts as none until the model is known."""
         unit, window = parse_rebuild(self.reconstruct)
         return Recipe(
             criterion=self.criterion,
@@ -209,7 +211,7 @@ class PruneConfig(ClusterConfig):
             scope=self.scope,
             overrides=self.rules,
             allocation=self.allocation,
-            refine=self._refine,
+            refine="none" if self.refine == "auto" else self.refine,
             reconstruct=unit,
             window=window,
             inputs=self.inputs,
@@ -219,12 +221,6 @@ class PruneConfig(ClusterConfig):
             corrections=self._corrections,
             seed=self.seed,
         )
-
-    @property
-    def _refine(self) -> Refine:
-        if self.refine == "auto":
-            return "none" if self.reconstruct == "none" else "swaps"
-        return self.refine
 
     @property
     def _corrections(self) -> tuple[float, ...]:
@@ -241,7 +237,7 @@ class PruneConfig(ClusterConfig):
     def mask_name(self) -> str:
         """Such as `wanda 50% + swaps`."""
         name = f"{self.criterion} {self.pattern or f'{100 * self.sparsity:g}%'}"
-        return name if self._refine == "none" else f"{name} + {self._refine}"
+        return name if self.refine in ("auto", "none") else f"{name} + {self.refine}"
 
     @property
     def recipe_name(self) -> str:

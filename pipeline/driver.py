@@ -19,7 +19,15 @@ from cluster.fleet import Fleet, Stream
 from pipeline.assemble import copy_companions, write_index
 from pipeline.config import PruneConfig, build_config
 from pipeline.layout import Layout, Load, ShardLayout, arrange, check_disk
-from pipeline.plan import ModelFacts, check_headers, check_recipe_fits, microbatch_size, model_facts, window_length
+from pipeline.plan import (
+    ModelFacts,
+    check_headers,
+    check_recipe_fits,
+    microbatch_size,
+    model_facts,
+    settled,
+    window_length,
+)
 from pipeline.progress import Reporter, reporter_for
 from pipeline.report import write_report
 from pipeline.rundir import RunDirectory, check_free, disk_full_refused
@@ -64,6 +72,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     output = Path(config.output)
     check_free(output)
     facts, fingerprint = _inspect(config)
+    config = settled(config, facts)
     layout = arrange(config, facts, Load.of_pruning(config))
     check_disk(output, facts)
     run = {

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
+from pipeline.config import PruneConfig
 from stages.allocation import check_matches
 from stages.blocks import prunable
 from stages.checkpoint import Checkpoint
@@ -24,6 +25,7 @@ PROCESS_BYTES = 600 << 20  # a shard's process with torch, transformers and Ray 
 MICROBATCH_TOKENS = 2048
 LENGTH = 2048
 SAMPLED_STRETCHES, STRETCH_BYTES = 64, 4096
+SWAPS_FROM = 4  # tokens for each channel of the widest input
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +149,20 @@ def _sampled(path: Path) -> bytes:
             handle.seek(max(0, size * position // SAMPLED_STRETCHES - STRETCH_BYTES))
             stretches.append(handle.read(STRETCH_BYTES))
     return b"".join(stretches)
+
+
+def settled(config: PruneConfig, facts: ModelFacts) -> PruneConfig:
+    """The configuration with `refine: auto` decided for this model.
+
+    Swaps take about O · I² operations a matrix, refitting O · I for each token: they are worth their time where the
+    tokens are several times the widest input.
+    """
+    if config.refine != "auto":
+        return config
+    widest = max(into for layers in facts.layers for _, _, into in layers)
+    tokens = config.samples * window_length(facts, config.length)
+    swaps = config.reconstruct != "none" and tokens >= SWAPS_FROM * widest
+    return config.model_copy(update={"refine": "swaps" if swaps else "none"})
 
 
 def check_recipe_fits(facts: ModelFacts, recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ from stages.blocks import Anatomy, Weight
 from stages.calibrate import BlockCalibration, counting, new_statistics
 from stages.choose import Chooser
 from stages.masks import count_zeros, masked
-from stages.meter import Timeline
+from stages.meter import Timeline, release_memory
 from stages.observe import observing
 from stages.recipe import Recipe, WorkOrder, derived_seed
 from stages.reconstruct import FitSettings, Target, fit, rate_unit
@@ -105,6 +105,7 @@ class Work:
                         self._mask(group, captured)
                 if self.recipe.reconstruct != "none":
                     for unit in group.fits:
+                        release_memory()  # or what the last step freed would count towards this one's peak
                         with self._timed(unit, "reconstruct"):
                             self._fit(unit, captured)
             self.keep.clear()

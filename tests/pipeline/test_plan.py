@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pipeline.cli import main
-from pipeline.plan import ModelFacts, check_headers, choose_resident, estimate_shard, model_facts, split_blocks
+from pipeline.config import PruneConfig
+from pipeline.plan import (
+    ModelFacts,
+    check_headers,
+    choose_resident,
+    estimate_shard,
+    model_facts,
+    settled,
+    split_blocks,
+)
 from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
 from stages.recipe import Recipe
@@ -89,6 +99,16 @@ def test_estimates_grow_with_what_is_held(facts: ModelFacts) -> None:
     assert peak(facts, recipe=Recipe(corrections=(0.5,))) > peak(facts, recipe=Recipe())
     assert peak(facts, tokens=1000) < peak(facts, tokens=2000)
     assert peak(facts, step_tokens=64) < peak(facts, step_tokens=128)
+
+
+def test_swaps_are_the_default_where_refitting_costs_much_more(facts: ModelFacts) -> None:
+    def refine(**asked: Any) -> str:
+        return settled(PruneConfig(model="m", output="o", calibration="c", length=32, **asked), facts).refine
+
+    assert refine(samples=6) == "swaps", "6 × 32 tokens are four times the widest input, 48"
+    assert refine(samples=5) == "none"
+    assert refine(samples=100, reconstruct="none") == "none"
+    assert refine(samples=1, refine="swaps", reconstruct="none") == "swaps" and refine(refine="dsnot") == "dsnot"
 
 
 def test_activations_beyond_the_budget_go_to_disk(facts: ModelFacts) -> None:

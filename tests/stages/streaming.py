@@ -16,9 +16,10 @@ BATCH = 2  # samples a microbatch
 GENTLE = 0.04  # a learning rate at which units of 32 random channels get better; the default suits trained models
 
 
-def cuts(blocks: int, shards: int) -> list[tuple[int, int]]:
-    edges = [round(blocks * part / shards) for part in range(shards + 1)]
-    return list(itertools.pairwise(edges))
+def cuts(blocks: int, shards: int, window: int = 1) -> list[tuple[int, int]]:
+    """(first, last) of each shard, cut between windows of blocks."""
+    edges = [round(blocks / window * part / shards) * window for part in range(shards)]
+    return list(itertools.pairwise([*edges, blocks]))
 
 
 def make_shards(
@@ -27,7 +28,7 @@ def make_shards(
     """The model's blocks spread over `shards` open shards that write to home/output and spool in home/scratch."""
     (home / "output").mkdir(parents=True, exist_ok=True)
     made = []
-    for index, (first, last) in enumerate(cuts(blocks, shards)):
+    for index, (first, last) in enumerate(cuts(blocks, shards, recipe.window if recipe else 1)):
         shard = Shard(
             ShardSpec(
                 index=index,
@@ -52,12 +53,12 @@ def microbatches(tokens: Tensor) -> list[Tensor]:
     return list(tokens.split(BATCH))
 
 
-def stream(shards: Sequence[Shard], tokens: Tensor, collect: Collection[int] = ()) -> list[Tensor]:
+def stream(shards: Sequence[Shard], tokens: Tensor, collect: Collection[int] = (), sweep: int = 0) -> list[Tensor]:
     """The last block's output for every microbatch."""
     parts = microbatches(tokens)
     flowing = [shards[0].embed(part) for part in parts]
     for shard in shards:
-        shard.begin(len(parts), collect)
+        shard.begin(len(parts), collect, sweep)
         if shard.spec.resident == "all":
             flowing = [shard.forward(number, hidden) for number, hidden in enumerate(flowing)]
         else:
@@ -69,9 +70,34 @@ def stream(shards: Sequence[Shard], tokens: Tensor, collect: Collection[int] = (
 
 
 def prune(shards: Sequence[Shard], tokens: Tensor, blocks: int = 4) -> list[dict[str, Any]]:
-    """Calibrate, then work on every block: the reports in block order."""
-    stream(shards, tokens, range(blocks))
-    return [report for shard in shards for piece in shard.spec.pieces for report in shard.work(WorkOrder(blocks=piece))]
+    """All that the shards' recipe says, sweep by sweep or block after block: the last reports in block order."""
+    recipe = shards[0].spec.recipe
+    assert recipe is not None
+    if recipe.streams_dense:
+        stream(shards, tokens, range(blocks))
+    if recipe.sequential:
+        return _in_order(shards, tokens)
+    for sweep in range(recipe.sweeps + 1):
+        if sweep:
+            for shard in shards:
+                shard.open(sweep - 1)
+            stream(shards, tokens, range(blocks), sweep)
+        reports = [shard.work(WorkOrder(blocks=piece, sweep=sweep)) for shard in shards for piece in shard.spec.pieces]
+    return [report for together in reports for report in together]
+
+
+def _in_order(shards: Sequence[Shard], tokens: Tensor) -> list[dict[str, Any]]:
+    """Each shard works on what the one before it emits."""
+    reports: list[dict[str, Any]] = []
+    flowing = [shards[0].embed(part) for part in microbatches(tokens)]
+    for shard in shards:
+        shard.begin(len(flowing))
+        for number, hidden in enumerate(flowing):
+            shard.receive(number, hidden)
+        for piece in shard.spec.pieces:
+            reports += shard.work(WorkOrder(blocks=piece))
+        flowing = [shard.emit(number) for number in range(len(flowing))]
+    return reports
 
 
 def whole_model(directory: Path, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
