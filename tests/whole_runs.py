@@ -15,12 +15,12 @@ from typing import Any
 
 import psutil
 import torch
+from streaming import BATCH, make_shards, prune
 
 from pipeline.config import PruneConfig
 from pipeline.driver import load_tokenizer
+from pipeline.plan import model_facts, settled
 from pipeline.progress import Reporter
-from stages.recipe import WorkOrder
-from stages.shard import Shard, ShardSpec
 from stages.skeleton import read_config
 from stages.tokens import build_token_table
 
@@ -67,43 +67,24 @@ def journal_of(output: Path, event: str = "block") -> list[dict[str, Any]]:
 def prune_without_ray(config: PruneConfig) -> dict[str, str]:
     """`weights_of` what `config` asks for, made by one plain Shard in this process."""
     model, output = Path(config.model), Path(config.output)
-    assert isinstance(config.length, int) and isinstance(config.microbatch, int)
-    settings = read_config(model)
-    blocks, vocabulary = settings.num_hidden_layers, settings.vocab_size
-    output.mkdir(parents=True)
+    assert isinstance(config.length, int) and config.microbatch == BATCH
+    facts = model_facts(read_config(model), config.model)
+    config = settled(config, facts)
+    home = output.parent / f"{output.name} without Ray"
+    home.mkdir(parents=True)
     table = build_token_table(
         config.calibration,
         load_tokenizer(config.model),
         length=config.length,
         samples=config.samples,
         seed=config.seed,
-        path=output.parent / f"{output.name}-tokens.arrow",
-        vocab_size=vocabulary,
+        path=home / "tokens.arrow",
+        vocab_size=facts.vocabulary,
     )
-    shard = Shard(
-        ShardSpec(
-            index=0,
-            first=0,
-            last=blocks,
-            embeds=True,
-            heads=True,
-            model=str(model),
-            output=str(output),
-            scratch=str(output.parent / f"{output.name}-scratch"),
-            length=config.length,
-            recipe=config.recipe,
-        )
-    )
-    shard.open()
-    microbatches = -(-len(table) // config.microbatch)
-    shard.begin(microbatches, range(blocks))
-    for number in range(microbatches):
-        rows = table.rows(number * config.microbatch, (number + 1) * config.microbatch)
-        shard.forward(number, shard.embed(torch.from_numpy(rows.copy())))
-    for blocks_together in shard.spec.pieces:
-        shard.work(WorkOrder(blocks=blocks_together))
-    shard.copy_ends()
-    return weights_of(output)
+    shards = make_shards(model, home, 1, config.length, blocks=facts.blocks, recipe=config.recipe)
+    prune(shards, torch.from_numpy(table.rows(0, len(table)).copy()), facts.blocks)
+    shards[0].copy_ends()
+    return weights_of(home / "output")
 
 
 class Listener(Reporter):

@@ -166,6 +166,73 @@ def test_a_shard_killed_in_the_stream_costs_a_warning_and_a_second_pass(
     assert any("a shard was lost" in warning for warning in result.run["warnings"])
 
 
+# -- sweeps and pruned inputs ------------------------------------------------------------------------------------------
+
+SWEEPS = {"sweeps": 2, "reconstruct": "block", "refine": "r2-dsnot"}
+IN_ORDER = {"inputs": "pruned", "reconstruct": "window:2", "criterion": "sparsegpt", "refine": "none"}
+
+
+@pytest.fixture(scope="module")
+def expected_of(
+    tiny_model: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, str]]:
+    """make(**options) -> the digests of what such a run makes, from a plain Shard in this process."""
+
+    def make(**options: Any) -> dict[str, str]:
+        sizes = {"samples": SAMPLES, "length": LENGTH, "microbatch": MICROBATCH}
+        output = str(tmp_path_factory.mktemp("expected") / "out")
+        config = PruneConfig(model=str(tiny_model()), output=output, calibration=str(text), **sizes, **options)
+        return prune_without_ray(config)
+
+    return make
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [SWEEPS, IN_ORDER], ids=["sweeps", "pruned inputs"])
+def test_a_shard_killed_while_blocks_wait_for_each_other_costs_a_warning_and_no_bit(
+    request_for: Any,
+    watched: type[Watched],
+    expected_of: Callable[..., dict[str, str]],
+    one_cluster: None,
+    recorded: str,
+    options: dict[str, Any],
+) -> None:
+    done: list[int] = []
+    kill = kill_once(watched, 0)
+
+    def later(block: int) -> None:
+        done.append(block)
+        if len(done) == (5 if "sweeps" in options else 2):  # in the first sweep; after the first window
+            kill(block)
+
+    result = prune(request_for(shards=2, **options), Listener(on_block=later))
+    assert weights_of(result.output) == expected_of(**options)
+    assert any("a shard was lost" in warning for warning in result.run["warnings"])
+    assert not list((result.output / "espalier").glob("sweep-*")), "what earlier sweeps left is gone"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_killed_in_a_sweep_a_run_resumes_with_other_shards_to_the_same_bytes(
+    command: Callable[..., Command],
+    expected_of: Callable[..., dict[str, str]],
+    tmp_path: Path,
+    one_cluster: None,
+    recorded: str,
+) -> None:
+    run = command("--shards", 2, "--sweeps", 1, "--correction", 0.5, "--refine", "none")
+    for _ in range(5):
+        run.until(r"^block \d/4")
+    run.kill()
+    journal = journal_of(tmp_path / "out")
+    assert sum(line["sweep"] == 0 for line in journal) == 4 and sum(line["sweep"] == 1 for line in journal) < 4
+    assert not list((tmp_path / "out").glob("*.index.json"))
+    result = resume(tmp_path / "out", shards=1)
+    assert weights_of(result.output) == expected_of(sweeps=1, correction=[0.5], epochs=EPOCHS, refine="none")
+    assert sum(line["sweep"] == 0 for line in journal_of(tmp_path / "out")) == 4, "the sweep before is not made again"
+
+
 # -- what is no run to go on with --------------------------------------------------------------------------------------
 
 
