@@ -42,8 +42,7 @@ class Fleet:
     ) -> None:
         self.specs = list(specs)
         self._on_event = on_event
-        recipe = specs[0].recipe
-        self._streams_dense = recipe is not None and recipe.streams_dense
+        self._recipe = specs[0].recipe
         self._fruitless = 0
         gpus = 1 if specs[0].device.startswith("cuda") else 0
         options = ShardActor.options(num_cpus=threads, num_gpus=gpus, scheduling_strategy="SPREAD")
@@ -149,7 +148,7 @@ class Fleet:
         self, stream: Stream, left: dict[tuple[int, ...], WorkOrder]
     ) -> Iterator[list[dict[str, Any]]]:
         """One try at what is `left`, from which each order goes when it is finished."""
-        if self._streams_dense:
+        if self._recipe is not None and self._recipe.streams_dense:
             self._calibrate_missing(stream, {block for blocks in left for block in blocks}, lambda _: None)
         self._hold(None)
         last = max(left)[0]
@@ -187,6 +186,9 @@ class Fleet:
         self, stream: Stream, blocks: set[int], on_step: Callable[[int], None], sweep: int = 0
     ) -> None:
         """Passes that gather what the shards lack for `sweep` in `blocks`, after which each has what it starts from."""
+        foresees = sweep and self._recipe is not None and self._recipe.foresees
+        if foresees:  # what a unit's input will be depends on all units before it
+            blocks = set(range(max(blocks, default=-1) + 1))
         dense = self._lacking(blocks, lambda held, block: block in held)
         if dense:
             self._hold(None)
@@ -194,6 +196,8 @@ class Fleet:
         if sweep:
             drifted = self._lacking(blocks, lambda held, block: held.get(block) == sweep)
             self._hold(sweep - 1)
+            if drifted and foresees:
+                drifted = self._lacking(blocks, lambda held, block: False)
             if drifted:
                 self._run(stream, max(drifted) + 1, drifted, "nothing", on_step, sweep)
         else:

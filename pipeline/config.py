@@ -15,7 +15,6 @@ from stages.masks import check_sparsity, parse_pattern
 from stages.recipe import Rebuild, Recipe
 
 Count = Annotated[int, Field(ge=1)]
-CORRECTIONS = (0.3, 0.6)  # of the first sweep, and of all later ones
 
 
 class ClusterConfig(BaseModel):
@@ -101,7 +100,9 @@ class PruneConfig(ClusterConfig):
         0, ge=0, description="Refit all blocks again, at once, this often: each time on what the pruned model gives."
     )
     correction: Literal["auto"] | list[float] = Field(
-        "auto", description="Share of the accumulated error that a sweep takes back: one for all sweeps, or C,C,..."
+        "auto",
+        description="Share of the accumulated error that a unit takes back in a sweep, one for all or C,C,...; auto: "
+        "each unit is given the input that it will have once those before it have taken back theirs.",
     )
     epochs: Count = Field(1, description="Passes over the calibration while refitting.")
     batch: Count = Field(2, description="Samples in one refitting step.")
@@ -218,6 +219,7 @@ class PruneConfig(ClusterConfig):
             epochs=self.epochs,
             batch=self.batch,
             learning_rate=self.learning_rate,
+            sweeps=self.sweeps,
             corrections=self._corrections,
             seed=self.seed,
         )
@@ -225,7 +227,7 @@ class PruneConfig(ClusterConfig):
     @property
     def _corrections(self) -> tuple[float, ...]:
         if self.correction == "auto":
-            return tuple(CORRECTIONS[min(sweep, len(CORRECTIONS) - 1)] for sweep in range(self.sweeps))
+            return ()
         return tuple(self.correction) * (self.sweeps if len(self.correction) == 1 else 1)
 
     @property

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stages.blocks import Anatomy, Call, Weight
 from stages.errors import Refusal
+from stages.foresight import Foresight
 from stages.observe import observing
 from stages.recipe import Recipe
 from stages.reconstruct import weight_rms
@@ -46,6 +47,8 @@ class BlockCalibration:
             self.statistics = new_statistics(anatomy, block, frozenset())
         self.rms = {name: weight_rms(tensor) for name, tensor in block.state_dict().items() if tensor.ndim > 1}
         self._sources, self._results = _kept(index, anatomy, call, recipe, piece)
+        whole = recipe.reconstruct in ("block", "window")
+        self._components_in_unit = len(anatomy.units) * len(piece) if whole else 1
         self._stem, self._budget = directory / f"block-{index:05d}", budget
         self.inputs = self._spools(self._sources, "inputs")
         self.outputs = self._spools(self._results, "outputs")
@@ -69,10 +72,33 @@ class BlockCalibration:
             yield
 
     @contextmanager
-    def watching_drift(self, block: nn.Module) -> Iterator[None]:
-        """The same for the pruned block: only its units' inputs are kept."""
-        with observing(block, self.anatomy, None, _appending(self._sources, self.drifted)):
+    def watching_drift(self, block: nn.Module, foresight: Foresight | None = None) -> Iterator[None]:
+        """The same for the pruned block: only its units' inputs are kept, as they are or as they are foreseen."""
+        if foresight is None:
+            keepers = _appending(self._sources, self.drifted)
+        else:
+            keepers = {module: [self._foreseeing(names, foresight)] for module, names in self._read_by_module()}
+        with observing(block, self.anatomy, None, keepers):
             yield
+
+    def _read_by_module(self) -> list[tuple[str, list[str]]]:
+        """Units' first modules that read different tensors, each with the names of all that read the same."""
+        parallel = [name for name in self._sources if any(u.parallel and u.name == name for u in self.anatomy.units)]
+        together = [parallel] if parallel else []
+        together += [[name] for name in self._sources if name not in parallel]
+        return [(self._sources[names[0]], names) for names in together]
+
+    def _foreseeing(self, names: list[str], foresight: Foresight) -> Callable[[Tensor], None]:
+        """What keeps the foreseen inputs of the units of those names, which read one tensor."""
+        dense, units = self.inputs[names[0]], self._components_in_unit
+
+        def keep(given: Tensor) -> None:
+            start = len(self.drifted[names[0]])
+            seen = foresight.at(given, dense.batch(list(range(start, start + len(given)))).to(given.device), units)
+            for name in names:
+                self.drifted[name].append(seen)
+
+        return keep
 
     @property
     def _all(self) -> list[Spool]:

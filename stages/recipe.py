@@ -31,7 +31,9 @@ class Recipe:
     epochs: int = 1
     batch: int = 2
     learning_rate: float = 0.4
-    corrections: tuple[float, ...] = ()  # of each sweep: the share of the accumulated error that a unit takes back
+    sweeps: int = 0  # further times that every unit is rebuilt, after the pruned model's activations
+    corrections: tuple[float, ...] = ()  # of each sweep: the share of the accumulated error that a unit takes back;
+    # none: every unit is given the input that it would have if the units before it had taken back theirs
     seed: int = 0
 
     def rule(self, block: int, layer: str, sparsity: float | None) -> LayerRule:
@@ -65,9 +67,9 @@ class Recipe:
         return not self.sequential or self.reconstruct != "none" or self.allocation == "owl"
 
     @property
-    def sweeps(self) -> int:
-        """Further times that every unit is rebuilt, with the pruned model's activations."""
-        return len(self.corrections)
+    def foresees(self) -> bool:
+        """Whether a sweep's units read foreseen inputs rather than the pruned model's own; see `stages.foresight`."""
+        return bool(self.sweeps) and not self.corrections
 
     @property
     def sequential(self) -> bool:

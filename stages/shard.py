@@ -16,7 +16,6 @@ import functools
 import gc
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +30,7 @@ from stages.carry import Carry
 from stages.checkpoint import Checkpoint, grouped, resolve, write_tensors
 from stages.criteria import score_rows
 from stages.errors import OutOfStep
+from stages.foresight import Foresight, joined, parted
 from stages.meter import Timeline, peak_bytes
 from stages.recipe import Recipe, WorkOrder, pieces
 from stages.skeleton import Skeleton, read_config
@@ -146,8 +146,11 @@ class Shard:
         self._close_carry()
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens (samples, length) int -> the first block's input (samples, length, hidden)."""
-        return self.skeleton.embed(tokens.long())
+        """Tokens (samples, length) int -> the first block's input (samples, length, hidden); twice the samples where
+        what changes it travels along, which nothing does as yet."""
+        hidden = self.skeleton.embed(tokens.long())
+        foresees = self._sweep and self.spec.recipe is not None and self.spec.recipe.foresees
+        return joined(hidden, torch.zeros_like(hidden)) if foresees else hidden
 
     def forward(self, microbatch: int, hidden: Tensor) -> Tensor:
         """This shard's blocks applied to one microbatch (samples, length, hidden), all in memory."""
@@ -211,15 +214,30 @@ class Shard:
         phase = "stream" if self._collect else "evaluate"
         with self.timeline.phase(phase, index if self.spec.resident == "one" else None):
             block = self._hold([index])[index]
-            watch: AbstractContextManager[None] = nullcontext()
-            if index in self._collect:
-                calibration = self._calibration(index, block)
-                watch = calibration.watching_drift(block) if self._sweep else calibration.watching(block)
-            with watch:
+            if index not in self._collect:
                 hidden = self._run(index, block, hidden)
+            elif not self._sweep:
+                with self._calibration(index, block).watching(block):
+                    hidden = self._run(index, block, hidden)
+            else:
+                hidden = self._drift(index, block, hidden)
         tokens, seconds = self._streamed.get(index, (0, 0.0))
         self._streamed[index] = tokens + hidden.shape[0] * hidden.shape[1], seconds + time.perf_counter() - started
         return hidden
+
+    def _drift(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """A pruned block applied to the pruned model's activations, and to what travels with them where the recipe
+        foresees its units' inputs."""
+        assert self.spec.recipe is not None
+        calibration = self._calibration(index, block)
+        if not self.spec.recipe.foresees:
+            with calibration.watching_drift(block):
+                return self._run(index, block, hidden)
+        hidden, change = parted(hidden.to(self.spec.device))
+        foresight = Foresight(change)
+        with calibration.watching_drift(block, foresight):
+            hidden = self._run(index, block, hidden)
+        return joined(hidden, foresight.change)
 
     def _call(self, index: int, samples: int, length: int) -> Call:
         if getattr(self, "_calls_for", None) != (samples, length):

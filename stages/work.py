@@ -26,6 +26,7 @@ from stages.statistics import InputStatistics
 from stages.units import FitUnit, Group, UnitModules, groups_of
 
 TRAINING_BYTES = 15  # a parameter of the unit being fitted: working weight, float32 master, two moments, mask
+SWEEP_RATE = 0.4  # a sweep's learning rate, of the first fit's: the best of 0.25 to 1 on a trained model
 PASS_TOKENS = 2048  # run through a unit at a time where its activations are needed once more
 
 
@@ -189,7 +190,8 @@ class Work:
         recipe, entry = self.recipe, self._entry(unit)
         outputs = self.calibrations[unit.last].outputs[unit.name]
         if self.order.sweep:
-            given, correction = entry.drifted[unit.source], recipe.corrections[self.order.sweep - 1]
+            given = entry.drifted[unit.source]
+            correction = 1.0 if recipe.foresees else recipe.corrections[self.order.sweep - 1]
         elif recipe.sequential:
             given, correction = self._captured(unit, captured), 1.0
         else:
@@ -214,7 +216,7 @@ class Work:
             FitSettings(
                 epochs=recipe.epochs,
                 batch=recipe.batch,
-                learning_rate=recipe.learning_rate,
+                learning_rate=recipe.learning_rate * (SWEEP_RATE if self.order.sweep else 1),
                 seed=derived_seed(recipe.seed, unit.first, unit.name, self.order.sweep),
             ),
             rate_unit(sizes, self.skeleton.hidden_size),

@@ -96,7 +96,7 @@ def test_estimates_grow_with_what_is_held(facts: ModelFacts) -> None:
     assert peak(facts, tokens=0, recipe=Recipe(reconstruct="window", window=2)) > units[-1]
     wide = replace(facts, hidden=10_000)
     assert peak(wide, recipe=Recipe(reconstruct="none", refine="swaps")) > peak(wide, recipe=Recipe(reconstruct="none"))
-    assert peak(facts, recipe=Recipe(corrections=(0.5,))) > peak(facts, recipe=Recipe())
+    assert peak(facts, recipe=Recipe(sweeps=1, corrections=(0.5,))) > peak(facts, recipe=Recipe())
     assert peak(facts, tokens=1000) < peak(facts, tokens=2000)
     assert peak(facts, step_tokens=64) < peak(facts, step_tokens=128)
 
