@@ -30,7 +30,7 @@ def swaps(
     *,
     rounds: int = 25,
     shortlist: int = 16,
-    swaps_per_round: int = 8,
+    swaps_per_round: int = 16,
     exhaustive: int = 256,
 ) -> Tensor:
     """SparseSwaps: bool (O, I) with as many zeros in every row (every group of N:M) as `keep`, and a lower error.
