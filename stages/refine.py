@@ -21,7 +21,7 @@ from stages.swaps import swaps
 __all__ = ["dsnot", "r2_dsnot", "swaps"]
 
 CHUNK_ELEMENTS = 1 << 17  # weights worked on at a time, so that the copies stay in the cache
-FIRST_CYCLES = 12  # candidates looked for at first: rows take 1 to 3 cycles on average, and few need more than these
+FIRST_CYCLES = 24  # candidates looked for at first: 1 to 3 cycles on average where 256 wide, 10 where 11008 wide
 BATCH_ELEMENTS = 1 << 21  # weights whose candidates are sorted and paired at a time
 ACCELERATOR_ELEMENTS = 1 << 26  # both of them on an accelerator: few launches, bounded memory
 STEEPEST = 1e30  # bounds 1 / Var of a channel that never varies, so that 0 / 0 stays 0
@@ -43,6 +43,7 @@ class Ranking:
     prune: Callable[[Tensor, Tensor, Tensor, slice | Tensor], Tensor]
 
 
+@torch.no_grad()
 def dsnot(
     weight: Tensor,
     keep: Tensor,
@@ -87,6 +88,7 @@ def dsnot(
     return _refined(weight, keep, statistics, pattern, Ranking(grow, prune), cycles, threshold)
 
 
+@torch.no_grad()
 def r2_dsnot(
     weight: Tensor,
     keep: Tensor,
@@ -162,7 +164,9 @@ def _shares(weight: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
         column_I += torch.ones(1, len(size_RI), device=weight.device).mm(size_RI)[0]
         row_O1[rows] = size_RI.sum(1, keepdim=True)
         power_O1[rows] = torch.linalg.vector_norm(size_RI, p, dim=1, keepdim=True)
-    return column_I.float().clamp_min(LEAST).reciprocal(), *(x.clamp_(LEAST).reciprocal_() for x in (row_O1, power_O1))
+    for sums in (row_O1, power_O1):
+        sums.clamp_(LEAST).reciprocal_()
+    return column_I.float().clamp_min(LEAST).reciprocal(), row_O1, power_O1
 
 
 def _slope(statistics: InputStatistics) -> Tensor:

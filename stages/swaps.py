@@ -22,6 +22,7 @@ PANEL = 64  # rows of a matrix product on the CPU: always the same shape, so tha
 MARGIN = 2.0**-20  # a swap must gain more than its rounding error, judged against the row's uncorrelated error
 
 
+@torch.no_grad()
 def swaps(
     weight: Tensor,
     keep: Tensor,

@@ -155,7 +155,9 @@ def test_bfloat16_weights_are_read_as_they_are(method) -> None:
     weight, statistics = layer(20, 64)
     half = weight.bfloat16()
     keep = start_of(half, statistics, None)
-    assert torch.equal(METHODS[method](half, keep, statistics), METHODS[method](half.float(), keep, statistics))
+    expected = METHODS[method](half.float(), keep, statistics)
+    assert torch.equal(METHODS[method](half, keep, statistics), expected)
+    assert torch.equal(METHODS[method](torch.nn.Parameter(half), keep, statistics), expected)
 
 
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
