@@ -6,7 +6,7 @@ again. So every method may be retried.
 
 import os
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,9 @@ from stages.recipe import WorkOrder
 from stages.shard import Shard, ShardSpec
 
 Wanted = Literal["hidden", "loss", "nothing"]
+
+# A microbatch: tokens or hidden states, or all that a model takes of samples with images.
+Inputs = np.ndarray | Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +82,22 @@ class ShardWorker:
         shard = self._shard
         return ShardState() if shard is None else ShardState(True, shard.source, shard.calibrated())
 
-    def begin(self, microbatches: int, collect: Collection[int] = (), sweep: int = 0) -> None:
-        self._open.begin(microbatches, collect, sweep)
+    def begin(
+        self,
+        microbatches: int,
+        collect: Collection[int] = (),
+        sweep: int = 0,
+        varying: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self._open.begin(microbatches, collect, sweep, None if varying is None else _tensors(varying))
 
-    def forward(self, microbatch: int, source: np.ndarray, wanted: Wanted, targets: np.ndarray | None = None) -> Any:
-        """One microbatch through all blocks; `source` is tokens for the shard that embeds, else hidden states."""
+    def forward(self, microbatch: int, source: Inputs, wanted: Wanted, targets: np.ndarray | None = None) -> Any:
+        """One microbatch through all blocks; `source` is the model's inputs for the shard that embeds, else hidden
+        states."""
         hidden = self._open.forward(microbatch, self._hidden(source))
         return self._answer(hidden, wanted, targets)
 
-    def receive(self, microbatch: int, source: np.ndarray) -> None:
+    def receive(self, microbatch: int, source: Inputs) -> None:
         self._open.receive(microbatch, self._hidden(source))
 
     def advance(self) -> None:
@@ -113,8 +123,10 @@ class ShardWorker:
         phases = [] if self._shard is None else self._shard.timeline.export()
         return peak_bytes(self._spec.device), phases
 
-    def _hidden(self, source: np.ndarray) -> torch.Tensor:
-        return self._open.embed(unpack(source)) if self._spec.embeds else unpack(source)
+    def _hidden(self, source: Inputs) -> torch.Tensor:
+        if isinstance(source, np.ndarray):
+            return self._open.embed(unpack(source)) if self._spec.embeds else unpack(source)
+        return self._open.embed(_tensors(source))
 
     def _answer(self, hidden: torch.Tensor, wanted: Wanted, targets: np.ndarray | None) -> Any:
         if wanted == "hidden":
@@ -123,6 +135,10 @@ class ShardWorker:
             assert targets is not None
             return self._open.negative_log_likelihood(hidden, unpack(targets))
         return None
+
+
+def _tensors(inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: unpack(values) for name, values in inputs.items()}
 
 
 def _node() -> str:

@@ -5,7 +5,7 @@ shards before it once more. Finished blocks stay finished.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from cluster.actor import ShardActor, ShardFacts, ShardState
+from cluster.actor import Inputs, ShardActor, ShardFacts, ShardState
 from stages.errors import OutOfStep, Refusal
 from stages.recipe import WorkOrder
 from stages.shard import ShardSpec
@@ -22,7 +22,7 @@ LOST = (OutOfStep, RayActorError, ObjectLostError)  # what a restarted, dying or
 FRUITLESS_RECOVERIES = 3  # in a row, with no block finished between them, before the run gives up
 
 Answer = TypeVar("Answer")
-Batches = Callable[[int], np.ndarray]  # microbatch number -> tokens (samples, length) int32
+Batches = Callable[[int], Inputs]  # microbatch number -> tokens (samples, length) int32, or inputs with images
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class Stream:
     batches: Batches
     microbatches: int
     window: int  # microbatches in flight at once
+    varying: Mapping[str, np.ndarray] | None = None  # of all samples, the inputs that shape how blocks are called
 
 
 class Fleet:
@@ -153,8 +154,8 @@ class Fleet:
             self._calibrate_missing(stream, {block for blocks in left for block in blocks}, lambda _: None)
         self._hold(None)
         last = max(left)[0]
-        begun = [actor.begin.remote(stream.microbatches) for actor in self._actors]
-        self._get(begun)
+        varying = _shared(stream)
+        self._get([actor.begin.remote(stream.microbatches, (), 0, varying) for actor in self._actors])
         for position, (spec, actor) in enumerate(zip(self.specs, self._actors, strict=True)):
             if spec.first > last:
                 return
@@ -219,9 +220,12 @@ class Fleet:
     ) -> list[Any]:
         """One pass through the first `shards` shards; the last one's answers, in order."""
         actors = self._actors[:shards]
-        self._get(
-            [actor.begin.remote(stream.microbatches, collect.get(i, set()), sweep) for i, actor in enumerate(actors)]
-        )
+        varying = _shared(stream)
+        begun = [
+            actor.begin.remote(stream.microbatches, collect.get(i, set()), sweep, varying)
+            for i, actor in enumerate(actors)
+        ]
+        self._get(begun)
         run = self._blockwise if self.specs[0].resident == "one" else self._pipelined
         return run(actors, stream, wanted, on_step)
 
@@ -311,6 +315,11 @@ class Fleet:
             if isinstance(cause, Refusal | OutOfStep):
                 raise cause from None
             raise
+
+
+def _shared(stream: Stream) -> Any:
+    """What varies from sample to sample, once in the object store for all shards."""
+    return None if stream.varying is None else ray.put(stream.varying)
 
 
 def _blocks_of(todo: dict[int, deque[WorkOrder]]) -> set[int]:

@@ -33,12 +33,16 @@ from pipeline.report import write_report
 from pipeline.rundir import RunDirectory, check_free, disk_full_refused
 from pipeline.tracking import Recorder, block_metrics, recorded_run, total_metrics
 from stages.allocation import owl
+from stages.blocks import layout_of
+from stages.captions import holds_images
 from stages.checkpoint import Checkpoint, resolve
 from stages.choose import EXPERT_TOKENS
 from stages.errors import Refusal
+from stages.images import ImageTable, build_image_table, load_processor
 from stages.meter import peak_bytes
 from stages.recipe import WorkOrder
-from stages.skeleton import read_config
+from stages.shard import compute_dtype
+from stages.skeleton import Skeleton, read_config
 from stages.tokens import TokenTable, build_token_table
 
 SUMMARY = (
@@ -137,6 +141,11 @@ def _inspect(config: PruneConfig) -> tuple[ModelFacts, str]:
     checkpoint = Checkpoint(model)
     facts = model_facts(read_config(model, config.trust_remote_code), config.model, config.dtype, checkpoint)
     check_recipe_fits(facts, config.recipe)
+    if holds_images(config.calibration) and not layout_of(facts.family).images:
+        raise Refusal(
+            f"calibration {config.calibration}: a folder of images, and {config.model} ({facts.family}) reads text "
+            "only; give text, or a model that sees"
+        )
     return facts, check_headers(facts, checkpoint)
 
 
@@ -170,7 +179,7 @@ class _Run:
             held.callback(shutil.rmtree, self.scratch, ignore_errors=True)
             return self._recorded_run(*self._tokens())
 
-    def _recorded_run(self, calibration: TokenTable, evaluation: TokenTable | None) -> PruneResult:
+    def _recorded_run(self, calibration: TokenTable | ImageTable, evaluation: TokenTable | None) -> PruneResult:
         recorder = self._recorder()
         try:
             with ExitStack() as held:
@@ -180,6 +189,7 @@ class _Run:
                 )
                 self._work(fleet, shard_layout, calibration, evaluation, recorder)
             self._finish(recorder)
+            self._image_file.unlink(missing_ok=True)  # of pixels; a run that is not finished goes on from it
         except BaseException as failure:
             recorder.close("KILLED" if isinstance(failure, KeyboardInterrupt) else "FAILED", timeout_seconds=5)
             raise
@@ -196,12 +206,34 @@ class _Run:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def _tokens(self) -> tuple[TokenTable, TokenTable | None]:
+    def _tokens(self) -> tuple[TokenTable | ImageTable, TokenTable | None]:
         with self._phase("tokens"):
-            calibration = self._table("calibration", self.config.calibration, self.config.samples)
+            calibration = self._calibration()
             if self.config.eval is None:
                 return calibration, None
             return calibration, self._table("evaluation", self.config.eval, None)
+
+    def _calibration(self) -> TokenTable | ImageTable:
+        config = self.config
+        if self._image_file.exists():
+            return ImageTable.open(self._image_file)
+        if not isinstance(config.calibration, str) or not holds_images(config.calibration):
+            return self._table("calibration", config.calibration, config.samples)
+        model = resolve(config.model)
+        settings = read_config(model, config.trust_remote_code)
+        return build_image_table(
+            config.calibration,
+            load_processor(model, config.trust_remote_code),
+            Skeleton(settings, compute_dtype(settings, config.dtype)),
+            length=self.length,
+            samples=config.samples,
+            seed=config.seed,
+            path=self._image_file,
+        )
+
+    @property
+    def _image_file(self) -> Path:
+        return self.directory.home / "images-calibration.arrow"
 
     def _table(self, purpose: str, source: Any, samples: int | None) -> TokenTable:
         path = self.directory.home / f"tokens-{purpose}.arrow"
@@ -243,7 +275,7 @@ class _Run:
         self,
         fleet: Fleet,
         layout: ShardLayout,
-        calibration: TokenTable,
+        calibration: TokenTable | ImageTable,
         evaluation: TokenTable | None,
         recorder: Recorder,
     ) -> None:
@@ -346,7 +378,7 @@ class _Run:
                 f"fewer than {EXPERT_TOKENS} tokens ({name}: {tokens}); use more --samples"
             )
 
-    def _stream(self, table: TokenTable) -> Stream:
+    def _stream(self, table: TokenTable | ImageTable) -> Stream:
         return stream_of(table, microbatch_size(self.config.microbatch, self.length), self.config.window)
 
     def _perplexity(self, fleet: Fleet, table: TokenTable | None, which: str) -> float | None:
@@ -412,12 +444,13 @@ class _Run:
             self.directory.write(run)
 
 
-def stream_of(table: TokenTable, microbatch: int, window: int) -> Stream:
+def stream_of(table: TokenTable | ImageTable, microbatch: int, window: int) -> Stream:
     """The whole table, so many windows at a time."""
     return Stream(
         batches=lambda number: table.rows(number * microbatch, min((number + 1) * microbatch, len(table))),
         microbatches=math.ceil(len(table) / microbatch),
         window=window,
+        varying=(table.varying or None) if isinstance(table, ImageTable) else None,
     )
 
 

@@ -15,7 +15,7 @@ The blocks that `forward` runs stay as they were loaded: work writes pruned copi
 import functools
 import gc
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from stages.meter import Timeline, peak_bytes
 from stages.recipe import Recipe, WorkOrder, pieces
 from stages.skeleton import Skeleton, read_config
 from stages.spool import Spool, SpoolBudget
+from stages.varying import Varying, inside
 from stages.work import Work
 
 TRACE_TOKENS = 4
@@ -91,7 +92,10 @@ class Shard:
         self._scratch = Path(spec.scratch) / f"shard-{spec.index}"
         self._expected = self._microbatches = self._sweep = 0
         self._collect: frozenset[int] = frozenset()
+        self._varying: Varying | None = None
+        self._passed: dict[int, int] = {}  # block -> samples that went through it in this pass
         self._carry: Carry | None = None
+        self._calls_for: tuple[int, int] | None = None
         self._pieces = {block: piece for piece in spec.pieces for block in piece}
 
     # -- loading ---------------------------------------------------------------------------------------------------
@@ -132,9 +136,21 @@ class Shard:
 
     # -- the stream ------------------------------------------------------------------------------------------------
 
-    def begin(self, microbatches: int, collect: Collection[int] = (), sweep: int = 0) -> None:
+    def begin(
+        self,
+        microbatches: int,
+        collect: Collection[int] = (),
+        sweep: int = 0,
+        varying: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Start a pass of so many microbatches, gathering in the blocks of `collect` that are ours what they need for
-        `sweep`: their calibration for the first, what their units then read for a later one."""
+        `sweep`: their calibration for the first, what their units then read for a later one.
+
+        `varying` holds, for all samples of the pass, those of their inputs that shape how blocks are called.
+        """
+        self._varying = Varying(varying, self.skeleton.calls) if varying else None
+        self._passed, self._calls_for = {}, None
+        self._let_go_of_images()
         self._expected, self._microbatches, self._sweep = 0, microbatches, sweep
         self._collect = frozenset(collect) & set(range(self.spec.first, self.spec.last))
         for index in self._collect & self._calibrations.keys():
@@ -145,9 +161,18 @@ class Shard:
         self._streamed = dict.fromkeys(range(self.spec.first, self.spec.last), (0, 0.0))
         self._close_carry()
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens (samples, length) int -> the first block's input (samples, length, hidden)."""
-        return self.skeleton.embed(tokens.long())
+    def embed(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Tokens (samples, length) int, or all that the model takes of samples with images -> the first block's input
+        (samples, length, hidden). What looks at images is in memory until the pass has embedded its last microbatch."""
+        inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
+        if "pixel_values" in inputs and not self.skeleton.sees:
+            with self.timeline.phase("load"), torch.no_grad():
+                self.skeleton.open_eyes(self.checkpoint)
+        return self.skeleton.embed(inputs)
+
+    def _let_go_of_images(self) -> None:
+        if self.skeleton.sees:
+            self.skeleton.close_eyes()
 
     def forward(self, microbatch: int, hidden: Tensor) -> Tensor:
         """This shard's blocks applied to one microbatch (samples, length, hidden), all in memory."""
@@ -194,6 +219,8 @@ class Shard:
         if microbatch != self._expected:
             raise OutOfStep(f"shard {self.spec.index} expected microbatch {self._expected}, got {microbatch}")
         self._expected += 1
+        if self._expected == self._microbatches:
+            self._let_go_of_images()
 
     def _full_carry(self, block: int) -> Carry:
         held = len(self._carry) if self._carry is not None and self._carry.block == block else 0
@@ -204,7 +231,7 @@ class Shard:
     def _run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         hidden = hidden.to(self.spec.device)
         with torch.no_grad():
-            return self._call(index, *hidden.shape[:2]).run(block, hidden)
+            return self._next_call(index, *hidden.shape[:2]).run(block, hidden)
 
     def _through(self, index: int, hidden: Tensor) -> Tensor:
         started = time.perf_counter()
@@ -221,8 +248,13 @@ class Shard:
         self._streamed[index] = tokens + hidden.shape[0] * hidden.shape[1], seconds + time.perf_counter() - started
         return hidden
 
-    def _call(self, index: int, samples: int, length: int) -> Call:
-        if getattr(self, "_calls_for", None) != (samples, length):
+    def _next_call(self, index: int, samples: int, length: int) -> Call:
+        """Block `index`'s call for so many samples, the next of the pass."""
+        if self._varying is not None:
+            start = self._passed.get(index, 0) % len(self._varying)
+            self._passed[index] = start + samples
+            return self._varying.calls(range(start, start + samples))[index]
+        if self._calls_for != (samples, length):
             self._calls, self._calls_for = self.skeleton.calls(samples, length), (samples, length)
         return self._calls[index]
 
@@ -235,8 +267,9 @@ class Shard:
             nothing = torch.zeros(
                 1, length, self.skeleton.hidden_size, dtype=self.skeleton.dtype, device=self.spec.device
             )
-            call = self.skeleton.calls(1, length)[index]
+            call = self._varying.call(index, length) if self._varying else self.skeleton.calls(1, length)[index]
             anatomy = trace(block, lambda: call.run(block, nothing), self.skeleton.layout)
+            anatomy.calls = {name: inside(inner, call) for name, inner in anatomy.calls.items()}
             self._calibrations[index] = BlockCalibration(
                 index, block, anatomy, call, recipe, self._pieces[index], self._scratch, self._budget
             )
