@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -39,14 +39,16 @@ from stages.checkpoint import Checkpoint, resolve
 from stages.choose import EXPERT_TOKENS
 from stages.errors import Refusal
 from stages.images import ImageTable, build_image_table, load_processor
+from stages.measure import Measures
 from stages.meter import peak_bytes
 from stages.recipe import WorkOrder
 from stages.shard import compute_dtype
 from stages.skeleton import Skeleton, read_config
 from stages.tokens import TokenTable, build_token_table
 
+PRUNED_MEASURES = ("perplexity", "kl", "top1_agreement")  # the last two: beside the dense model
 SUMMARY = (
-    *("output", "sparsity", "dense_perplexity", "perplexity", "seconds", "peak_memory", "estimate"),
+    *("output", "sparsity", "dense_perplexity", *PRUNED_MEASURES, "seconds", "peak_memory", "estimate"),
     *("shards", "blocks", "mlflow_run_id", "tracking_uri", "warnings"),
 )
 PACKAGES = ("torch", "transformers", "ray", "mlflow", "datasets", "pyarrow", "safetensors", "espalier-llm")
@@ -60,6 +62,8 @@ class PruneResult:
     sparsity: float
     perplexity: float | None
     dense_perplexity: float | None
+    kl: float | None  # KL(dense || pruned), nats a token
+    top1_agreement: float | None
     run: dict[str, Any]
 
     def summary(self) -> dict[str, Any]:
@@ -193,8 +197,8 @@ class _Run:
         except BaseException as failure:
             recorder.close("KILLED" if isinstance(failure, KeyboardInterrupt) else "FAILED", timeout_seconds=5)
             raise
-        run = self.run
-        return PruneResult(Path(run["output"]), run["sparsity"], run["perplexity"], run["dense_perplexity"], run)
+        names = ("sparsity", "perplexity", "dense_perplexity", "kl", "top1_agreement")
+        return PruneResult(Path(self.run["output"]), **{name: self.run[name] for name in names}, run=self.run)
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
@@ -284,7 +288,7 @@ class _Run:
         for shard, fact in zip(self.run["shards"], facts, strict=True):
             shard |= {"node": fact.node, "device": fact.device}
         self.reporter.note(self._headline(layout))
-        self.run["dense_perplexity"] = self._perplexity(fleet, evaluation, "dense_perplexity")
+        self.run["dense_perplexity"] = self._dense_perplexity(fleet, evaluation)
         finished = self._sweeps(fleet, layout, self._stream(calibration), recorder)
         self.run["blocks"] = [finished[block] for block in sorted(finished)]
         with self._phase("assemble"):
@@ -294,7 +298,7 @@ class _Run:
             output = self.directory.output
             copy_companions(resolve(self.config.model), output, self.facts.dtype)
             write_index(output, [*(report["file"] for report in self.run["blocks"]), *ends])
-        self.run["perplexity"] = self._perplexity(fleet, evaluation, "perplexity")
+        self.run |= self._measured(fleet, evaluation)
         records = fleet.record()
         self.run["peak_memory"] = {"shards": [peak for peak, _ in records]}
         self.run["timeline"] = [
@@ -381,19 +385,33 @@ class _Run:
     def _stream(self, table: TokenTable | ImageTable) -> Stream:
         return stream_of(table, microbatch_size(self.config.microbatch, self.length), self.config.window)
 
-    def _perplexity(self, fleet: Fleet, table: TokenTable | None, which: str) -> float | None:
+    def _dense_perplexity(self, fleet: Fleet, table: TokenTable | None) -> float | None:
         if table is None:
             return None
-        for entry in self.directory.noted(which):
+        for entry in self.directory.noted("dense_perplexity"):
             return float(entry["value"])
-        pruned = which == "perplexity"
+        measures = self._evaluation(fleet, table, "evaluate_dense", None, "kept")
+        self.directory.note("dense_perplexity", value=measures.perplexity, tokens=measures.tokens)
+        return measures.perplexity
+
+    def _measured(self, fleet: Fleet, table: TokenTable | None) -> dict[str, float | None]:
+        """The pruned model's PRUNED_MEASURES."""
+        if table is None:
+            return dict.fromkeys(PRUNED_MEASURES)
+        for entry in self.directory.noted("measured"):
+            return {name: entry[name] for name in PRUNED_MEASURES}
+        measures = self._evaluation(fleet, table, "evaluate", self.recipe.sweeps, "compared")
+        values = {name: getattr(measures, name) for name in PRUNED_MEASURES}
+        self.directory.note("measured", **values, tokens=measures.tokens)
+        return values
+
+    def _evaluation(
+        self, fleet: Fleet, table: TokenTable, phase: str, source: int | None, wanted: Literal["kept", "compared"]
+    ) -> Measures:
         stream = self._stream(table)
-        with self._phase("evaluate" if pruned else "evaluate_dense"):
+        with self._phase(phase):
             step = self.reporter.pass_begins("evaluate", stream.microbatches)
-            loss, tokens = fleet.loss(stream, step, self.recipe.sweeps if pruned else None)
-        value = math.exp(loss / tokens)
-        self.directory.note(which, value=value, tokens=tokens)
-        return value
+            return fleet.measure(stream, step, source, wanted)
 
     # -- the record ------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from stages.carry import Carry
 from stages.checkpoint import Checkpoint, grouped, resolve, write_tensors
 from stages.criteria import score_rows
 from stages.errors import OutOfStep
+from stages.measure import KeptStates, Measures, measure
 from stages.meter import Timeline, peak_bytes
 from stages.recipe import Recipe, WorkOrder, pieces
 from stages.skeleton import Skeleton, read_config
@@ -40,7 +41,6 @@ from stages.work import Work
 
 TRACE_TOKENS = 4
 ENDS_FILE_BYTES = 256 << 20
-HEAD_POSITIONS = 256  # positions turned into logits at a time: a vocabulary of 128 k costs 0.1 GB, not 1 GB
 HOME = "espalier"  # a run's own directory inside its output
 
 
@@ -63,6 +63,7 @@ class ShardSpec:
     spool_memory: int = 1 << 30
     trust_remote_code: bool = False
     recipe: Recipe | None = None
+    reference: str | None = None  # the model to compare with, where that is not this one before it was pruned
 
     @property
     def pieces(self) -> list[tuple[int, ...]]:
@@ -90,6 +91,7 @@ class Shard:
         self._streamed: dict[int, tuple[int, float]] = {}  # block -> tokens of the last pass, and its seconds
         self._budget = SpoolBudget(spec.spool_memory)
         self._scratch = Path(spec.scratch) / f"shard-{spec.index}"
+        self.kept = KeptStates(Path(spec.scratch) / "dense-states")
         self._expected = self._microbatches = self._sweep = 0
         self._collect: frozenset[int] = frozenset()
         self._varying: Varying | None = None
@@ -295,18 +297,23 @@ class Shard:
         """The model's logits (samples, length, vocabulary) from its last block's output."""
         return self.skeleton.logits(hidden.to(self.spec.device))
 
-    def negative_log_likelihood(self, hidden: Tensor, tokens: Tensor) -> tuple[float, int]:
-        """Summed -log p of every token but each window's first, in nats, and how many tokens that is."""
-        total, count = 0.0, 0
+    def measure(self, hidden: Tensor, tokens: Tensor, dense: Tensor | None = None) -> Measures:
+        """What the last block's output says of the windows' tokens, and how far it is from the dense model's output."""
+        device = self.spec.device
         with self.timeline.phase("evaluate"), torch.no_grad():
-            for row, sample in zip(hidden.to(self.spec.device), tokens.long().to(self.spec.device), strict=True):
-                for start in range(0, len(sample) - 1, HEAD_POSITIONS):
-                    stop = min(start + HEAD_POSITIONS, len(sample) - 1)
-                    logits = self.skeleton.logits(row[None, start:stop])[0].float()
-                    loss = nn.functional.cross_entropy(logits, sample[start + 1 : stop + 1], reduction="none")
-                    total += float(loss.sum(dtype=torch.float64))
-                    count += stop - start
-        return total, count
+            compared = None if dense is None else (self._dense.logits, dense.to(device))
+            return measure(self.skeleton.logits, hidden.to(device), tokens.long().to(device), compared)
+
+    @functools.cached_property
+    def _dense(self) -> Skeleton:
+        """What turns the dense model's hidden states into logits: its final norm and head, never its blocks."""
+        if self.spec.reference is None:
+            return self.skeleton
+        directory = resolve(self.spec.reference)
+        config, checkpoint = read_config(directory, self.spec.trust_remote_code), Checkpoint(directory)
+        skeleton = Skeleton(config, compute_dtype(config, self.spec.dtype), self.spec.device, checkpoint)
+        skeleton.load_ends(checkpoint, embedding=False)
+        return skeleton
 
     # -- outside the blocks ----------------------------------------------------------------------------------------
 
