@@ -1,6 +1,5 @@
 """The order of work of a pruning run. It decides and records; weights and activations never pass through here."""
 
-import math
 import shutil
 import time
 import uuid
@@ -18,6 +17,7 @@ from cluster.connect import connect
 from cluster.fleet import Fleet, Stream
 from pipeline.assemble import copy_companions, write_index
 from pipeline.config import PruneConfig, build_config
+from pipeline.inputs import check_calibration, image_file, image_table, stream_of, token_table
 from pipeline.layout import Layout, Load, ShardLayout, arrange, check_disk
 from pipeline.plan import (
     ModelFacts,
@@ -33,18 +33,15 @@ from pipeline.report import write_report
 from pipeline.rundir import RunDirectory, check_free, disk_full_refused
 from pipeline.tracking import Recorder, block_metrics, recorded_run, total_metrics
 from stages.allocation import owl
-from stages.blocks import layout_of
-from stages.captions import holds_images
 from stages.checkpoint import Checkpoint, resolve
 from stages.choose import EXPERT_TOKENS
 from stages.errors import Refusal
-from stages.images import ImageTable, build_image_table, load_processor
+from stages.images import ImageTable
 from stages.measure import Measures
 from stages.meter import peak_bytes
 from stages.recipe import WorkOrder
-from stages.shard import compute_dtype
-from stages.skeleton import Skeleton, read_config
-from stages.tokens import TokenTable, build_token_table
+from stages.skeleton import read_config
+from stages.tokens import TokenTable
 
 PRUNED_MEASURES = ("perplexity", "kl", "top1_agreement")  # the last two: beside the dense model
 SUMMARY = (
@@ -145,11 +142,7 @@ def _inspect(config: PruneConfig) -> tuple[ModelFacts, str]:
     checkpoint = Checkpoint(model)
     facts = model_facts(read_config(model, config.trust_remote_code), config.model, config.dtype, checkpoint)
     check_recipe_fits(facts, config.recipe)
-    if holds_images(config.calibration) and not layout_of(facts.family).images:
-        raise Refusal(
-            f"calibration {config.calibration}: a folder of images, and {config.model} ({facts.family}) reads text "
-            "only; give text, or a model that sees"
-        )
+    check_calibration(config, facts)
     return facts, check_headers(facts, checkpoint)
 
 
@@ -193,7 +186,7 @@ class _Run:
                 )
                 self._work(fleet, shard_layout, calibration, evaluation, recorder)
             self._finish(recorder)
-            self._image_file.unlink(missing_ok=True)  # of pixels; a run that is not finished goes on from it
+            image_file(self.directory.home).unlink(missing_ok=True)
         except BaseException as failure:
             recorder.close("KILLED" if isinstance(failure, KeyboardInterrupt) else "FAILED", timeout_seconds=5)
             raise
@@ -212,50 +205,13 @@ class _Run:
 
     def _tokens(self) -> tuple[TokenTable | ImageTable, TokenTable | None]:
         with self._phase("tokens"):
-            calibration = self._calibration()
-            if self.config.eval is None:
+            config, home = self.config, self.directory.home
+            calibration: TokenTable | ImageTable | None = image_table(config, self.length, home)
+            if calibration is None:
+                calibration = token_table("calibration", config, self.facts, self.length, home)
+            if config.eval is None:
                 return calibration, None
-            return calibration, self._table("evaluation", self.config.eval, None)
-
-    def _calibration(self) -> TokenTable | ImageTable:
-        config = self.config
-        if self._image_file.exists():
-            return ImageTable.open(self._image_file)
-        if not isinstance(config.calibration, str) or not holds_images(config.calibration):
-            return self._table("calibration", config.calibration, config.samples)
-        model = resolve(config.model)
-        settings = read_config(model, config.trust_remote_code)
-        return build_image_table(
-            config.calibration,
-            load_processor(model, config.trust_remote_code),
-            Skeleton(settings, compute_dtype(settings, config.dtype)),
-            length=self.length,
-            samples=config.samples,
-            seed=config.seed,
-            path=self._image_file,
-        )
-
-    @property
-    def _image_file(self) -> Path:
-        return self.directory.home / "images-calibration.arrow"
-
-    def _table(self, purpose: str, source: Any, samples: int | None) -> TokenTable:
-        path = self.directory.home / f"tokens-{purpose}.arrow"
-        if path.exists():
-            return TokenTable.open(path)
-        tokenizer = None
-        if isinstance(source, str) or (source and isinstance(source[0], str)):
-            tokenizer = load_tokenizer(self.config.model, self.config.trust_remote_code)
-        return build_token_table(
-            source,
-            tokenizer,
-            length=self.length,
-            samples=samples,
-            seed=self.config.seed,
-            path=path,
-            vocab_size=self.facts.vocabulary,
-            purpose=purpose,
-        )
+            return calibration, token_table("evaluation", config, self.facts, self.length, home)
 
     def _connected(self, held: ExitStack) -> ShardLayout:
         """Ray connected for as long as `held` is, and the shards laid out on what the cluster has."""
@@ -460,24 +416,3 @@ class _Run:
         if recorder.warning:
             self._warn(recorder.warning)
             self.directory.write(run)
-
-
-def stream_of(table: TokenTable | ImageTable, microbatch: int, window: int) -> Stream:
-    """The whole table, so many windows at a time."""
-    return Stream(
-        batches=lambda number: table.rows(number * microbatch, min((number + 1) * microbatch, len(table))),
-        microbatches=math.ceil(len(table) / microbatch),
-        window=window,
-        varying=(table.varying or None) if isinstance(table, ImageTable) else None,
-    )
-
-
-def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer. Raises Refusal if it has none that can be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(resolve(model), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(f"{model}: its tokenizer cannot be read ({first}); give token ids instead of text") from None

@@ -13,7 +13,7 @@ from rich.console import Console
 from cluster.connect import connect
 from cluster.fleet import Fleet
 from pipeline.config import EvalConfig
-from pipeline.driver import load_tokenizer, stream_of
+from pipeline.inputs import load_tokenizer, stream_of
 from pipeline.layout import Layout, Load, arrange
 from pipeline.plan import ModelFacts, check_headers, microbatch_size, model_facts
 from pipeline.progress import Reporter, reporter_for

@@ -95,7 +95,6 @@ class Shard:
         self._expected = self._microbatches = self._sweep = 0
         self._collect: frozenset[int] = frozenset()
         self._varying: Varying | None = None
-        self._passed: dict[int, int] = {}  # block -> samples that went through it in this pass
         self._carry: Carry | None = None
         self._calls_for: tuple[int, int] | None = None
         self._pieces = {block: piece for piece in spec.pieces for block in piece}
@@ -151,8 +150,7 @@ class Shard:
         `varying` holds, for all samples of the pass, those of their inputs that shape how blocks are called.
         """
         self._varying = Varying(varying, self.skeleton.calls) if varying else None
-        self._passed, self._calls_for = {}, None
-        self._let_go_of_images()
+        self.skeleton.close_eyes()
         self._expected, self._microbatches, self._sweep = 0, microbatches, sweep
         self._collect = frozenset(collect) & set(range(self.spec.first, self.spec.last))
         for index in self._collect & self._calibrations.keys():
@@ -171,10 +169,6 @@ class Shard:
             with self.timeline.phase("load"), torch.no_grad():
                 self.skeleton.open_eyes(self.checkpoint)
         return self.skeleton.embed(inputs)
-
-    def _let_go_of_images(self) -> None:
-        if self.skeleton.sees:
-            self.skeleton.close_eyes()
 
     def forward(self, microbatch: int, hidden: Tensor) -> Tensor:
         """This shard's blocks applied to one microbatch (samples, length, hidden), all in memory."""
@@ -222,7 +216,7 @@ class Shard:
             raise OutOfStep(f"shard {self.spec.index} expected microbatch {self._expected}, got {microbatch}")
         self._expected += 1
         if self._expected == self._microbatches:
-            self._let_go_of_images()
+            self.skeleton.close_eyes()
 
     def _full_carry(self, block: int) -> Carry:
         held = len(self._carry) if self._carry is not None and self._carry.block == block else 0
@@ -253,9 +247,7 @@ class Shard:
     def _next_call(self, index: int, samples: int, length: int) -> Call:
         """Block `index`'s call for so many samples, the next of the pass."""
         if self._varying is not None:
-            start = self._passed.get(index, 0) % len(self._varying)
-            self._passed[index] = start + samples
-            return self._varying.calls(range(start, start + samples))[index]
+            return self._varying.next_call(index, samples)
         if self._calls_for != (samples, length):
             self._calls, self._calls_for = self.skeleton.calls(samples, length), (samples, length)
         return self._calls[index]

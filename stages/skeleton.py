@@ -185,9 +185,10 @@ class Skeleton:
         self.sees = True
 
     def close_eyes(self) -> None:
-        """Let go of what `open_eyes` loaded."""
-        self._fill_outer(self.vision, {})
-        self.sees = False
+        """Let go of what `open_eyes` loaded, if it did."""
+        if self.sees:
+            self._fill_outer(self.vision, {})
+            self.sees = False
 
     def calls(self, samples: int, length: int, varying: Mapping[str, Tensor] | None = None) -> list[Call]:
         """How the model calls each layer for a microbatch of (samples, length) tokens.

@@ -26,6 +26,7 @@ class Varying:
         self._inputs, self._make = dict(inputs), make
         self._last: tuple[tuple[int, ...], int | None] = (), None
         self._calls: list[Call] = []
+        self._passed: dict[int, int] = {}  # block -> samples that went through it in this pass
 
     def __len__(self) -> int:
         return len(next(iter(self._inputs.values())))
@@ -38,6 +39,12 @@ class Varying:
             self._calls = self._make(len(samples), tokens, chosen)  # of these alone: tables of all would fill memory
             self._last = tuple(samples), length
         return self._calls
+
+    def next_call(self, index: int, samples: int) -> Call:
+        """Layer `index`'s call for so many samples, the next of a pass; behind the last comes the first again."""
+        start = self._passed.get(index, 0) % len(self)
+        self._passed[index] = start + samples
+        return self.calls(range(start, start + samples))[index]
 
     def call(self, index: int, length: int) -> "VaryingCall":
         """Layer `index`'s call: for the first sample's first `length` tokens as it stands, for others by `at`."""

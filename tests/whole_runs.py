@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from pipeline.config import PruneConfig
-from pipeline.driver import load_tokenizer
+from pipeline.inputs import load_tokenizer
 from pipeline.progress import Reporter
 from stages.recipe import WorkOrder
 from stages.shard import Shard, ShardSpec
