@@ -6,7 +6,7 @@ again. So every method may be retried.
 
 import os
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,14 @@ from cluster.transport import pack, unpack
 from stages.errors import OutOfStep, Refusal
 from stages.meter import peak_bytes
 from stages.recipe import WorkOrder
-from stages.shard import Shard, ShardSpec
+from stages.shard import Shard
+from stages.spec import ShardSpec
 
-Wanted = Literal["hidden", "loss", "nothing"]
+# Of a microbatch: its hidden states; its measures, with the hidden states kept, or compared with those kept; nothing.
+Wanted = Literal["hidden", "measures", "kept", "compared", "nothing"]
+
+# A microbatch: tokens or hidden states, or all that a model takes of samples with images.
+Inputs = np.ndarray | Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +84,29 @@ class ShardWorker:
         shard = self._shard
         return ShardState() if shard is None else ShardState(True, shard.source, shard.calibrated())
 
-    def begin(self, microbatches: int, collect: Collection[int] = (), sweep: int = 0) -> None:
-        self._open.begin(microbatches, collect, sweep)
+    def begin(
+        self,
+        microbatches: int,
+        collect: Collection[int] = (),
+        sweep: int = 0,
+        varying: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self._open.begin(microbatches, collect, sweep, None if varying is None else _tensors(varying))
 
-    def forward(self, microbatch: int, source: np.ndarray, wanted: Wanted, targets: np.ndarray | None = None) -> Any:
-        """One microbatch through all blocks; `source` is tokens for the shard that embeds, else hidden states."""
+    def forward(self, microbatch: int, source: Inputs, wanted: Wanted, targets: np.ndarray | None = None) -> Any:
+        """One microbatch through all blocks; `source` is the model's inputs for the shard that embeds, else hidden
+        states."""
         hidden = self._open.forward(microbatch, self._hidden(source))
-        return self._answer(hidden, wanted, targets)
+        return self._answer(microbatch, hidden, wanted, targets)
 
-    def receive(self, microbatch: int, source: np.ndarray) -> None:
+    def receive(self, microbatch: int, source: Inputs) -> None:
         self._open.receive(microbatch, self._hidden(source))
 
     def advance(self) -> None:
         self._open.advance()
 
     def emit(self, microbatch: int, wanted: Wanted, targets: np.ndarray | None = None) -> Any:
-        return self._answer(self._open.emit(microbatch), wanted, targets)
+        return self._answer(microbatch, self._open.emit(microbatch), wanted, targets)
 
     def pass_on(self, blocks: Sequence[int], sweep: int) -> None:
         self._open.pass_on(blocks, sweep)
@@ -105,6 +117,14 @@ class ShardWorker:
     def work(self, order: WorkOrder) -> list[dict[str, Any]]:
         return self._open.work(order)
 
+    def keeps(self, microbatches: int) -> bool:
+        """Whether the dense model's hidden states of so many microbatches are here."""
+        return self._open.kept.holds(microbatches)
+
+    def forget(self) -> None:
+        if self._shard is not None:
+            self._shard.kept.clear()
+
     def copy_ends(self) -> dict[str, list[str]]:
         return self._open.copy_ends()
 
@@ -113,16 +133,25 @@ class ShardWorker:
         phases = [] if self._shard is None else self._shard.timeline.export()
         return peak_bytes(self._spec.device), phases
 
-    def _hidden(self, source: np.ndarray) -> torch.Tensor:
-        return self._open.embed(unpack(source)) if self._spec.embeds else unpack(source)
+    def _hidden(self, source: Inputs) -> torch.Tensor:
+        if isinstance(source, np.ndarray):
+            return self._open.embed(unpack(source)) if self._spec.embeds else unpack(source)
+        return self._open.embed(_tensors(source))
 
-    def _answer(self, hidden: torch.Tensor, wanted: Wanted, targets: np.ndarray | None) -> Any:
+    def _answer(self, microbatch: int, hidden: torch.Tensor, wanted: Wanted, targets: np.ndarray | None) -> Any:
         if wanted == "hidden":
             return pack(hidden)
-        if wanted == "loss":
-            assert targets is not None
-            return self._open.negative_log_likelihood(hidden, unpack(targets))
-        return None
+        if wanted == "nothing":
+            return None
+        assert targets is not None
+        shard = self._open
+        if wanted == "kept":
+            shard.kept.put(microbatch, hidden)
+        return shard.measure(hidden, unpack(targets), shard.kept.get(microbatch) if wanted == "compared" else None)
+
+
+def _tensors(inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: unpack(values) for name, values in inputs.items()}
 
 
 def _node() -> str:

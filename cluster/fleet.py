@@ -5,24 +5,26 @@ shards before it once more. Finished blocks stay finished.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from cluster.actor import ShardActor, ShardFacts, ShardState
+from cluster.actor import Inputs, ShardActor, ShardFacts, ShardState
 from stages.errors import OutOfStep, Refusal
+from stages.measure import Measures
 from stages.recipe import WorkOrder
-from stages.shard import ShardSpec
+from stages.spec import ShardSpec
 
 LOST = (OutOfStep, RayActorError, ObjectLostError)  # what a restarted, dying or vanished shard looks like
+MEASURED = ("measures", "kept", "compared")  # what takes the tokens themselves too: see cluster.actor.Wanted
 FRUITLESS_RECOVERIES = 3  # in a row, with no block finished between them, before the run gives up
 
 Answer = TypeVar("Answer")
-Batches = Callable[[int], np.ndarray]  # microbatch number -> tokens (samples, length) int32
+Batches = Callable[[int], Inputs]  # microbatch number -> tokens (samples, length) int32, or inputs with images
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Stream:
     batches: Batches
     microbatches: int
     window: int  # microbatches in flight at once
+    varying: Mapping[str, np.ndarray] | None = None  # of all samples, the inputs that shape how blocks are called
 
 
 class Fleet:
@@ -64,17 +67,43 @@ class Fleet:
         again. Before a sweep, that is the dense model's activations and then the pruned model's."""
         self._recovering(lambda: self._calibrate_missing(stream, blocks, on_step, sweep))
 
-    def loss(self, stream: Stream, on_step: Callable[[int], None], source: int | None = None) -> tuple[float, int]:
-        """Summed negative log-likelihood in nats, and the number of tokens it counts; summed in stream order.
+    def measure(
+        self,
+        stream: Stream,
+        on_step: Callable[[int], None],
+        source: int | None = None,
+        wanted: Literal["measures", "kept", "compared"] = "measures",
+    ) -> Measures:
+        """What is measured over the stream, summed in its order: of the dense model, or of the one that sweep number
+        `source` left.
 
-        Of the dense model, or of the one that sweep number `source` left."""
+        "kept": the last shard keeps its hidden states. "compared": it compares with those kept, and lets them go;
+        where they were lost, or an earlier process kept them elsewhere, a pass of the dense model makes them again.
+        """
 
-        def attempt() -> tuple[float, int]:
+        def attempt() -> Measures:
+            if wanted == "compared":
+                self._keep_missing(stream)
             self._hold(source)
-            losses = self._run(stream, len(self._actors), {}, "loss", on_step)
-            return sum(loss for loss, _ in losses), sum(count for _, count in losses)
+            return sum(self._run(stream, len(self._actors), {}, wanted, on_step), Measures())
 
-        return self._recovering(attempt)
+        measures = self._recovering(attempt)
+        if wanted == "compared":
+            self._get(self._actors[-1].forget.remote())
+        return measures
+
+    def _keep_missing(self, stream: Stream) -> None:
+        self._open_lost()
+        if self._get(self._actors[-1].keeps.remote(stream.microbatches)):
+            return
+        spec = self.specs[-1]
+        if spec.reference is not None:
+            raise Refusal(
+                f"scratch {spec.scratch}: the last shard of {spec.model} does not see what {spec.reference} left; "
+                "with several nodes --scratch must lie on storage that all of them share"
+            )
+        self._hold(None)
+        self._run(stream, len(self._actors), {}, "kept", lambda _: None)
 
     def outlier_shares(self, stream: Stream, blocks: Sequence[int]) -> list[float]:
         """What OWL weighs each of `blocks` by, from their calibration."""
@@ -152,8 +181,8 @@ class Fleet:
             self._calibrate_missing(stream, {block for blocks in left for block in blocks}, lambda _: None)
         self._hold(None)
         last = max(left)[0]
-        begun = [actor.begin.remote(stream.microbatches) for actor in self._actors]
-        self._get(begun)
+        varying = _shared(stream)
+        self._get([actor.begin.remote(stream.microbatches, (), 0, varying) for actor in self._actors])
         for position, (spec, actor) in enumerate(zip(self.specs, self._actors, strict=True)):
             if spec.first > last:
                 return
@@ -223,9 +252,12 @@ class Fleet:
     ) -> list[Any]:
         """One pass through the first `shards` shards; the last one's answers, in order."""
         actors = self._actors[:shards]
-        self._get(
-            [actor.begin.remote(stream.microbatches, collect.get(i, set()), sweep) for i, actor in enumerate(actors)]
-        )
+        varying = _shared(stream)
+        begun = [
+            actor.begin.remote(stream.microbatches, collect.get(i, set()), sweep, varying)
+            for i, actor in enumerate(actors)
+        ]
+        self._get(begun)
         run = self._blockwise if self.specs[0].resident == "one" else self._pipelined
         return run(actors, stream, wanted, on_step)
 
@@ -236,7 +268,7 @@ class Fleet:
             tokens = source = stream.batches(microbatch)
             for actor in actors[:-1]:
                 source = actor.forward.remote(microbatch, source, "hidden")
-            targets = tokens if wanted == "loss" else None
+            targets = tokens if wanted in MEASURED else None
             return actors[-1].forward.remote(microbatch, source, wanted, targets)
 
         return self._windowed(launch, stream, on_step)
@@ -249,7 +281,7 @@ class Fleet:
             self._get(actor.advance.remote())
 
         def emit(microbatch: int) -> Any:
-            targets = stream.batches(microbatch) if wanted == "loss" else None
+            targets = stream.batches(microbatch) if wanted in MEASURED else None
             return actors[-1].emit.remote(microbatch, wanted, targets)
 
         return self._windowed(emit, stream, lambda _: None)
@@ -315,6 +347,11 @@ class Fleet:
             if isinstance(cause, Refusal | OutOfStep):
                 raise cause from None
             raise
+
+
+def _shared(stream: Stream) -> Any:
+    """What varies from sample to sample, once in the object store for all shards."""
+    return None if stream.varying is None else ray.put(stream.varying)
 
 
 def _blocks_of(todo: dict[int, deque[WorkOrder]]) -> set[int]:

@@ -34,12 +34,14 @@ COLUMNS: dict[str, tuple[str, Any]] = {
     "epochs": ("epochs", str),
     "perplexity": ("perplexity", number),
     "dense_perplexity": ("dense", number),
+    "kl": ("KL", lambda nats: f"{nats:.3f}"),
+    "top1_agreement": ("top-1", lambda share: percent(share)),
     "sparsity": ("zeros", lambda share: percent(share, places=2)),
     "seconds": ("time", duration),
     "shard_peak_mb": ("peak", lambda megabytes: f"{megabytes:,.0f} MB"),
     "status": ("status", lambda status: status.lower()),
 }
-NUMERIC = {"perplexity", "dense_perplexity", "sparsity", "seconds", "shard_peak_mb"}
+NUMERIC = {"perplexity", "dense_perplexity", "kl", "top1_agreement", "sparsity", "seconds", "shard_peak_mb"}
 FILE_COLUMNS = [*COLUMNS, "scope", "model", "seed", "run_id"]
 
 
@@ -55,9 +57,11 @@ class Comparison:
         """For a terminal: the recipe in one column, and none of the columns that say the same for each run."""
         dense = {row["dense_perplexity"] for row in self.rows} - {None}
         title = f"{self.title}: dense perplexity {number(dense.pop())}" if len(dense) == 1 else self.title
-        columns = ["target", "perplexity", "dense_perplexity", "sparsity", "seconds", "shard_peak_mb"]
+        columns = ["target", "perplexity", "dense_perplexity", "kl", "sparsity", "seconds", "shard_peak_mb"]
         if title != self.title:
             columns.remove("dense_perplexity")
+        if all(row["kl"] is None for row in self.rows):
+            columns.remove("kl")
         names = [
             row["run"] + ("" if row["status"] == "FINISHED" else f" ({row['status'].lower()})") for row in self.rows
         ]
@@ -70,13 +74,15 @@ class Comparison:
             recipe_of_any_target = recipe(row | {"pattern": None})
             cells = (name, recipe_of_any_target, *(_cell(row, column) for column in columns))
             shown.add_row(*map(escape, cells), style=None if row["status"] == "FINISHED" else "dim")
-        shown.caption, shown.caption_justify = "peak: memory of the largest shard", "left"
+        distance = "KL: from the dense model's predictions, in nats a token; " if "kl" in columns else ""
+        shown.caption, shown.caption_justify = f"{distance}peak: memory of the largest shard", "left"
         return shown
 
     def markdown(self) -> str:
         header = [COLUMNS[column][0] for column in self._columns()]
         cells = [[_cell(row, column) for column in self._columns()] for row in self.rows]
-        return table(header, cells) + "\n\nPeak: memory of the largest shard."
+        note = "KL: KL(dense ‖ run) in nats a token. Peak: memory of the largest shard. Top-1: share of the positions "
+        return table(header, cells) + f"\n\n{note}where the likeliest token is the dense model's."
 
     def _columns(self) -> list[str]:
         """The columns in which some row has something to show; what no run used would only make the table wide."""
@@ -205,6 +211,8 @@ def _row(run: "Run") -> dict[str, Any]:
         "epochs": param("epochs") if rebuilt else None,
         "perplexity": metric("perplexity"),
         "dense_perplexity": metric("dense_perplexity"),
+        "kl": metric("kl"),
+        "top1_agreement": metrics.get("top1_agreement"),
         "sparsity": metrics.get("sparsity"),
         "seconds": metrics.get("seconds/total"),
         "shard_peak_mb": metrics.get("peak_memory_mb/shard_max"),

@@ -66,7 +66,8 @@ class PruneConfig(ClusterConfig):
 
     output: str = Field(description="Directory for the pruned checkpoint; must be new or empty.")
     calibration: str | list[str] | list[list[int]] = Field(
-        description="Calibration text: text file, JSONL, Parquet, a folder of those, or hub data set."
+        description="Calibration text: text file, JSONL, Parquet, a folder of those, or hub data set; for a model "
+        "that sees also a folder of images with captions.jsonl."
     )
     sparsity: float = Field(0.5, description="Share of the weights to remove, at least 0 and below 1.")
     pattern: str | None = Field(None, description="N:M instead of --sparsity: keep N of every M inputs, such as 2:4.")

@@ -1,6 +1,5 @@
 """The order of work of a pruning run. It decides and records; weights and activations never pass through here."""
 
-import math
 import shutil
 import time
 import uuid
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -18,6 +17,7 @@ from cluster.connect import connect
 from cluster.fleet import Fleet, Stream
 from pipeline.assemble import copy_companions, write_index
 from pipeline.config import PruneConfig, build_config
+from pipeline.inputs import check_calibration, image_file, image_table, stream_of, token_table
 from pipeline.layout import Layout, Load, ShardLayout, arrange, check_disk
 from pipeline.plan import (
     ModelFacts,
@@ -36,13 +36,16 @@ from stages.allocation import owl
 from stages.checkpoint import Checkpoint, resolve
 from stages.choose import EXPERT_TOKENS
 from stages.errors import Refusal
+from stages.images import ImageTable
+from stages.measure import Measures
 from stages.meter import peak_bytes
 from stages.recipe import WorkOrder
 from stages.skeleton import read_config
-from stages.tokens import TokenTable, build_token_table
+from stages.tokens import TokenTable
 
+PRUNED_MEASURES = ("perplexity", "kl", "top1_agreement")  # the last two: beside the dense model
 SUMMARY = (
-    *("output", "sparsity", "dense_perplexity", "perplexity", "seconds", "peak_memory", "estimate"),
+    *("output", "sparsity", "dense_perplexity", *PRUNED_MEASURES, "seconds", "peak_memory", "estimate"),
     *("shards", "blocks", "mlflow_run_id", "tracking_uri", "warnings"),
 )
 PACKAGES = ("torch", "transformers", "ray", "mlflow", "datasets", "pyarrow", "safetensors", "espalier-llm")
@@ -56,6 +59,8 @@ class PruneResult:
     sparsity: float
     perplexity: float | None
     dense_perplexity: float | None
+    kl: float | None  # KL(dense || pruned), nats a token
+    top1_agreement: float | None
     run: dict[str, Any]
 
     def summary(self) -> dict[str, Any]:
@@ -137,6 +142,7 @@ def _inspect(config: PruneConfig) -> tuple[ModelFacts, str]:
     checkpoint = Checkpoint(model)
     facts = model_facts(read_config(model, config.trust_remote_code), config.model, config.dtype, checkpoint)
     check_recipe_fits(facts, config.recipe)
+    check_calibration(config, facts)
     return facts, check_headers(facts, checkpoint)
 
 
@@ -170,7 +176,7 @@ class _Run:
             held.callback(shutil.rmtree, self.scratch, ignore_errors=True)
             return self._recorded_run(*self._tokens())
 
-    def _recorded_run(self, calibration: TokenTable, evaluation: TokenTable | None) -> PruneResult:
+    def _recorded_run(self, calibration: TokenTable | ImageTable, evaluation: TokenTable | None) -> PruneResult:
         recorder = self._recorder()
         try:
             with ExitStack() as held:
@@ -180,11 +186,12 @@ class _Run:
                 )
                 self._work(fleet, shard_layout, calibration, evaluation, recorder)
             self._finish(recorder)
+            image_file(self.directory.home).unlink(missing_ok=True)
         except BaseException as failure:
             recorder.close("KILLED" if isinstance(failure, KeyboardInterrupt) else "FAILED", timeout_seconds=5)
             raise
-        run = self.run
-        return PruneResult(Path(run["output"]), run["sparsity"], run["perplexity"], run["dense_perplexity"], run)
+        names = ("sparsity", "perplexity", "dense_perplexity", "kl", "top1_agreement")
+        return PruneResult(Path(self.run["output"]), **{name: self.run[name] for name in names}, run=self.run)
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
@@ -196,30 +203,15 @@ class _Run:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def _tokens(self) -> tuple[TokenTable, TokenTable | None]:
+    def _tokens(self) -> tuple[TokenTable | ImageTable, TokenTable | None]:
         with self._phase("tokens"):
-            calibration = self._table("calibration", self.config.calibration, self.config.samples)
-            if self.config.eval is None:
+            config, home = self.config, self.directory.home
+            calibration: TokenTable | ImageTable | None = image_table(config, self.length, home)
+            if calibration is None:
+                calibration = token_table("calibration", config, self.facts, self.length, home)
+            if config.eval is None:
                 return calibration, None
-            return calibration, self._table("evaluation", self.config.eval, None)
-
-    def _table(self, purpose: str, source: Any, samples: int | None) -> TokenTable:
-        path = self.directory.home / f"tokens-{purpose}.arrow"
-        if path.exists():
-            return TokenTable.open(path)
-        tokenizer = None
-        if isinstance(source, str) or (source and isinstance(source[0], str)):
-            tokenizer = load_tokenizer(self.config.model, self.config.trust_remote_code)
-        return build_token_table(
-            source,
-            tokenizer,
-            length=self.length,
-            samples=samples,
-            seed=self.config.seed,
-            path=path,
-            vocab_size=self.facts.vocabulary,
-            purpose=purpose,
-        )
+            return calibration, token_table("evaluation", config, self.facts, self.length, home)
 
     def _connected(self, held: ExitStack) -> ShardLayout:
         """Ray connected for as long as `held` is, and the shards laid out on what the cluster has."""
@@ -243,7 +235,7 @@ class _Run:
         self,
         fleet: Fleet,
         layout: ShardLayout,
-        calibration: TokenTable,
+        calibration: TokenTable | ImageTable,
         evaluation: TokenTable | None,
         recorder: Recorder,
     ) -> None:
@@ -252,7 +244,7 @@ class _Run:
         for shard, fact in zip(self.run["shards"], facts, strict=True):
             shard |= {"node": fact.node, "device": fact.device}
         self.reporter.note(self._headline(layout))
-        self.run["dense_perplexity"] = self._perplexity(fleet, evaluation, "dense_perplexity")
+        self.run["dense_perplexity"] = self._dense_perplexity(fleet, evaluation)
         finished = self._sweeps(fleet, layout, self._stream(calibration), recorder)
         self.run["blocks"] = [finished[block] for block in sorted(finished)]
         with self._phase("assemble"):
@@ -262,7 +254,7 @@ class _Run:
             output = self.directory.output
             copy_companions(resolve(self.config.model), output, self.facts.dtype)
             write_index(output, [*(report["file"] for report in self.run["blocks"]), *ends])
-        self.run["perplexity"] = self._perplexity(fleet, evaluation, "perplexity")
+        self.run |= self._measured(fleet, evaluation)
         records = fleet.record()
         self.run["peak_memory"] = {"shards": [peak for peak, _ in records]}
         self.run["timeline"] = [
@@ -346,22 +338,36 @@ class _Run:
                 f"fewer than {EXPERT_TOKENS} tokens ({name}: {tokens}); use more --samples"
             )
 
-    def _stream(self, table: TokenTable) -> Stream:
+    def _stream(self, table: TokenTable | ImageTable) -> Stream:
         return stream_of(table, microbatch_size(self.config.microbatch, self.length), self.config.window)
 
-    def _perplexity(self, fleet: Fleet, table: TokenTable | None, which: str) -> float | None:
+    def _dense_perplexity(self, fleet: Fleet, table: TokenTable | None) -> float | None:
         if table is None:
             return None
-        for entry in self.directory.noted(which):
+        for entry in self.directory.noted("dense_perplexity"):
             return float(entry["value"])
-        pruned = which == "perplexity"
+        measures = self._evaluation(fleet, table, "evaluate_dense", None, "kept")
+        self.directory.note("dense_perplexity", value=measures.perplexity, tokens=measures.tokens)
+        return measures.perplexity
+
+    def _measured(self, fleet: Fleet, table: TokenTable | None) -> dict[str, float | None]:
+        """The pruned model's PRUNED_MEASURES."""
+        if table is None:
+            return dict.fromkeys(PRUNED_MEASURES)
+        for entry in self.directory.noted("measured"):
+            return {name: entry[name] for name in PRUNED_MEASURES}
+        measures = self._evaluation(fleet, table, "evaluate", self.recipe.sweeps, "compared")
+        values = {name: getattr(measures, name) for name in PRUNED_MEASURES}
+        self.directory.note("measured", **values, tokens=measures.tokens)
+        return values
+
+    def _evaluation(
+        self, fleet: Fleet, table: TokenTable, phase: str, source: int | None, wanted: Literal["kept", "compared"]
+    ) -> Measures:
         stream = self._stream(table)
-        with self._phase("evaluate" if pruned else "evaluate_dense"):
+        with self._phase(phase):
             step = self.reporter.pass_begins("evaluate", stream.microbatches)
-            loss, tokens = fleet.loss(stream, step, self.recipe.sweeps if pruned else None)
-        value = math.exp(loss / tokens)
-        self.directory.note(which, value=value, tokens=tokens)
-        return value
+            return fleet.measure(stream, step, source, wanted)
 
     # -- the record ------------------------------------------------------------------------------------------------
 
@@ -410,23 +416,3 @@ class _Run:
         if recorder.warning:
             self._warn(recorder.warning)
             self.directory.write(run)
-
-
-def stream_of(table: TokenTable, microbatch: int, window: int) -> Stream:
-    """The whole table, so many windows at a time."""
-    return Stream(
-        batches=lambda number: table.rows(number * microbatch, min((number + 1) * microbatch, len(table))),
-        microbatches=math.ceil(len(table) / microbatch),
-        window=window,
-    )
-
-
-def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer. Raises Refusal if it has none that can be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(resolve(model), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(f"{model}: its tokenizer cannot be read ({first}); give token ids instead of text") from None

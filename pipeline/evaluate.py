@@ -1,31 +1,36 @@
-"""`espalier eval`: perplexity of a checkpoint, run shard by shard, so that no process holds it whole."""
+"""`espalier eval`: perplexity of a checkpoint, and how far it is from another, run shard by shard, so that no process
+holds either whole."""
 
-import math
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from cluster.connect import connect
 from cluster.fleet import Fleet
 from pipeline.config import EvalConfig
-from pipeline.driver import load_tokenizer, stream_of
+from pipeline.inputs import load_tokenizer, stream_of
 from pipeline.layout import Layout, Load, arrange
 from pipeline.plan import ModelFacts, check_headers, microbatch_size, model_facts
 from pipeline.progress import Reporter, reporter_for
 from stages.checkpoint import Checkpoint, resolve
 from stages.errors import Refusal
+from stages.measure import Measures
 from stages.skeleton import read_config
+from stages.spec import ShardSpec
 from stages.tokens import TokenTable, build_token_table
 
 
 def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, Any]:
     """Perplexity and sparsity of `config.model`, and of `config.against` on the same windows.
 
-    Keys: model, perplexity, tokens, windows, length, sparsity; with `against` also against_perplexity and
-    log_perplexity_gap (nats a token). Raises Refusal for what cannot work, before Ray starts.
+    Keys: model, perplexity, tokens, windows, length, sparsity; with `against` also against, against_perplexity,
+    log_perplexity_gap and kl, that is KL(against || model), both in nats a token, and top1_agreement, the share of
+    positions where both find the same token likeliest. Raises Refusal for what cannot work, before Ray starts.
     """
     reporter = reporter or reporter_for(Console(stderr=True))
     models = [config.model, *([config.against] if config.against else [])]
@@ -34,7 +39,8 @@ def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, 
     if len({layout.facts.vocabulary for layout in layouts}) > 1:
         sizes = " and ".join(str(layout.facts.vocabulary) for layout in layouts)
         raise Refusal(f"against {config.against}: vocabularies of {sizes} tokens; compare models of one tokenizer")
-    with tempfile.TemporaryDirectory(prefix="espalier-eval-", dir=config.scratch) as scratch, ExitStack() as held:
+    home = Path(config.scratch).expanduser().absolute() if config.scratch else None
+    with tempfile.TemporaryDirectory(prefix="espalier-eval-", dir=home) as scratch, ExitStack() as held:
         held.callback(reporter.close)
         table = build_token_table(
             config.data,
@@ -54,18 +60,27 @@ def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, 
                 object_store_bytes=max(layout.object_store_bytes for layout in layouts),
             )
         )
-        values = [_perplexity(config, layout, table, scratch, reporter) for layout in layouts]
+        specs, *others = (layout.place(output=scratch, scratch=scratch, recipe=None).specs for layout in layouts)
+        for other in others:
+            against = _measures(config, other, table, reporter, "kept")
+            specs[-1] = replace(specs[-1], reference=other[-1].model)
+        measures = _measures(config, specs, table, reporter, "compared" if others else "measures")
     result: dict[str, Any] = {
         "model": config.model,
-        "perplexity": values[0][0],
-        "tokens": values[0][1],
+        "perplexity": measures.perplexity,
+        "tokens": measures.tokens,
         "windows": len(table),
         "length": length,
         "sparsity": sparsity_of(resolve(config.model), layouts[0].facts),
     }
-    if config.against:
-        gap = math.log(values[0][0] / values[1][0])
-        result |= {"against": config.against, "against_perplexity": values[1][0], "log_perplexity_gap": gap}
+    if others:
+        result |= {
+            "against": config.against,
+            "against_perplexity": against.perplexity,
+            "log_perplexity_gap": measures.nats / measures.tokens - against.nats / against.tokens,
+            "kl": measures.kl,
+            "top1_agreement": measures.top1_agreement,
+        }
     return result
 
 
@@ -77,16 +92,19 @@ def _layout(config: EvalConfig, model: str) -> Layout:
     return arrange(config.model_copy(update={"model": model}), facts, Load())
 
 
-def _perplexity(
-    config: EvalConfig, layout: Layout, table: TokenTable, scratch: str, reporter: Reporter
-) -> tuple[float, int]:
-    placed = layout.place(output=scratch, scratch=scratch, recipe=None)
+def _measures(
+    config: EvalConfig,
+    specs: Sequence[ShardSpec],
+    table: TokenTable,
+    reporter: Reporter,
+    wanted: Literal["measures", "kept", "compared"],
+) -> Measures:
+    """Of one model; "compared" with the one whose hidden states were "kept" before it."""
     stream = stream_of(table, microbatch_size(config.microbatch, table.length), config.window)
-    with Fleet(placed.specs, config.threads, None, reporter.note) as fleet:
+    with Fleet(specs, config.threads, None, reporter.note) as fleet:
         fleet.open()
-        step = reporter.pass_begins(f"evaluate {Path(layout.config.model).name}", stream.microbatches)
-        loss, tokens = fleet.loss(stream, step)
-    return math.exp(loss / tokens), tokens
+        step = reporter.pass_begins(f"evaluate {Path(specs[0].model).name}", stream.microbatches)
+        return fleet.measure(stream, step, wanted=wanted)
 
 
 def sparsity_of(directory: Path, facts: ModelFacts) -> float:

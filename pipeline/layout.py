@@ -20,7 +20,7 @@ from pipeline.plan import (
     window_length,
 )
 from stages.errors import Refusal
-from stages.shard import ShardSpec
+from stages.spec import ShardSpec
 from stages.work import Recipe
 
 DRIVER_BYTES = 1_200_000_000

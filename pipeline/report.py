@@ -92,6 +92,9 @@ def _results(run: Mapping[str, Any]) -> str:
     rows = [["perplexity", number(dense), number(pruned)]]
     if dense and pruned and dense > 0 and pruned > 0:
         rows.append(["log-perplexity (nats per token)", number(math.log(dense)), number(math.log(pruned))])
+    if run.get("kl") is not None:
+        rows.append(["KL(dense ‖ pruned) (nats per token)", "", number(run["kl"])])
+        rows.append(["most likely token the same as the dense model's", "", percent(run.get("top1_agreement"), 2)])
     zeros, weights = _zeros(run)
     counted = f" ({zeros:,} of {weights:,})" if weights else ""
     rows.append(["zeros among the prunable weights", "", percent(run.get("sparsity"), places=2) + counted])

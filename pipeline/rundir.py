@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from stages.checkpoint import file_digest, sync_directory
 from stages.errors import Refusal
-from stages.shard import HOME, sweep_directory
+from stages.spec import HOME, sweep_directory
 
 
 class RunDirectory:

@@ -30,6 +30,9 @@ def result_table(run: Mapping[str, Any]) -> Group:
     """One finished run: results, the estimate beside the actual memory, where everything is."""
     table = _table("", "dense", "pruned")
     table.add_row("perplexity", perplexity(run["dense_perplexity"]), perplexity(run["perplexity"]))
+    if run.get("kl") is not None:
+        table.add_row("KL to dense, nats a token", "", f"{run['kl']:.4f}")
+        table.add_row("same first choice as dense", "", f"{run['top1_agreement']:.2%}")
     table.add_row("sparsity", "", f"{run['sparsity']:.4%}")
     memory = _table("memory", "estimate", "actual")
     memory.add_row("driver, at most", megabytes(run["estimate"]["driver"]), megabytes(run["peak_memory"]["driver"]))
@@ -52,6 +55,8 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     if "against" in result:
         table.add_row(str(result["against"]), perplexity(result["against_perplexity"]), "", f"{result['tokens']:,}")
         table.add_row("gap in nats a token", f"{result['log_perplexity_gap']:+.4f}", "", "")
+        table.add_row("KL in nats a token", f"{result['kl']:.4f}", "", "")
+        table.add_row("same first choice", f"{result['top1_agreement']:.2%}", "", "")
     return table
 
 

@@ -64,7 +64,7 @@ def block_metrics(report: Mapping[str, Any]) -> dict[str, float]:
 
 def total_metrics(run: Mapping[str, Any]) -> dict[str, float]:
     """MLflow metrics of a whole run.json, logged once at the end. Peak memory in MB (1e6 bytes)."""
-    values = {name: run.get(name) for name in ("sparsity", "perplexity", "dense_perplexity")}
+    values = {name: run.get(name) for name in ("sparsity", "perplexity", "dense_perplexity", "kl", "top1_agreement")}
     values |= {f"seconds/{phase}": seconds for phase, seconds in run.get("seconds", {}).items()}
     peak = run.get("peak_memory", {})
     values["peak_memory_mb/driver"] = _megabytes(peak.get("driver"))

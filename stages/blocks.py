@@ -4,7 +4,7 @@ A family is one row: where its blocks are and what its components are called. Ho
 norm belongs to which, and which linears read the same tensor is not written down: `trace` watches one forward pass.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +82,10 @@ class Call:
         if self.keyword is None:
             return first(module(hidden, *self.args, **self.kwargs))
         return first(module(*self.args, **{**self.kwargs, self.keyword: hidden}))
+
+    def at(self, samples: Sequence[int]) -> "Call":
+        """The call for those samples of the calibration: here, the same for all (see stages.varying)."""
+        return self
 
     def to(self, dtype: torch.dtype) -> "Call":
         """The same call with its floating-point tensors (rotary tables, additive masks) in `dtype`."""

@@ -181,7 +181,7 @@ def resolve(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.bin"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.bin"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*.bin", "original/*"]))
     except LocalEntryNotFoundError:

@@ -1,9 +1,9 @@
 """What a unit will read once those before it, rebuilt at the same time, have taken back their share of the error.
 
 Methods §6, sweeps. Blocks rebuilt one after the other see inputs in which those before have already undone part of the
-error. Rebuilt all at once on the inputs of the last sweep, each would undo the whole of it, ten times over. So the input
-is foreseen: with e_u = x_u − x′_u, the dense input of unit u less the pruned model's, and κ the share of the error
-in its input that a unit takes back,
+error. Rebuilt all at once on the inputs of the last sweep, each would undo the whole of it, ten times over. So what
+they read is foreseen: with e_u = x_u − x′_u, the dense input of unit u less the pruned model's, and κ the share of
+the error in its input that a unit takes back,
 
     ê_1 = e_1,    ê_{u+1} = (1 − κ) ê_u + (e_{u+1} − e_u)
 

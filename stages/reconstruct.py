@@ -179,7 +179,7 @@ def relative_error(
     error = total = 0.0
     for index in samples:
         target = targets.batch([index])[0].to(device).float()
-        output = unit(inputs[index].to(device)[None], calls)[0].float()
+        output = unit(inputs[index].to(device)[None], [call.at([index]) for call in calls])[0].float()
         error += float((output - target).square().sum(dtype=torch.float64))
         total += float(target.square().sum(dtype=torch.float64))
     return error / total if total else error
@@ -214,7 +214,8 @@ def fit(
     """The unit's parameters after fitting, by `block.name`, and what the fit did.
 
     `unit` holds the pruned weights and is left as it was; `keep` has a mask for each pruned weight; `calls` are how its
-    modules are called for one sample; `rate_unit` is what learning rates are counted in (see there).
+    modules are called for one sample (`at` says how for others); `rate_unit` is what learning rates are counted in (see
+    there).
     Minimises the mean squared error of the unit's output against `targets` over the kept weights, the biases and
     the norm gains: AdamW without weight decay, float32 masters, bf16 products where the device has units for them.
     If the held-out error did not fall, the parameters come back as they were.
@@ -274,7 +275,7 @@ def _train(
         for start in range(0, len(order), settings.batch):
             batch = order[start : start + settings.batch]
             state.learning_rate = learning_rate_at(step, steps, peak)
-            output = working(inputs.batch(batch).to(device=device, dtype=dtype), calls)
+            output = working(inputs.batch(batch).to(device=device, dtype=dtype), [call.at(batch) for call in calls])
             # The gradient of scale · mean squared error, written out: one pass, and no float32 copies of the batch.
             residual = output.detach() - targets.batch(batch).to(device)
             output.backward(residual.mul_(2 * scale / residual.numel()).to(dtype))

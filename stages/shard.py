@@ -15,10 +15,10 @@ The blocks that `forward` runs stay as they were loaded: work writes pruned copi
 import functools
 import gc
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,52 +31,17 @@ from stages.checkpoint import Checkpoint, grouped, resolve, write_tensors
 from stages.criteria import score_rows
 from stages.errors import OutOfStep
 from stages.foresight import Foresight, joined, parted
+from stages.measure import KeptStates, Measures, measure
 from stages.meter import Timeline, peak_bytes
-from stages.recipe import Recipe, WorkOrder, pieces
+from stages.recipe import WorkOrder
 from stages.skeleton import Skeleton, read_config
+from stages.spec import ShardSpec, block_file, sweep_directory
 from stages.spool import Spool, SpoolBudget
+from stages.varying import Varying, inside
 from stages.work import Work
 
 TRACE_TOKENS = 4
 ENDS_FILE_BYTES = 256 << 20
-HEAD_POSITIONS = 256  # positions turned into logits at a time: a vocabulary of 128 k costs 0.1 GB, not 1 GB
-HOME = "espalier"  # a run's own directory inside its output
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardSpec:
-    """What one shard owns and where it works. Blocks are `first` to `last`, `last` excluded."""
-
-    index: int
-    first: int
-    last: int
-    embeds: bool  # owns the input embedding
-    heads: bool  # owns the final norm and the head
-    model: str
-    output: str
-    scratch: str
-    length: int
-    dtype: str = "auto"
-    device: str = "cpu"
-    resident: Literal["all", "one"] = "all"
-    spool_memory: int = 1 << 30
-    trust_remote_code: bool = False
-    recipe: Recipe | None = None
-
-    @property
-    def pieces(self) -> list[tuple[int, ...]]:
-        """Its blocks, those together that are rebuilt together."""
-        return pieces(range(self.first, self.last), self.recipe.window if self.recipe else 1)
-
-
-def block_file(index: int) -> str:
-    """The output file of one finished block."""
-    return f"model-block-{index:05d}.safetensors"
-
-
-def sweep_directory(output: Path, sweep: int, sweeps: int) -> Path:
-    """Where the blocks of one sweep are written: the last one's are the result, the others' wait in the run's own."""
-    return output if sweep == sweeps else output / HOME / f"sweep-{sweep}"
 
 
 class Shard:
@@ -89,9 +54,12 @@ class Shard:
         self._streamed: dict[int, tuple[int, float]] = {}  # block -> tokens of the last pass, and its seconds
         self._budget = SpoolBudget(spec.spool_memory)
         self._scratch = Path(spec.scratch) / f"shard-{spec.index}"
+        self.kept = KeptStates(Path(spec.scratch) / "dense-states")
         self._expected = self._microbatches = self._sweep = 0
         self._collect: frozenset[int] = frozenset()
+        self._varying: Varying | None = None
         self._carry: Carry | None = None
+        self._calls_for: tuple[int, int] | None = None
         self._pieces = {block: piece for piece in spec.pieces for block in piece}
 
     # -- loading ---------------------------------------------------------------------------------------------------
@@ -132,9 +100,20 @@ class Shard:
 
     # -- the stream ------------------------------------------------------------------------------------------------
 
-    def begin(self, microbatches: int, collect: Collection[int] = (), sweep: int = 0) -> None:
+    def begin(
+        self,
+        microbatches: int,
+        collect: Collection[int] = (),
+        sweep: int = 0,
+        varying: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Start a pass of so many microbatches, gathering in the blocks of `collect` that are ours what they need for
-        `sweep`: their calibration for the first, what their units then read for a later one."""
+        `sweep`: their calibration for the first, what their units then read for a later one.
+
+        `varying` holds, for all samples of the pass, those of their inputs that shape how blocks are called.
+        """
+        self._varying = Varying(varying, self.skeleton.calls) if varying else None
+        self.skeleton.close_eyes()
         self._expected, self._microbatches, self._sweep = 0, microbatches, sweep
         self._collect = frozenset(collect) & set(range(self.spec.first, self.spec.last))
         for index in self._collect & self._calibrations.keys():
@@ -145,10 +124,16 @@ class Shard:
         self._streamed = dict.fromkeys(range(self.spec.first, self.spec.last), (0, 0.0))
         self._close_carry()
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens (samples, length) int -> the first block's input (samples, length, hidden); twice the samples where
-        what changes it travels along, which nothing does as yet."""
-        hidden = self.skeleton.embed(tokens.long())
+    def embed(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Tokens (samples, length) int, or all that the model takes of samples with images -> the first block's input
+        (samples, length, hidden); twice the samples where what changes it travels along, which nothing does as yet.
+
+        What looks at images is in memory until the pass has embedded its last microbatch."""
+        inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
+        if "pixel_values" in inputs and not self.skeleton.sees:
+            with self.timeline.phase("load"), torch.no_grad():
+                self.skeleton.open_eyes(self.checkpoint)
+        hidden = self.skeleton.embed(inputs)
         foresees = self._sweep and self.spec.recipe is not None and self.spec.recipe.foresees
         return joined(hidden, torch.zeros_like(hidden)) if foresees else hidden
 
@@ -197,6 +182,8 @@ class Shard:
         if microbatch != self._expected:
             raise OutOfStep(f"shard {self.spec.index} expected microbatch {self._expected}, got {microbatch}")
         self._expected += 1
+        if self._expected == self._microbatches:
+            self.skeleton.close_eyes()
 
     def _full_carry(self, block: int) -> Carry:
         held = len(self._carry) if self._carry is not None and self._carry.block == block else 0
@@ -207,40 +194,42 @@ class Shard:
     def _run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         hidden = hidden.to(self.spec.device)
         with torch.no_grad():
-            return self._call(index, *hidden.shape[:2]).run(block, hidden)
+            return self._next_call(index, *hidden.shape[:2]).run(block, hidden)
 
     def _through(self, index: int, hidden: Tensor) -> Tensor:
         started = time.perf_counter()
         phase = "stream" if self._collect else "evaluate"
         with self.timeline.phase(phase, index if self.spec.resident == "one" else None):
             block = self._hold([index])[index]
-            if index not in self._collect:
-                hidden = self._run(index, block, hidden)
-            elif not self._sweep:
-                with self._calibration(index, block).watching(block):
-                    hidden = self._run(index, block, hidden)
+            if self._sweep:
+                hidden, samples = self._drift(index, block, hidden)
             else:
-                hidden = self._drift(index, block, hidden)
+                watched = index in self._collect
+                with self._calibration(index, block).watching(block) if watched else nullcontext():
+                    hidden, samples = self._run(index, block, hidden), len(hidden)
         tokens, seconds = self._streamed.get(index, (0, 0.0))
-        self._streamed[index] = tokens + hidden.shape[0] * hidden.shape[1], seconds + time.perf_counter() - started
+        self._streamed[index] = tokens + samples * hidden.shape[1], seconds + time.perf_counter() - started
         return hidden
 
-    def _drift(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    def _drift(self, index: int, block: nn.Module, hidden: Tensor) -> tuple[Tensor, int]:
         """A pruned block applied to the pruned model's activations, and to what travels with them where the recipe
-        foresees its units' inputs."""
+        foresees its units' inputs; and how many samples that were."""
         assert self.spec.recipe is not None
-        calibration = self._calibration(index, block)
+        calibration = self._calibration(index, block) if index in self._collect else None
         if not self.spec.recipe.foresees:
-            with calibration.watching_drift(block):
-                return self._run(index, block, hidden)
+            with calibration.watching_drift(block) if calibration else nullcontext():
+                return self._run(index, block, hidden), len(hidden)
         hidden, change = parted(hidden.to(self.spec.device))
         foresight = Foresight(change)
-        with calibration.watching_drift(block, foresight):
+        with calibration.watching_drift(block, foresight) if calibration else nullcontext():
             hidden = self._run(index, block, hidden)
-        return joined(hidden, foresight.change)
+        return joined(hidden, foresight.change), len(hidden)
 
-    def _call(self, index: int, samples: int, length: int) -> Call:
-        if getattr(self, "_calls_for", None) != (samples, length):
+    def _next_call(self, index: int, samples: int, length: int) -> Call:
+        """Block `index`'s call for so many samples, the next of the pass."""
+        if self._varying is not None:
+            return self._varying.next_call(index, samples)
+        if self._calls_for != (samples, length):
             self._calls, self._calls_for = self.skeleton.calls(samples, length), (samples, length)
         return self._calls[index]
 
@@ -253,8 +242,9 @@ class Shard:
             nothing = torch.zeros(
                 1, length, self.skeleton.hidden_size, dtype=self.skeleton.dtype, device=self.spec.device
             )
-            call = self.skeleton.calls(1, length)[index]
+            call = self._varying.call(index, length) if self._varying else self.skeleton.calls(1, length)[index]
             anatomy = trace(block, lambda: call.run(block, nothing), self.skeleton.layout)
+            anatomy.calls = {name: inside(inner, call) for name, inner in anatomy.calls.items()}
             self._calibrations[index] = BlockCalibration(
                 index, block, anatomy, call, recipe, self._pieces[index], self._scratch, self._budget
             )
@@ -280,18 +270,23 @@ class Shard:
         """The model's logits (samples, length, vocabulary) from its last block's output."""
         return self.skeleton.logits(hidden.to(self.spec.device))
 
-    def negative_log_likelihood(self, hidden: Tensor, tokens: Tensor) -> tuple[float, int]:
-        """Summed -log p of every token but each window's first, in nats, and how many tokens that is."""
-        total, count = 0.0, 0
+    def measure(self, hidden: Tensor, tokens: Tensor, dense: Tensor | None = None) -> Measures:
+        """What the last block's output says of the windows' tokens, and how far it is from the dense model's output."""
+        device = self.spec.device
         with self.timeline.phase("evaluate"), torch.no_grad():
-            for row, sample in zip(hidden.to(self.spec.device), tokens.long().to(self.spec.device), strict=True):
-                for start in range(0, len(sample) - 1, HEAD_POSITIONS):
-                    stop = min(start + HEAD_POSITIONS, len(sample) - 1)
-                    logits = self.skeleton.logits(row[None, start:stop])[0].float()
-                    loss = nn.functional.cross_entropy(logits, sample[start + 1 : stop + 1], reduction="none")
-                    total += float(loss.sum(dtype=torch.float64))
-                    count += stop - start
-        return total, count
+            compared = None if dense is None else (self._dense.logits, dense.to(device))
+            return measure(self.skeleton.logits, hidden.to(device), tokens.long().to(device), compared)
+
+    @functools.cached_property
+    def _dense(self) -> Skeleton:
+        """What turns the dense model's hidden states into logits: its final norm and head, never its blocks."""
+        if self.spec.reference is None:
+            return self.skeleton
+        directory = resolve(self.spec.reference)
+        config, checkpoint = read_config(directory, self.spec.trust_remote_code), Checkpoint(directory)
+        skeleton = Skeleton(config, compute_dtype(config, self.spec.dtype), self.spec.device, checkpoint)
+        skeleton.load_ends(checkpoint, embedding=False)
+        return skeleton
 
     # -- outside the blocks ----------------------------------------------------------------------------------------
 

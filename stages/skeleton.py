@@ -6,8 +6,9 @@ logits: embedding scale, position embeddings, masks, rotary tables, final norm a
 """
 
 import copy
+import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,9 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedC
     return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
+VARYING = ("position_ids", "token_type_ids")  # inputs of a sample with an image that shape how layers are called
+
+
 class Skeleton:
     """A model of `config` without weights; `dtype` is what its hidden states are computed in.
 
@@ -94,7 +98,15 @@ class Skeleton:
         self.outer = [name for name, _ in self.model.named_parameters()]
         self.hidden_size: int = config.get_text_config().hidden_size
         self.vocabulary: int = config.get_text_config().vocab_size
-        self._fill_outer({})
+        tower = self.layout.blocks.rpartition(".")[0]  # what lies beside it looks at images, the head aside
+        head = _parameters_of(self.model, self.model.get_output_embeddings())
+        beside = [name for name in self.outer if not name.startswith(f"{tower}.") and name not in head]
+        self.vision = frozenset(beside if self.layout.images else [])
+        self.sees = False  # whether `vision` is loaded
+        self._fill_outer(self.outer, {})
+        for name, buffer in list(self.model.named_buffers()):
+            holder, _, attribute = name.rpartition(".")
+            self.model.get_submodule(holder)._buffers[attribute] = buffer.to(device)
 
     def _on_visit(self, index: int, call: Call, hidden: Tensor) -> Tensor:
         return self._visit(index, call, hidden)
@@ -137,9 +149,9 @@ class Skeleton:
                 mine.add(stored)
         return [entry for entry in checkpoint.entries.values() if entry.name not in mine]
 
-    def _fill_outer(self, tensors: dict[str, Tensor]) -> None:
-        """Give the parameters outside the blocks their values; those not given become zeros that take no memory."""
-        for name in self.outer:
+    def _fill_outer(self, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+        """Give those parameters outside the blocks their values; what is not given becomes zeros without memory."""
+        for name in names:
             holder, _, attribute = name.rpartition(".")
             module = self.model.get_submodule(holder)
             shape = getattr(module, attribute).shape
@@ -147,9 +159,6 @@ class Skeleton:
             if value is None:
                 value = torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
             setattr(module, attribute, nn.Parameter(value, requires_grad=False))
-        for name, buffer in list(self.model.named_buffers()):
-            holder, _, attribute = name.rpartition(".")
-            self.model.get_submodule(holder)._buffers[attribute] = buffer.to(self.device)
 
     def load_ends(self, checkpoint: Checkpoint, embedding: bool = True, head: bool = True) -> None:
         """Load what lies outside the blocks: the input embedding, the output head, or both, and all smaller parts.
@@ -161,19 +170,31 @@ class Skeleton:
         of_embedding = _parameters_of(self.model, self.model.get_input_embeddings())
         of_head = _parameters_of(self.model, self.model.get_output_embeddings())
         unwanted = (set() if embedding else of_embedding) | (set() if head else of_head)
-        if self.layout.images:  # what looks at images stays zero: text alone does not pass it
-            tower = self.layout.blocks.rpartition(".")[0]
-            unwanted |= {name for name in self.outer if not name.startswith(f"{tower}.")} - of_head
+        unwanted |= self.vision  # text alone does not pass it
         tensors: dict[str, Tensor] = {}
         for name in (name for name in self.outer if name not in unwanted):
             source = name if name in self.storage else tied.get(name, name)
             if source not in tensors:
                 tensors |= self.storage.load(checkpoint, [source], self.dtype, self.device)
             tensors[name] = tensors[source]
-        self._fill_outer(tensors)
+        self._fill_outer(self.outer, tensors)
 
-    def calls(self, samples: int, length: int) -> list[Call]:
-        """How the model calls each layer for a microbatch of (samples, length) tokens."""
+    def open_eyes(self, checkpoint: Checkpoint) -> None:
+        """Load what looks at images: the vision tower and what projects its features to the blocks' width."""
+        self._fill_outer(self.vision, self.storage.load(checkpoint, self.vision, self.dtype, self.device))
+        self.sees = True
+
+    def close_eyes(self) -> None:
+        """Let go of what `open_eyes` loaded, if it did."""
+        if self.sees:
+            self._fill_outer(self.vision, {})
+            self.sees = False
+
+    def calls(self, samples: int, length: int, varying: Mapping[str, Tensor] | None = None) -> list[Call]:
+        """How the model calls each layer for a microbatch of (samples, length) tokens.
+
+        `varying`: the samples' own inputs among VARYING, (samples, ..., length), where they have any.
+        """
         seen: list[Call] = []
 
         def visit(index: int, call: Call, hidden: Tensor) -> Tensor:
@@ -183,23 +204,47 @@ class Skeleton:
             return hidden
 
         with self._visiting(visit), suppress(_Stop):
-            self.model(inputs_embeds=self._nothing(samples, length), use_cache=False)
+            self.model(inputs_embeds=self._nothing(samples, length), use_cache=False, **self._given(varying or {}))
         return seen
+
+    def _given(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs as the model takes them: kept by sample, but rotary positions of several axes go axis first."""
+        given = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        if "position_ids" in given:
+            given["position_ids"] = given["position_ids"].long().movedim(1, 0)
+        return given
+
+    def varying(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a processor's outputs, and of what the model makes of them, what shapes calls: (samples, ..., length)."""
+        taken = inspect.signature(self.model.forward).parameters
+        found = {name: inputs[name] for name in VARYING if name in inputs and name in taken}
+        place = getattr(self.model.get_submodule(self.model.base_model_prefix), "get_rope_index", None)
+        if place is not None:  # positions on the image's grid: temporal, height, width
+            ids = inputs["input_ids"].long()
+            grids = {name: inputs[name] for name in inputs if name.endswith("_grid_thw")}
+            of_image = (ids == self.config.image_token_id).int()
+            positions, _ = place(input_ids=ids, mm_token_type_ids=of_image, **grids)
+            found["position_ids"] = positions.movedim(0, 1).int()
+        return found
 
     def _nothing(self, samples: int, length: int) -> Tensor:
         """Zeros in place of embedded tokens, as wide as the embedding (OPT's can be narrower than its blocks)."""
         embedding: Any = self.model.get_input_embeddings()
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(samples, length, embedding.weight.shape[1])
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The first layer's input for tokens (samples, length): (samples, length, hidden)."""
+    def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The first layer's input for the model's inputs, "input_ids" (samples, length) among them.
+
+        With images the model merges their features into the embedded tokens; `open_eyes` comes before that.
+        """
 
         def visit(index: int, call: Call, hidden: Tensor) -> Tensor:
             raise _Stop(hidden)
 
+        given = self._given(inputs) | {"input_ids": inputs["input_ids"].long().to(self.device)}
         with self._visiting(visit):
             try:
-                self.model(input_ids=tokens.to(self.device), use_cache=False)
+                self.model(**given, use_cache=False)
             except _Stop as stop:
                 return stop.hidden
         raise AssertionError("the model never called its first layer")

@@ -22,6 +22,7 @@ PANEL = 64  # rows of a matrix product on the CPU: always the same shape, so tha
 MARGIN = 2.0**-20  # a swap must gain more than its rounding error, judged against the row's uncorrelated error
 
 
+@torch.no_grad()
 def swaps(
     weight: Tensor,
     keep: Tensor,
@@ -30,7 +31,7 @@ def swaps(
     *,
     rounds: int = 25,
     shortlist: int = 16,
-    swaps_per_round: int = 8,
+    swaps_per_round: int = 16,
     exhaustive: int = 256,
 ) -> Tensor:
     """SparseSwaps: bool (O, I) with as many zeros in every row (every group of N:M) as `keep`, and a lower error.

@@ -155,8 +155,8 @@ class Work:
                 count = counting(gathered[step], module, f"calibration, block {step}")
                 root = next(entry.module for entry in unit.steps if entry.block == step)
                 hooks.enter_context(observing(module, anatomy, count, root=root))
-            for batch in _batches(inputs):
-                chain(batch.to(self.skeleton.device), [step.call for step in unit.steps])
+            for samples, batch in _batches(inputs):
+                chain(batch.to(self.skeleton.device), [step.call.at(samples) for step in unit.steps])
         return gathered
 
     # -- activations -----------------------------------------------------------------------------------------------
@@ -180,9 +180,9 @@ class Work:
 
         block = self.modules[unit.first]
         with torch.no_grad(), observing(block, entry.anatomy, None, {module: [reached]}):
-            for batch in _batches(self._carried):
+            for samples, batch in _batches(self._carried):
                 with suppress(_Reached):
-                    entry.call.run(block, batch.to(self.skeleton.device))
+                    entry.call.at(samples).run(block, batch.to(self.skeleton.device))
         return spool
 
     def _activations(self, unit: FitUnit, captured: dict[str, Spool]) -> tuple[Spool, Target]:
@@ -274,8 +274,9 @@ def _part(anatomy: Anatomy, names: set[str]) -> Anatomy:
     return Anatomy([], shared, {})
 
 
-def _batches(samples: Spool) -> Iterator[Tensor]:
-    """All samples in order, a few at a time."""
+def _batches(samples: Spool) -> Iterator[tuple[list[int], Tensor]]:
+    """All samples in order, a few at a time, with their numbers."""
     step = max(1, PASS_TOKENS // len(samples[0])) if len(samples) else 1
     for start in range(0, len(samples), step):
-        yield samples.batch(list(range(start, min(start + step, len(samples)))))
+        indices = list(range(start, min(start + step, len(samples))))
+        yield indices, samples.batch(indices)

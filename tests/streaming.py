@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from stages.recipe import Recipe, WorkOrder
-from stages.shard import Shard, ShardSpec
+from stages.shard import Shard
+from stages.spec import ShardSpec
 
 BATCH = 2  # samples a microbatch
 GENTLE = 0.04  # a learning rate at which units of 32 random channels get better; the default suits trained models

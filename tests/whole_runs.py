@@ -18,7 +18,7 @@ import torch
 from streaming import BATCH, make_shards, prune
 
 from pipeline.config import PruneConfig
-from pipeline.driver import load_tokenizer
+from pipeline.inputs import load_tokenizer
 from pipeline.plan import model_facts, settled
 from pipeline.progress import Reporter
 from stages.skeleton import read_config

@@ -16,7 +16,7 @@ from cluster.connect import local_cluster
 from cluster.fleet import FRUITLESS_RECOVERIES, Fleet, Stream
 from stages.errors import Refusal
 from stages.recipe import Recipe, WorkOrder
-from stages.shard import ShardSpec
+from stages.spec import ShardSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 LENGTH, MICROBATCHES = 16, 6
@@ -66,13 +66,13 @@ def test_losses_and_refusals_cross_the_fleet(one_cluster: None, specs: list[Shar
         assert len({fact.pid for fact in facts} | {os.getpid()}) == 3
 
         steps: list[int] = []
-        loss, count = fleet.loss(stream(tokens), steps.append)
-        assert count == MICROBATCHES * (LENGTH - 1) and steps == list(range(1, MICROBATCHES + 1))
-        assert fleet.loss(stream(tokens, window=5), steps.append) == (loss, count), "whatever the window"
+        measures = fleet.measure(stream(tokens), steps.append)
+        assert measures.tokens == MICROBATCHES * (LENGTH - 1) and steps == list(range(1, MICROBATCHES + 1))
+        assert fleet.measure(stream(tokens, window=5), steps.append) == measures, "whatever the window"
 
         # Killed between passes: the next pass meets an empty shard, which is opened once more before it is needed.
         os.kill(facts[1].pid, signal.SIGKILL)
-        assert fleet.loss(stream(tokens), steps.append) == (loss, count)
+        assert fleet.measure(stream(tokens), steps.append) == measures
         assert all("a shard was lost" in event and "\n" not in event for event in events)
 
         fleet.calibrate(stream(tokens), {0, 3}, steps.append)
@@ -83,7 +83,7 @@ def test_losses_and_refusals_cross_the_fleet(one_cluster: None, specs: list[Shar
         wrong = tokens.copy()
         wrong[3, 2] = 10_000  # no such row in the embedding: a bug, which is not retried for ever
         with pytest.raises(IndexError):
-            fleet.loss(stream(wrong), steps.append)
+            fleet.measure(stream(wrong), steps.append)
 
 
 def test_a_shard_that_cannot_be_brought_back_ends_the_run_in_one_line(

@@ -34,7 +34,9 @@ def record(client: Any, experiment: str, name: str, values: dict[str, Any], stat
         client.log_param(run_id, key, str(value))
     if "perplexity" in values:
         totals = {"dense_perplexity": 3.63, "seconds/total": 40.0, "peak_memory_mb/shard_max": 900.0}
-        for key, value in (totals | {key: values[key] for key in ("perplexity", "sparsity")}).items():
+        for key, value in (
+            totals | {key: values[key] for key in ("perplexity", "sparsity", "kl") if key in values}
+        ).items():
             client.log_metric(run_id, key, value)
     if status != "RUNNING":
         client.set_terminated(run_id, status)
@@ -93,6 +95,21 @@ def test_an_infinite_perplexity_is_last_and_reads_as_such(recorded: tuple[str, d
         record(client, experiment, name, {"criterion": "wanda", "perplexity": perplexity, "sparsity": 0.9})
     rows = compare(["diverged"], tracking_uri=uri).rows
     assert [(row["run"], row["perplexity"]) for row in rows] == [("kept", 7.0), ("lost", math.inf)]
+
+
+def test_kl_is_shown_where_some_run_has_it(recorded: tuple[str, dict[str, str]]) -> None:
+    uri = recorded[0]
+    client = open_client(uri)
+    experiment = experiment_id(client, "compared", uri)
+    record(client, experiment, "with", {"criterion": "wanda", "perplexity": 7.0, "sparsity": 0.5, "kl": 0.12345})
+    record(client, experiment, "without", {"criterion": "wanda", "perplexity": 8.0, "sparsity": 0.5})
+    console = Console(width=80, record=True, file=io.StringIO())
+    comparison = compare(["compared"], tracking_uri=uri)
+    console.print(comparison.table())
+    assert "0.123" in console.export_text() and "| 0.123 |" in comparison.markdown()
+    assert [row["kl"] for row in comparison.rows] == [0.12345, None]
+    other = compare(["recipes"], tracking_uri=uri)
+    assert "KL" not in other.table().caption and "| KL |" not in other.markdown()
 
 
 def test_files_are_written_and_the_picture_is_not_blank(recorded: tuple[str, dict[str, str]], tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_the_mlflow_run_is_complete(wanda: PruneResult, recorded: str) -> None:
     assert expected.items() <= run.data.params.items()
     for metric in ("self_attn/error_before", "mlp/error_after", "block/sparsity", "block/seconds", "block/gflops"):
         assert sorted(point.step for point in client.get_metric_history(run.info.run_id, metric)) == [0, 1, 2, 3]
-    assert run.data.metrics["perplexity"] == wanda.perplexity
+    assert run.data.metrics["perplexity"] == wanda.perplexity and run.data.metrics["kl"] == wanda.kl
     assert run.data.metrics["sparsity"] == 0.5 and run.data.metrics["seconds/total"] > 0
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"run.json", "report.md"} <= artifacts and len(artifacts) >= 3, "plots as well"
@@ -235,6 +235,7 @@ def test_eval_measures_the_same_perplexity_and_the_distance_to_the_dense_model(
     assert result["against_perplexity"] == pytest.approx(wanda.dense_perplexity, rel=1e-6)
     assert wanda.perplexity and wanda.dense_perplexity
     assert result["log_perplexity_gap"] == pytest.approx(math.log(wanda.perplexity / wanda.dense_perplexity), rel=1e-4)
+    assert (result["kl"], result["top1_agreement"]) == (pytest.approx(wanda.kl, rel=1e-4), wanda.top1_agreement)
     assert result["sparsity"] == 0.5 and result["windows"] == 500 // LENGTH
 
 

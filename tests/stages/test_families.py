@@ -20,8 +20,8 @@ from stages.errors import Refusal
 from stages.masks import keep_mask
 from stages.observe import observing
 from stages.recipe import Recipe
-from stages.shard import block_file
 from stages.skeleton import Skeleton, read_config
+from stages.spec import block_file
 from stages.statistics import InputStatistics
 
 LENGTH = 20

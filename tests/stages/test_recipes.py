@@ -12,7 +12,7 @@ from streaming import GENTLE, make_shards, prune, stream
 from stages.allocation import Override
 from stages.errors import OutOfStep, Refusal
 from stages.recipe import Recipe, WorkOrder, pieces
-from stages.shard import block_file
+from stages.spec import block_file
 
 LENGTH, SAMPLES, BLOCKS = 16, 12, 4
 RECIPES = {

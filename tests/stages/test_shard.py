@@ -8,9 +8,11 @@ from safetensors.torch import load_file, save_file
 from streaming import BATCH, GENTLE, make_shards, microbatches, prune, same_bits, stream, whole_model
 
 from stages.errors import OutOfStep, Refusal
+from stages.measure import Measures
 from stages.meter import Timeline
 from stages.recipe import Recipe, WorkOrder, derived_seed
-from stages.shard import Shard, ShardSpec, block_file
+from stages.shard import Shard
+from stages.spec import ShardSpec, block_file
 
 LENGTH = 16
 
@@ -130,14 +132,12 @@ def test_work_frees_every_spool(tiny_checkpoint, tiny_tokens, tmp_path, spool_me
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_perplexity_is_that_of_the_whole_model(tiny_checkpoint, tiny_tokens, tmp_path, dtype, monkeypatch) -> None:
-    monkeypatch.setattr("stages.shard.HEAD_POSITIONS", 5)  # so that 15 predictions are cut into three pieces
+    monkeypatch.setattr("stages.measure.HEAD_POSITIONS", 5)  # so that 15 predictions are cut into three pieces
     directory, tokens = tiny_checkpoint("qwen3", dtype, tied=True), tiny_tokens(6, LENGTH)
     shards = make_shards(directory, tmp_path, 2, LENGTH)
-    total, count = 0.0, 0
-    for hidden, part in zip(stream(shards, tokens), microbatches(tokens), strict=True):
-        nats, scored = shards[-1].negative_log_likelihood(hidden, part)
-        total, count = total + nats, count + scored
-    assert count == 6 * (LENGTH - 1)
+    outputs = zip(stream(shards, tokens), microbatches(tokens), strict=True)
+    measures = sum((shards[-1].measure(hidden, part) for hidden, part in outputs), Measures())
+    assert measures.tokens == 6 * (LENGTH - 1) and measures.kl is None
     whole, plain = whole_model(directory, getattr(torch, dtype)), 0.0
     for part in microbatches(tokens):
         log_p = whole(part).double().log_softmax(-1)
@@ -146,7 +146,7 @@ def test_perplexity_is_that_of_the_whole_model(tiny_checkpoint, tiny_tokens, tmp
             for sample in range(len(part))
             for place in range(1, LENGTH)
         )
-    assert math.exp(total / count) == pytest.approx(math.exp(plain / count), rel=1e-6)
+    assert measures.perplexity == pytest.approx(math.exp(plain / measures.tokens), rel=1e-6)
 
 
 def test_the_report_counts_what_is_in_the_file(shard, tiny_tokens, tmp_path) -> None:

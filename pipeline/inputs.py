@@ -1,0 +1,94 @@
+"""What streams through a run: windows of text, or images with captions, in tables in the run's own directory."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.fleet import Stream
+from pipeline.config import PruneConfig
+from pipeline.plan import ModelFacts
+from stages.blocks import layout_of
+from stages.captions import holds_images
+from stages.checkpoint import resolve
+from stages.errors import Refusal
+from stages.images import ImageTable, build_image_table, load_processor
+from stages.shard import compute_dtype
+from stages.skeleton import Skeleton, read_config
+from stages.tokens import TokenTable, build_token_table
+
+
+def image_file(home: Path) -> Path:
+    """Where a run keeps the images it calibrates on, until it is finished: unlike tokens, pixels take room."""
+    return home / "images-calibration.arrow"
+
+
+def check_calibration(config: PruneConfig, facts: ModelFacts) -> None:
+    """Raises Refusal for images that the model does not see."""
+    if holds_images(config.calibration) and not layout_of(facts.family).images:
+        raise Refusal(
+            f"calibration {config.calibration}: a folder of images, and {config.model} ({facts.family}) reads text "
+            "only; give text, or a model that sees"
+        )
+
+
+def image_table(config: PruneConfig, length: int, home: Path) -> ImageTable | None:
+    """The images to calibrate on, the same again when the run is resumed; None where it is text."""
+    if image_file(home).exists():
+        return ImageTable.open(image_file(home))
+    if not isinstance(config.calibration, str) or not holds_images(config.calibration):
+        return None
+    model = resolve(config.model)
+    settings = read_config(model, config.trust_remote_code)
+    return build_image_table(
+        config.calibration,
+        load_processor(model, config.trust_remote_code),
+        Skeleton(settings, compute_dtype(settings, config.dtype)),
+        length=length,
+        samples=config.samples,
+        seed=config.seed,
+        path=image_file(home),
+    )
+
+
+def token_table(
+    purpose: Literal["calibration", "evaluation"], config: PruneConfig, facts: ModelFacts, length: int, home: Path
+) -> TokenTable:
+    """The text to calibrate or to evaluate on, the same again when the run is resumed."""
+    path = home / f"tokens-{purpose}.arrow"
+    if path.exists():
+        return TokenTable.open(path)
+    source: Any = config.calibration if purpose == "calibration" else config.eval
+    tokenizer = None
+    if isinstance(source, str) or (source and isinstance(source[0], str)):
+        tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    return build_token_table(
+        source,
+        tokenizer,
+        length=length,
+        samples=config.samples if purpose == "calibration" else None,
+        seed=config.seed,
+        path=path,
+        vocab_size=facts.vocabulary,
+        purpose=purpose,
+    )
+
+
+def stream_of(table: TokenTable | ImageTable, microbatch: int, window: int) -> Stream:
+    """The whole table, so many windows at a time."""
+    return Stream(
+        batches=lambda number: table.rows(number * microbatch, min((number + 1) * microbatch, len(table))),
+        microbatches=math.ceil(len(table) / microbatch),
+        window=window,
+        varying=(table.varying or None) if isinstance(table, ImageTable) else None,
+    )
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer. Raises Refusal if it has none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve(model), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(f"{model}: its tokenizer cannot be read ({first}); give token ids instead of text") from None

@@ -1,0 +1,110 @@
+"""Calls that differ from sample to sample: rotary tables of images, masks in which an image sees all of itself.
+
+Most models call a block in the same way for all windows of one length. One that places image tokens on a grid
+(Qwen2-VL) or lets them see one another (Gemma 3) does not: its calls depend on inputs of each sample, kept here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.blocks import Call
+
+Make = Callable[[int, int, Mapping[str, Tensor] | None], list[Call]]  # (samples, length, inputs) -> a call a layer
+
+
+class Varying:
+    """The samples' own inputs that shape calls: name -> (samples, ..., length), and `make`, which makes calls of some.
+
+    `make` is `Skeleton.calls`.
+    """
+
+    def __init__(self, inputs: Mapping[str, Tensor], make: Make) -> None:
+        self._inputs, self._make = dict(inputs), make
+        self._last: tuple[tuple[int, ...], int | None] = (), None
+        self._calls: list[Call] = []
+        self._passed: dict[int, int] = {}  # block -> samples that went through it in this pass
+
+    def __len__(self) -> int:
+        return len(next(iter(self._inputs.values())))
+
+    def calls(self, samples: Sequence[int], length: int | None = None) -> list[Call]:
+        """How each layer is called for those samples together, or for their first `length` tokens."""
+        if (tuple(samples), length) != self._last:
+            chosen = {name: values[list(samples)][..., :length] for name, values in self._inputs.items()}
+            tokens = next(iter(chosen.values())).shape[-1]
+            self._calls = self._make(len(samples), tokens, chosen)  # of these alone: tables of all would fill memory
+            self._last = tuple(samples), length
+        return self._calls
+
+    def next_call(self, index: int, samples: int) -> Call:
+        """Layer `index`'s call for so many samples, the next of a pass; behind the last comes the first again."""
+        start = self._passed.get(index, 0) % len(self)
+        self._passed[index] = start + samples
+        return self.calls(range(start, start + samples))[index]
+
+    def call(self, index: int, length: int) -> "VaryingCall":
+        """Layer `index`'s call: for the first sample's first `length` tokens as it stands, for others by `at`."""
+        first = self.calls([0], length)[index]
+        return VaryingCall(first.args, first.kwargs, first.keyword, lambda samples: self.calls(samples)[index])
+
+
+@dataclass(frozen=True, slots=True)
+class VaryingCall(Call):
+    """A call as it is for one sample; `source` makes it for others."""
+
+    source: Callable[[Sequence[int]], Call]
+
+    def at(self, samples: Sequence[int]) -> Call:
+        return self.source(samples)
+
+    def to(self, dtype: torch.dtype) -> "VaryingCall":
+        cast = Call.to(self, dtype)
+        return VaryingCall(cast.args, cast.kwargs, cast.keyword, lambda samples: self.source(samples).to(dtype))
+
+
+def inside(inner: Call, outer: Call) -> Call:
+    """How a block that is called as `outer` calls the component that it called as `inner` in the same pass.
+
+    What varies must have been handed on as it was: the block's very tensors are what tells them apart.
+    """
+    if not isinstance(outer, VaryingCall):
+        return inner
+    handed = {id(tensor) for tensor in _tensors((outer.args, outer.kwargs))}
+    if not any(id(tensor) in handed for tensor in _tensors((inner.args, inner.kwargs))):
+        return inner
+
+    def source(samples: Sequence[int]) -> Call:
+        fresh = outer.at(samples)
+        pairs = zip(
+            _tensors((outer.args, outer.kwargs)), _tensors((fresh.args, fresh.kwargs)), strict=True
+        )  # one layer's calls have one structure
+        swapped = {id(old): new for old, new in pairs}
+        args, kwargs = _replaced((inner.args, inner.kwargs), swapped)
+        return Call(args, kwargs, inner.keyword)
+
+    return VaryingCall(inner.args, inner.kwargs, inner.keyword, source)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _replaced(value: Any, swapped: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return swapped[id(value)]  # a tensor that the block made itself would vary unseen: a KeyError, not a guess
+    if isinstance(value, tuple | list):
+        return type(value)(_replaced(item, swapped) for item in value)
+    if isinstance(value, dict):
+        return {key: _replaced(item, swapped) for key, item in value.items()}
+    return value
