@@ -25,7 +25,7 @@ CALIBRATION_BYTES, HELD_OUT_BYTES = 400_000, 100_000
 RECIPES: dict[str, dict[str, Any]] = {
     "magnitude 50%": {"criterion": "magnitude", "reconstruct": "none"},
     "wanda 50%": {"criterion": "wanda", "reconstruct": "none"},
-    "wanda 50% + reconstruction": {"criterion": "wanda", "reconstruct": "component"},
+    "wanda 50% + reconstruction": {"criterion": "wanda", "refine": "none", "reconstruct": "component"},
 }
 
 
