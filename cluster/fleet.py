@@ -47,9 +47,13 @@ class Fleet:
         self._on_event = on_event
         self._recipe = specs[0].recipe
         self._fruitless = 0
-        gpus = 1 if specs[0].device.startswith("cuda") else 0
+        self._actors: list[Any] = self._started(threads, run_file)
+
+    def _started(self, threads: int, run_file: str | None) -> list[Any]:
+        """An actor for each spec."""
+        gpus = 1 if self.specs[0].device.startswith("cuda") else 0
         options = ShardActor.options(num_cpus=threads, num_gpus=gpus, scheduling_strategy="SPREAD")
-        self._actors: list[Any] = [options.remote(spec, threads, run_file) for spec in specs]
+        return [options.remote(spec, threads, run_file) for spec in self.specs]
 
     def __enter__(self) -> "Fleet":
         return self

@@ -1,0 +1,313 @@
+"""What each recipe is worth: perplexity and KL to the dense model, seconds and memory, over targets and seeds.
+
+    python tests/benchmarks/quality.py [--model DIR] [--scratch DIR] [--limit 4]
+    python tests/benchmarks/quality.py --table
+
+Every run is an ordinary `prune` on two shards of one thread, whose processes serve one run after the other. It is
+recorded in the MLflow experiment `quality` in SCRATCH/mlflow.db and, when it is finished, in one line of
+SCRATCH/quality.jsonl. Runs that are there are not made again, so the whole can be stopped and gone on with; the most
+telling ones come first. A seed decides which calibration windows are taken, and everything random. Defaults:
+pystdlib-5m and its texts in a folder `shared` beside the repository; where that is missing, the bundled model,
+calibrated and evaluated on the standard library's own sources.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ray
+from transformers import AutoTokenizer
+
+from cluster.actor import ShardWorker
+from cluster.connect import local_cluster
+from cluster.fleet import Fleet
+from pipeline import PruneConfig, driver, prune
+from pipeline.demo import sources
+from pipeline.progress import Reporter
+from stages.errors import Refusal
+from stages.meter import release_memory
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared"
+SHARDS, SEEDS = 2, (0, 1, 2)
+TARGETS: dict[str, dict[str, Any]] = {
+    "50 %": {"sparsity": 0.5},
+    "60 %": {"sparsity": 0.6},
+    "70 %": {"sparsity": 0.7},
+    "2:4": {"pattern": "2:4"},
+}
+
+
+def _recipes() -> dict[str, dict[str, Any]]:
+    """Name in the table -> options of `prune` beyond the target, in the table's order."""
+    bare = {"refine": "none", "reconstruct": "none"}
+    recipes: dict[str, dict[str, Any]] = {}
+    for criterion in ("magnitude", "wanda", "owanda", "symwanda", "ria", "stochria", "lp-ria", "sparsegpt"):
+        recipes[criterion] = bare | {"criterion": criterion}
+    # Within a row ‖Y_i‖ is one number: per row, owanda would be magnitude.
+    recipes["owanda"]["scope"] = "matrix"
+    for criterion in ("magnitude", "wanda"):
+        for refine in ("dsnot", "r2-dsnot", "swaps"):
+            recipes[f"{criterion} + {refine}"] = bare | {"criterion": criterion, "refine": refine}
+    for criterion in ("ria", "sparsegpt"):
+        recipes[f"{criterion} + swaps"] = bare | {"criterion": criterion, "refine": "swaps"}
+    for criterion in ("magnitude", "wanda", "ria", "sparsegpt"):
+        recipes[f"{criterion} + component"] = {"criterion": criterion, "refine": "none", "reconstruct": "component"}
+    best = {"criterion": "wanda", "refine": "swaps"}
+    for unit in ("matrix", "component", "block", "window:2"):
+        recipes[f"wanda + swaps + {unit}"] = best | {"reconstruct": unit}
+    fitted = best | {"reconstruct": "component"}
+    for epochs in (2, 3):
+        recipes[f"wanda + swaps + component, {epochs} epochs"] = fitted | {"epochs": epochs}
+    for sweeps in (1, 2):  # of one epoch each, after one of dense inputs
+        name = f"wanda + swaps + component + {sweeps} sweep{'s' * (sweeps > 1)}: {sweeps + 1} epochs in all"
+        recipes[name] = fitted | {"sweeps": sweeps}
+    recipes["wanda + swaps + component, pruned inputs"] = fitted | {"inputs": "pruned"}
+    for epochs in (2, 3):
+        name = f"wanda + swaps + component, pruned inputs, {epochs} epochs"
+        recipes[name] = fitted | {"inputs": "pruned", "epochs": epochs}
+    return recipes
+
+
+RECIPES = _recipes()
+TELLING = (
+    *("magnitude", "wanda", "ria", "sparsegpt"),
+    *("wanda + dsnot", "wanda + r2-dsnot", "wanda + swaps", "magnitude + swaps"),
+    *("wanda + component", "magnitude + component", "wanda + swaps + matrix", "wanda + swaps + component"),
+    *("wanda + swaps + component + 1 sweep: 2 epochs in all", "wanda + swaps + component, 2 epochs"),
+    *("wanda + swaps + component, pruned inputs", "wanda + swaps + component, pruned inputs, 2 epochs"),
+)
+Job = tuple[str, str, int]  # recipe, target, seed
+
+
+def jobs() -> list[Job]:
+    """All of them, the most telling first: a seed after the other, and in each the usual ratios first."""
+    everything = [
+        (recipe, target, seed)
+        for recipe in RECIPES
+        for target in TARGETS
+        for seed in SEEDS
+        if not ("scope" in RECIPES[recipe] and "pattern" in TARGETS[target])  # N:M compares within groups
+    ]
+    usual = list(TARGETS)[:2]
+    return sorted(everything, key=lambda job: (job[2], job[0] not in TELLING, job[1] not in usual))
+
+
+class WarmWorker(ShardWorker):
+    """A shard's process that takes up one run after the other: importing torch takes longer than most runs here."""
+
+    def __init__(self) -> None:
+        pass
+
+    def take_up(self, *run: Any) -> None:
+        self._shard = None
+        gc.collect()
+        release_memory()
+        with contextlib.suppress(OSError):  # Linux: what this process held at most counts from here on
+            Path("/proc/self/clear_refs").write_text("5")
+        super().__init__(*run)
+
+
+class WarmFleet(Fleet):
+    """A fleet whose actors outlive it."""
+
+    workers: ClassVar[list[Any]] = []
+
+    def _started(self, threads: int, run_file: str | None) -> list[Any]:
+        while len(self.workers) < len(self.specs):
+            self.workers.append(ray.remote(WarmWorker).options(num_cpus=threads).remote())
+        actors = self.workers[: len(self.specs)]
+        pairs = zip(actors, self.specs, strict=True)
+        ray.get([actor.take_up.remote(spec, threads, run_file) for actor, spec in pairs])
+        return actors
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+class Quiet(Reporter):
+    """Says nothing of a run but what went wrong."""
+
+    def __init__(self) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        if text.startswith("warning"):
+            print(f"  {text}")
+
+    def pass_begins(self, name: str, microbatches: int) -> Callable[[int], None]:
+        return lambda done: None
+
+    def work_begins(self, blocks_by_shard: Any, finished: int) -> None:
+        pass
+
+    def block_done(self, report: Any, recipe: str, blocks: int) -> None:
+        pass
+
+
+def run(job: Job, texts: tuple[Path, Path], settings: argparse.Namespace) -> dict[str, Any]:
+    """One run's line of the record; its checkpoint is deleted."""
+    recipe, target, seed = job
+    with tempfile.TemporaryDirectory(dir=settings.scratch) as home:
+        result = prune(
+            PruneConfig(
+                model=str(settings.model),
+                output=f"{home}/out",
+                calibration=str(texts[0]),
+                eval=str(texts[1]),
+                samples=settings.samples,
+                length=settings.length,
+                shards=SHARDS,
+                seed=seed,
+                experiment="quality",
+                run_name=f"{recipe}, {target}, seed {seed}",
+                **TARGETS[target],
+                **RECIPES[recipe],
+            ),
+            Quiet(),
+        )
+    seconds = result.run["seconds"]
+    return {
+        "recipe": recipe,
+        "target": target,
+        "seed": seed,
+        "perplexity": result.perplexity,
+        "dense_perplexity": result.dense_perplexity,
+        "kl": result.kl,
+        "top1_agreement": result.top1_agreement,
+        "sparsity": result.sparsity,
+        "seconds": seconds.get("stream", 0.0) + seconds["work"],
+        "seconds_in_all": seconds["total"],
+        "peak_memory": max(result.run["peak_memory"]["shards"]),
+        "put_back": sum(not unit["improved"] for block in result.run["blocks"] for unit in block["units"]),
+        "mlflow_run_id": result.run["mlflow_run_id"],
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """What code this is, as git says it."""
+    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return asked.stdout.strip() or "unknown"
+
+
+def texts_for(settings: argparse.Namespace) -> tuple[Path, Path]:
+    """Calibration text, and as much of the evaluation text as makes `windows` windows, which spares every run the rest
+    of it."""
+    calibration, evaluation = settings.calibration, settings.eval
+    if calibration is None or evaluation is None:
+        calibration, evaluation = SHARED / "data" / "pystdlib-calib.txt", SHARED / "data" / "pystdlib-valid.txt"
+        if not (calibration.exists() and evaluation.exists()):
+            calibration, evaluation = settings.scratch / "calibration.txt", settings.scratch / "held-out.txt"
+            calibration.write_text(sources.calibration_text())
+            evaluation.write_text(sources.held_out_text())
+    excerpt = settings.scratch / f"evaluation-{settings.windows}x{settings.length}.txt"
+    if not excerpt.exists():
+        text = evaluation.read_text()
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [end for _, end in tokens["offset_mapping"]]
+        # One token more: cut off there, the last one may be tokenised otherwise.
+        excerpt.write_text(text[: ends[min(settings.windows * settings.length, len(ends) - 1)]])
+    return calibration, excerpt
+
+
+def read(record: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+
+
+def make(settings: argparse.Namespace, record: Path) -> None:
+    """Up to `limit` of the runs that the record lacks, on one Ray cluster."""
+    done = {(line["recipe"], line["target"], line["seed"]) for line in read(record)}
+    wanted = set(settings.only or RECIPES)
+    todo = [job for job in jobs() if job not in done and job[0] in wanted and job[2] in settings.seeds]
+    print(f"{len(done)} runs are done, {len(todo)} are to do")
+    if not todo:
+        return
+    texts = texts_for(settings)
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{settings.scratch / 'mlflow.db'}"
+    driver.Fleet = WarmFleet  # type: ignore[misc]
+    with local_cluster(cpus=SHARDS, object_store_bytes=256 << 20):
+        for job in todo[: settings.limit]:
+            started = time.perf_counter()
+            try:
+                line = run(job, texts, settings)
+            except Refusal as refusal:
+                print(f"{job}: {refusal}")
+                continue
+            with record.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(
+                f"{', '.join(map(str, job))}: perplexity {line['perplexity']:.3f}, KL {line['kl']:.4f}, "
+                f"{time.perf_counter() - started:.1f} s",
+                flush=True,
+            )
+
+
+def table(lines: Iterable[dict[str, Any]]) -> str:
+    """Markdown: a row a recipe; for each target perplexity and KL, mean ± standard deviation over the seeds; seconds of
+    stream and work, and the larger shard's peak memory, medians over all runs of the recipe."""
+    lines = list(lines)
+    dense = {f"{line['dense_perplexity']:.2f}" for line in lines}
+    header = ["recipe", *(f"{target} {what}" for target in TARGETS for what in ("perplexity", "KL")), "s", "MB", "runs"]
+    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for recipe in RECIPES:
+        of_recipe = [line for line in lines if line["recipe"] == recipe]
+        if not of_recipe:
+            continue
+        cells = [recipe]
+        for target in TARGETS:
+            runs = [line for line in of_recipe if line["target"] == target]
+            cells += [_mean(line["perplexity"] for line in runs), _mean((line["kl"] for line in runs), 3)]
+        cells.append(f"{statistics.median(line['seconds'] for line in of_recipe):.1f}")
+        cells.append(f"{statistics.median(line['peak_memory'] for line in of_recipe) / 1e6:.0f}")
+        rows.append([*cells, str(len(of_recipe))])
+    drawn = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"Dense perplexity {', '.join(sorted(dense))}.\n\n{drawn}"
+
+
+def _mean(values: Iterable[float], places: int = 2) -> str:
+    values = list(values)
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{places}f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    trained = SHARED / "models" / "pystdlib-5m"
+    parser.add_argument(
+        "--model", type=Path, default=trained if trained.exists() else ROOT / "pipeline" / "demo" / "model"
+    )
+    parser.add_argument("--calibration", type=Path, help="text file; with --eval")
+    parser.add_argument("--eval", type=Path, help="text file")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=64, help="windows of --length tokens to evaluate on")
+    parser.add_argument("--limit", type=int, help="runs to make before it ends; default: all")
+    parser.add_argument("--only", action="append", metavar="RECIPE", help="may be given again")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "espalier-quality")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, and end")
+    settings = parser.parse_args()
+    settings.scratch = settings.scratch.absolute()
+    settings.scratch.mkdir(parents=True, exist_ok=True)
+    record = settings.scratch / "quality.jsonl"
+    if settings.table:
+        print(table(read(record)))
+    else:
+        make(settings, record)
+
+
+if __name__ == "__main__":
+    main()
