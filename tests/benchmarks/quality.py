@@ -33,7 +33,6 @@ from cluster.fleet import Fleet
 from pipeline import PruneConfig, driver, prune
 from pipeline.demo import sources
 from pipeline.progress import Reporter
-from stages.errors import Refusal
 from stages.meter import release_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -237,13 +236,17 @@ def make(settings: argparse.Namespace, record: Path) -> None:
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{settings.scratch / 'mlflow.db'}"
     driver.Fleet = WarmFleet  # type: ignore[misc]
     with local_cluster(cpus=SHARDS, object_store_bytes=256 << 20):
-        for job in todo[: settings.limit]:
+        made = 0
+        for job in todo:
+            if made == settings.limit:
+                break
             started = time.perf_counter()
             try:
                 line = run(job, texts, settings)
-            except Refusal as refusal:
-                print(f"{job}: {refusal}")
+            except Exception as error:  # the others are none the worse for it; it is tried again the next time
+                print(f"{', '.join(map(str, job))}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
                 continue
+            made += 1
             with record.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(
@@ -294,7 +297,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=64, help="windows of --length tokens to evaluate on")
-    parser.add_argument("--limit", type=int, help="runs to make before it ends; default: all")
+    parser.add_argument("--limit", type=int, help="runs to finish before it ends; default: all")
     parser.add_argument("--only", action="append", metavar="RECIPE", help="may be given again")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "espalier-quality")
