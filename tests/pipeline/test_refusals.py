@@ -108,6 +108,30 @@ def test_a_pattern_that_does_not_fill_a_layer_names_the_layer(refused: Refused, 
     assert "block 0, mlp.down_proj" in line and "54" in line
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--reconstruct", "window:9"], "reconstruct window:9: the model has 4 blocks"),
+        (["--reconstruct", "window:4", "--shards", 2], "shards 2: 4 blocks make 1 windows of 4"),
+        (["--sweeps", 1, "--inputs", "pruned"], "sweeps 1 with inputs pruned"),
+        (["--criterion", "wandar"], "did you mean wanda"),
+        (["--criterion", "ria", "--criterion-option", "alpha=-1"], "alpha = -1 must be at least 0"),
+        (["--criterion", "ria", "--criterion-option", "alfa=1"], "did you mean alpha"),
+        (["--criterion", "nowhere.score"], "cannot be imported"),
+        (["--refine", "dsnott"], "refine = 'dsnott'"),
+    ],
+)
+def test_recipes_that_cannot_be(refused: Refused, options: list[object], said: str) -> None:
+    assert said in refused(*options)
+
+
+def test_an_override_that_matches_no_layer_names_the_nearest(refused: Refused, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('overrides:\n  - match: "0.mlp.down_prj"\n    sparsity: 0\n')
+    line = refused("--config", recipe)
+    assert "override '0.mlp.down_prj' matches no layer" in line and "0.mlp.down_proj" in line
+
+
 @pytest.mark.parametrize("pattern", ["4:2", "2", "2:4:8", "a:b", "0:4"])
 def test_a_pattern_that_is_none(refused: Refused, pattern: str) -> None:
     assert pattern in refused("--pattern", pattern)
