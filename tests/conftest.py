@@ -1,6 +1,7 @@
 """What several rooms share: one thread, tiny random checkpoints of every family, and the folder of reference data."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WINDOW = 6  # the sliding windows of the tiny models: shorter than the sequences that the tests run
 VOCABULARY = 128
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard() -> Iterator[None]:
+    """A shell starts what it puts in the background deaf to SIGINT; tests that press Ctrl-C would wait for ever."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)
