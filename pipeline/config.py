@@ -15,6 +15,7 @@ from stages.masks import check_sparsity, parse_pattern
 from stages.recipe import Rebuild, Recipe
 
 Count = Annotated[int, Field(ge=1)]
+CORRECTIONS = (0.3, 0.6)  # of the first sweep, and of all later ones
 
 
 class ClusterConfig(BaseModel):
@@ -100,10 +101,10 @@ class PruneConfig(ClusterConfig):
     sweeps: int = Field(
         0, ge=0, description="Refit all blocks again, at once, this often: each time on what the pruned model gives."
     )
-    correction: Literal["auto"] | list[float] = Field(
+    correction: Literal["auto", "foreseen"] | list[float] = Field(
         "auto",
         description="Share of the accumulated error that a unit takes back in a sweep, one for all or C,C,...; auto: "
-        "each unit is given the input that it will have once those before it have taken back theirs.",
+        "0.3, then 0.6; foreseen: each unit is given the input that it will have once those before it did so.",
     )
     epochs: Count = Field(1, description="Passes over the calibration while refitting.")
     batch: Count = Field(2, description="Samples in one refitting step.")
@@ -155,7 +156,7 @@ class PruneConfig(ClusterConfig):
     @classmethod
     def _correction(cls, value: Any) -> Any:
         """From 0.3 or 0.3,0.6 as text, or from numbers."""
-        if value == "auto":
+        if value in ("auto", "foreseen"):
             return value
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
         try:
@@ -192,7 +193,7 @@ class PruneConfig(ClusterConfig):
             raise Refusal(
                 f"sweeps {self.sweeps} with reconstruct {self.reconstruct}: a sweep refits component, block or window:N"
             )
-        if self.correction != "auto" and len(self.correction) not in (1, self.sweeps):
+        if isinstance(self.correction, list) and len(self.correction) not in (1, self.sweeps):
             given = ",".join(f"{share:g}" for share in self.correction)
             raise Refusal(f"correction {given}: {self.sweeps} sweeps take one share, or {self.sweeps}")
 
@@ -227,8 +228,10 @@ class PruneConfig(ClusterConfig):
 
     @property
     def _corrections(self) -> tuple[float, ...]:
-        if self.correction == "auto":
+        if self.correction == "foreseen":
             return ()
+        if self.correction == "auto":
+            return tuple(CORRECTIONS[min(sweep, 1)] for sweep in range(self.sweeps))
         return tuple(self.correction) * (self.sweeps if len(self.correction) == 1 else 1)
 
     @property

@@ -186,7 +186,7 @@ def test_one_correction_serves_all_sweeps_and_a_list_one_each() -> None:
     assert PruneConfig(**LEAST, sweeps=2, correction=0.5).recipe.corrections == (0.5, 0.5)
     assert PruneConfig(**LEAST, sweeps=2, correction="0.3,0.6").recipe.corrections == (0.3, 0.6)
     assert (
-        PruneConfig(**LEAST, sweeps=5).recipe.foresees
+        PruneConfig(**LEAST, sweeps=5, correction="foreseen").recipe.foresees
         and not PruneConfig(**LEAST, sweeps=5, correction=1).recipe.foresees
     )
     assert PruneConfig(**LEAST).recipe.corrections == ()

@@ -168,7 +168,7 @@ def test_a_shard_killed_in_the_stream_costs_a_warning_and_a_second_pass(
 
 # -- sweeps and pruned inputs ------------------------------------------------------------------------------------------
 
-SWEEPS = {"sweeps": 2, "reconstruct": "block", "refine": "r2-dsnot"}
+SWEEPS = {"sweeps": 2, "correction": [0.3, 0.6], "reconstruct": "block", "refine": "r2-dsnot"}
 IN_ORDER = {"inputs": "pruned", "reconstruct": "window:2", "criterion": "sparsegpt", "refine": "none"}
 
 
