@@ -183,7 +183,9 @@ def test_a_model_is_pruned_exactly_on_images_and_refitted(seeing, folder, tmp_pa
     table = table_of(directory, folder, tmp_path / "images.arrow")
     reports = pruned(directory, tmp_path, table, RECIPES[recipe])
     assert [report["sparsity"] for report in reports] == [0.5] * LAYERS
-    assert all(0 < unit["error_after"] < unit["error_before"] for report in reports for unit in report["units"])
+    errors = [(unit["error_before"], unit["error_after"]) for report in reports for unit in report["units"]]
+    assert all(0 < after <= before for before, after in errors)  # a unit that did not improve is put back,
+    assert any(after < before for before, after in errors)  # as one may be that swaps have left little to gain
     dense, result = load_file(directory / "model.safetensors"), tensors_of(tmp_path / "output")
     assert set(result) == set(dense)
     for key, tensor in result.items():
