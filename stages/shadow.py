@@ -1,0 +1,396 @@
+"""A shadow of the weights: their weighted average over a whole training run, kept on the CPU. Methods §8.
+
+With snapshots p_0, p_1, ... of a weight and multipliers m_n, its shadow after n is q_n = Σ m_i p_i / Σ m_i, computed as
+q ← q + (p - q) · m_n / S_n with S_n = Σ m_i. Its importance is |q| (Systematic Weight Evaluation, 2502.17071, Eq. 2).
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.checkpoint import Checkpoint, write_tensors
+from stages.errors import Refusal
+from stages.shadow_formats import BLOCK, CHUNK, Draws, Kept, format_of
+
+Schedule = Literal["linear", "exponential", "uniform"]
+Dtype = Literal["fp32", "bf16", "int8"]
+Rounding = Literal["stochastic", "compensated"]
+STRIP = 32 * CHUNK  # values that a thread takes up, or that leave the device, at a time
+SETTINGS = "settings"  # in a saved shadow, beside the tensors: JSON as bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShadowSpec:
+    """How weights are averaged over a run. Raises Refusal for what cannot be."""
+
+    schedule: Schedule = "linear"
+    decay: float = 0.99  # γ of the exponential schedule
+    signed: bool = True  # average p; else |p|
+    window: int | None = None  # only so many snapshots count, the last ones
+    dtype: Dtype = "fp32"
+    rounding: Rounding = "stochastic"  # of bf16
+    every: int = 1  # optimizer steps from one snapshot to the next
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("schedule", Schedule), ("dtype", Dtype), ("rounding", Rounding)):
+            if (value := getattr(self, name)) not in get_args(kinds):
+                raise Refusal(f"shadow {name} {value!r}: choose {', '.join(get_args(kinds))}")
+        if not 0 < self.decay < 1:
+            raise Refusal(f"shadow decay {self.decay}: must be above 0 and below 1; try 0.99")
+        for name in ("window", "every"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise Refusal(f"shadow {name} {count}: must be at least 1")
+        if self.rounding == "compensated" and self.dtype != "bf16":
+            raise Refusal(f"shadow rounding compensated with dtype {self.dtype}: it is for bf16; leave it out")
+
+
+def share(schedule: Schedule, decay: float, n: int) -> float:
+    """m_n / S_n, n = 0, 1, ...: what snapshot n weighs among all so far.
+
+    m_n is n + 1 (linear), decay^-n (exponential) or 1 (uniform). Nothing overflows: the exponential share is
+    (1 - decay) / (1 - decay^(n + 1)), which falls to 1 - decay and stays there.
+    """
+    if schedule == "linear":
+        return 2 / (n + 2)
+    if schedule == "uniform":
+        return 1 / (n + 1)
+    return math.expm1(math.log(decay)) / math.expm1((n + 1) * math.log(decay))
+
+
+def window_shares(schedule: Schedule, decay: float, n: int, window: int) -> list[float]:
+    """What the last snapshots of n, at most `window` of them, weigh among themselves, oldest first."""
+    counted = range(max(0, n - window), n)
+    if schedule == "linear":
+        weights = [float(i + 1) for i in counted]
+    elif schedule == "uniform":
+        weights = [1.0] * len(counted)
+    else:
+        weights = [decay ** (n - 1 - i) for i in counted]
+    return [weight / sum(weights) for weight in weights]
+
+
+def parameter_of(name: str) -> tuple[str, int]:
+    """A piece's parameter and the element of it that the piece starts at: "mlp.weight@256" as ("mlp.weight", 256)."""
+    parameter, at, start = name.rpartition("@")
+    return (parameter, int(start)) if at and start.isdigit() else (name, 0)
+
+
+class Piece:
+    """What is kept of one tensor, or of a slice of a parameter. Places count from `base`, the start of a block."""
+
+    def __init__(self, name: str, shape: Sequence[int], kept: dict[str, np.ndarray]) -> None:
+        self.name, self.shape, self.kept = name, tuple(shape), kept
+        self.parameter, self.start = parameter_of(name)
+        self.base = self.start // BLOCK * BLOCK
+        self.length = math.prod(shape)
+        self.end = _padded(self.start - self.base + self.length)
+
+    def slot(self, number: int) -> Kept:
+        return {name: array[number] for name, array in self.kept.items()}
+
+    def cuts(self, step: int, low: int, high: int) -> Iterator[tuple[int, int]]:
+        """The places from `low` to `high`, cut where the parameter's elements are multiples of `step`."""
+        while low < high:
+            upper = min(high, ((low + self.base) // step + 1) * step - self.base)
+            yield low, upper
+            low = upper
+
+    def inside(self, low: int, high: int) -> slice:
+        """Those elements of the tensor that lie from place `low` to `high`."""
+        head = self.start - self.base
+        return slice(max(low - head, 0), min(high - head, self.length))
+
+
+def _padded(length: int) -> int:
+    return -(-length // BLOCK) * BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Part of a piece that one thread works on."""
+
+    number: int
+    low: int
+    high: int
+
+
+class ShadowTracker:
+    """The shadow of some named tensors, updated from them by `update`.
+
+    A name `PARAMETER@START` is a slice of a flattened parameter, as a ZeRO rank holds it. Shadows of fp32 and bf16 come
+    out bit for bit the same however parameters are cut into pieces. Those of int8 do where cuts fall on multiples of
+    128 elements; of a block that a cut goes through, each piece has its own scale, within the bound below.
+
+    Without a window the memory is one value a weight: `dtype`. With a window of k it is k values, the snapshots
+    themselves, and importance is their weighted mean computed anew: exact however long the run. (A running sum from
+    which snapshots are subtracted would drift.) The weights are those of the schedule: m_n of linear goes on growing.
+
+    Error of one weight's q. fp32: that of float32 sums. Stochastic bf16 and int8, whose steps are h (2⁻⁷ |q| at most,
+    and 1/113 of a block's largest |q| when its scale was last set): unbiased, and at most h · √(D + (1 + G) / 4) root
+    mean square, h the largest so far, D the largest |p - q| of an update in steps, G how often the scale grew, which
+    takes a block's largest |q| an eighth further each time. About D/2 rather than D in long runs; the number of updates
+    does not come into it. Compensated bf16: at most 2⁻¹⁷ |q| Σ_i S_i / S_n, a sum of half as many steps as there
+    are updates or less. In a window: below h.
+
+    On a CPU `update` works in place with `threads` threads, and is done when it returns: as fast as copying the weights
+    away. Where the tensors are on an accelerator, or with `background`, it only clones them on their device; a thread
+    brings them over, on a stream of its own through two pinned buffers, and updates behind the training's back. It
+    waits only for a snapshot that is still under way.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        *,
+        schedule: Schedule = "linear",
+        decay: float = 0.99,
+        signed: bool = True,
+        window: int | None = None,
+        dtype: Dtype = "fp32",
+        rounding: Rounding = "stochastic",
+        seed: int = 0,
+        background: bool | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.spec = ShadowSpec(
+            schedule=schedule, decay=decay, signed=signed, window=window, dtype=dtype, rounding=rounding
+        )
+        self.seed, self.updates = seed, 0
+        self._tensors = dict(named_parameters)
+        self._format = format_of(dtype, rounding)
+        self._draws = Draws(seed, self._format.fractions)
+        self._pieces = [self._new_piece(name, tensor) for name, tensor in self._tensors.items()]
+        self._keys = [self._draws.key(piece.parameter) for piece in self._pieces]
+        self._strips = [
+            Strip(number, low, high)
+            for number, piece in enumerate(self._pieces)
+            for low, high in piece.cuts(STRIP, 0, piece.end)
+        ]
+        device = next((tensor.device for tensor in self._tensors.values()), torch.device("cpu"))
+        self._device = device if device.type != "cpu" else None
+        self._behind = background if background is not None else self._device is not None
+        self._threads = 1 if self._behind else threads or torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._threads, "shadow") if self._behind or self._threads > 1 else None
+        self._pending: Future[None] | None = None
+
+    @classmethod
+    def of(cls, spec: ShadowSpec, named_parameters: Iterable[tuple[str, Tensor]], seed: int = 0) -> "ShadowTracker":
+        """A tracker as `spec` says; its `every` is for whoever calls `update`."""
+        settings = {name: value for name, value in asdict(spec).items() if name != "every"}
+        return cls(named_parameters, **settings, seed=seed)
+
+    def _new_piece(self, name: str, tensor: Tensor) -> Piece:
+        piece = Piece(name, tensor.shape, {})
+        piece.kept = self._format.empty(self.spec.window or 1, piece.end)
+        return piece
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the shadow."""
+        return sum(array.nbytes for piece in self._pieces for array in piece.kept.values())
+
+    # -- updates ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take one snapshot. Raises Refusal if a weight, in this or in the snapshot before, is NaN or infinite."""
+        self._settle()
+        flat = [tensor.detach().reshape(-1) for tensor in self._tensors.values()]
+        number, self.updates = self.updates, self.updates + 1
+        if self._pool is None:
+            for strip in self._strips:
+                self._fold(strip, number, _stretch(flat, self._pieces, strip))
+        elif not self._behind:
+            jobs = (partial(self._fold, s, number, _stretch(flat, self._pieces, s)) for s in self._strips)
+            for job in [self._pool.submit(job) for job in jobs]:
+                job.result()
+        else:
+            flat = [tensor.clone() for tensor in flat]
+            ready = None if self._device is None else torch.cuda.current_stream(self._device).record_event()
+            self._pending = self._pool.submit(self._fold_all, flat, number, ready)
+
+    def _settle(self) -> None:
+        """Wait for the snapshot that is under way, if one is."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _fold_all(self, flat: list[Tensor], number: int, ready: Any) -> None:
+        stretches: Iterator[Tensor] = (_stretch(flat, self._pieces, strip) for strip in self._strips)
+        if self._device is not None:
+            stretches = _brought_over(stretches, self._device, ready)
+        for strip, stretch in zip(self._strips, stretches, strict=True):
+            self._fold(strip, number, stretch)
+
+    def _fold(self, strip: Strip, number: int, given: Tensor) -> None:
+        """One strip's part of snapshot `number`; `given` is that part of the tensor, on the CPU."""
+        piece, window = self._pieces[strip.number], self.spec.window
+        kept = piece.slot(number % window if window else 0)
+        weight = np.float32(share(self.spec.schedule, self.spec.decay, number))
+        first = piece.inside(strip.low, strip.high).start
+        values = given.float().numpy()
+        scratch = np.empty(CHUNK, np.float32)
+        for low, high in piece.cuts(CHUNK, strip.low, strip.high):
+            new = scratch[: high - low]
+            self._take(new, values, piece, low, high, first)
+            draws = self._draws.of(self._keys[strip.number], number, low + piece.base, high + piece.base)
+            if not math.isfinite(new.sum(dtype=np.float32)):
+                raise Refusal(
+                    f"shadow: {piece.name} holds NaN or infinity at snapshot {number}; "
+                    "the training has diverged: lower its learning rate, or clip its gradients"
+                )
+            if window:
+                self._format.clear(kept, low, high)
+                self._format.write(kept, low, new, draws)
+                continue
+            old = self._format.read(kept, low, high)
+            np.subtract(new, old, out=new)
+            np.multiply(new, weight, out=new)
+            np.add(old, new, out=old)  # three roundings an element, whatever its neighbours: cuts do not show
+            self._format.write(kept, low, old, draws)
+
+    def _take(self, new: np.ndarray, values: np.ndarray, piece: Piece, low: int, high: int, first: int) -> None:
+        """The snapshot's values from place `low` to `high`, zeros where the piece has none."""
+        inside = piece.inside(low, high)
+        begin = inside.start + piece.start - piece.base - low
+        end = begin + inside.stop - inside.start
+        new[:begin], new[end:] = 0, 0
+        part = values[inside.start - first : inside.stop - first]
+        if self.spec.signed:
+            np.copyto(new[begin:end], part)
+        else:
+            np.abs(part, out=new[begin:end])
+
+    # -- results ---------------------------------------------------------------------------------------------------
+
+    def importance(self) -> dict[str, Tensor]:
+        """|q| of each tensor under its name: float32, on the CPU, in its shape; zeros before the first update."""
+        self._settle()
+        return {piece.name: torch.from_numpy(self._importance(piece)).view(piece.shape) for piece in self._pieces}
+
+    def _importance(self, piece: Piece) -> np.ndarray:
+        window, total = self.spec.window, np.empty(piece.end, np.float32)
+        shares = [1.0]
+        if window:
+            shares = window_shares(self.spec.schedule, self.spec.decay, self.updates, window)
+        for low, high in piece.cuts(CHUNK, 0, piece.end):
+            mean = np.zeros(high - low)
+            for age, weight in enumerate(reversed(shares), 1):
+                kept = piece.slot((self.updates - age) % window if window else 0)
+                mean += weight * self._format.read(kept, low, high).astype(np.float64)
+            np.abs(mean, out=mean)
+            total[low:high] = mean
+        head = piece.start - piece.base
+        return total[head : head + piece.length]
+
+    # -- what is saved ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it: settings and the count of updates as plain values, and "tensors" by name, which share memory with
+        the tracker until its next update."""
+        self._settle()
+        settings = {name: value for name, value in asdict(self.spec).items() if name != "every"}
+        return {
+            "settings": settings | {"seed": self.seed},
+            "updates": self.updates,
+            "shapes": {piece.name: list(piece.shape) for piece in self._pieces},
+            "tensors": {
+                f"{piece.name}/{part}": torch.from_numpy(array)
+                for piece in self._pieces
+                for part, array in piece.kept.items()
+            },
+        }
+
+    def load_state_dict(self, *states: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, of one rank or of several: pieces may have been cut elsewhere.
+
+        Raises Refusal for states of other settings or other counts of updates, or if a weight is in none of them.
+        """
+        self._settle()
+        mine = self.state_dict()["settings"]
+        for state in states:
+            for name, value in state["settings"].items():
+                if value != mine[name]:
+                    raise Refusal(f"shadow: saved with {name} {value}, now {mine[name]}; give the saved run's options")
+        if len(counts := {state["updates"] for state in states}) != 1:
+            raise Refusal(f"shadow: ranks saved after {sorted(counts)} updates; all must be of one checkpoint")
+        for piece in self._pieces:
+            piece.kept = self._format.empty(self.spec.window or 1, piece.end)
+            taken = sum(
+                self._adopt(piece, saved) for state in states for saved in _saved(state, piece.parameter, piece.kept)
+            )
+            if taken != piece.length:
+                raise Refusal(
+                    f"shadow: {piece.name} has {piece.length} weights, {taken} of them are in what was saved; "
+                    "give the files of all ranks, of this model's shadow"
+                )
+        self.updates = counts.pop()
+
+    def _adopt(self, piece: Piece, saved: Piece) -> int:
+        """Take over what `saved` has of the piece; how many values that is."""
+        low = max(piece.start, saved.start)
+        high = min(piece.start + piece.length, saved.start + saved.length)
+        if low >= high:
+            return 0
+        for slot in range(self.spec.window or 1):
+            kept, source = piece.slot(slot), saved.slot(slot)
+            self._format.adopt(kept, low - piece.base, source, low - saved.base, high - saved.base)
+        return high - low
+
+    def save(self, path: Path) -> None:
+        """Write `state_dict` as one safetensors file. Raises Refusal when the disk is full."""
+        state = self.state_dict()
+        tensors = state.pop("tensors")
+        settings = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+        write_tensors(path, tensors | {SETTINGS: settings})
+
+    def load(self, *paths: Path) -> None:
+        """Go on from files that `save` wrote, of one rank or of several. Raises Refusal as `load_state_dict` does."""
+        states = []
+        for path in paths:
+            checkpoint = Checkpoint.of_file(path)
+            tensors = checkpoint.load(checkpoint.entries)
+            states.append(json.loads(bytes(tensors.pop(SETTINGS).numpy())) | {"tensors": tensors})
+        self.load_state_dict(*states)
+
+
+def _saved(state: Mapping[str, Any], parameter: str, parts: Iterable[str]) -> Iterator[Piece]:
+    """The pieces of one parameter in what was saved."""
+    for name, shape in state["shapes"].items():
+        if parameter_of(name)[0] == parameter:
+            yield Piece(name, shape, {part: state["tensors"][f"{name}/{part}"].numpy() for part in parts})
+
+
+def _stretch(flat: Sequence[Tensor], pieces: Sequence[Piece], strip: Strip) -> Tensor:
+    return flat[strip.number][pieces[strip.number].inside(strip.low, strip.high)]
+
+
+def _brought_over(stretches: Iterable[Tensor], device: torch.device, ready: Any) -> Iterator[Tensor]:
+    """The stretches on the CPU, one after the other: while one is worked on, the next is on its way.
+
+    They are copied on a stream of their own, once the event `ready` has passed, into two pinned buffers in turn.
+    """
+    stream = torch.cuda.Stream(device)
+    buffers = [torch.empty(STRIP, dtype=torch.float32, pin_memory=True) for _ in range(2)]
+    coming: tuple[Tensor, Any] | None = None
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        stream.wait_event(ready)
+        for number, stretch in enumerate(stretches):
+            landed = buffers[number % 2][: len(stretch)].copy_(stretch, non_blocking=True)
+            following = landed, stream.record_event()
+            if coming is not None:
+                coming[1].synchronize()
+                yield coming[0]
+            coming = following
+        if coming is not None:
+            coming[1].synchronize()
+            yield coming[0]

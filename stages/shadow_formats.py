@@ -1,0 +1,191 @@
+"""How a shadow lies in memory: fp32, bf16, bf16 with its remainders, int8 in blocks of 128; and how it is rounded.
+
+Rounding to a grid of step h adds a random number below h and cuts off: right on average, so that updates far smaller
+than h are not lost. What lies on the grid already stays as it is, so an update that moves a value by d steps adds an
+error of variance at most d · h² (and never more than h²/4).
+
+The random numbers depend on (seed, parameter, element, update) alone, never on how parameters are cut into pieces.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+Array = np.ndarray
+Kept = Mapping[str, Array]  # what one tensor is kept as: array name -> its values, or their scales
+
+BLOCK = 128  # values that share a scale
+CHUNK = 1 << 15  # values worked on at a time, so that they stay in the cache; a multiple of BLOCK
+HEADROOM = 1.125  # a scale that must grow grows by this much more
+DRAWS = 1 << 16
+MASK = (1 << 64) - 1
+
+
+def _mixed(number: int) -> int:
+    """A hash of 64 bits (SplitMix64, Steele et al. 2014)."""
+    number = (number + 0x9E3779B97F4A7C15) & MASK
+    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & MASK
+    return number ^ (number >> 31)
+
+
+class Draws:
+    """Random numbers for every element and update: from 0 to 65535, uint32, or as fractions of 65536, float32.
+
+    A table holds each of them once, shuffled, and a stretch of CHUNK elements reads it from a place hashed anew for
+    each update: so an element's numbers are uniform and unrelated from update to update, and cost no more than reading.
+    """
+
+    def __init__(self, seed: int, fractions: bool) -> None:
+        self._seed = seed
+        shuffled = sorted(range(DRAWS), key=lambda place: _mixed(place ^ _mixed(seed)))
+        table = np.array(shuffled + shuffled[:CHUNK], dtype=np.uint32)
+        self._table = ((table + 0.5) / DRAWS).astype(np.float32) if fractions else table
+
+    def key(self, parameter: str) -> int:
+        """A number of 64 bits for a parameter's name."""
+        return int.from_bytes(hashlib.sha256(f"{self._seed}/{parameter}".encode()).digest()[:8], "big")
+
+    def of(self, key: int, update: int, low: int, high: int) -> Array:
+        """(high - low,): those of elements `low` to `high` of a parameter, in one stretch of CHUNK."""
+        place = _mixed(_mixed(key ^ update) ^ (low // CHUNK)) % DRAWS
+        return self._table[place + low % CHUNK :][: high - low]
+
+
+class Format(ABC):
+    """One way to keep float32 values. Places count from the start of a block, and so do reads and writes."""
+
+    fractions = False  # whether `write` takes its random numbers as fractions of a step
+
+    @abstractmethod
+    def empty(self, slots: int, length: int) -> dict[str, Array]:
+        """Zeros for `slots` times `length` values (a multiple of BLOCK)."""
+
+    @abstractmethod
+    def read(self, kept: Kept, low: int, high: int) -> Array:
+        """The values from `low` to `high` as float32; what is written back may be changed in place."""
+
+    @abstractmethod
+    def write(self, kept: Kept, low: int, values: Array, draws: Array) -> None:
+        """Round and keep values (changed in place) from `low` on."""
+
+    def clear(self, kept: Kept, low: int, high: int) -> None:
+        """Forget what was kept there, as far as it would shape what is written next."""
+        return
+
+    def adopt(self, kept: Kept, at: int, source: Kept, low: int, high: int) -> None:
+        """Take over `source`'s values from `low` to `high`, to lie from `at` on, whole blocks away."""
+        for name, array in kept.items():
+            array[at : at + high - low] = source[name][low:high]
+
+
+class Float32(Format):
+    """4 bytes a value, plain sums: an update is lost when it is below 2⁻²⁵ of its value."""
+
+    def empty(self, slots: int, length: int) -> dict[str, Array]:
+        return {"value": np.zeros((slots, length), np.float32)}
+
+    def read(self, kept: Kept, low: int, high: int) -> Array:
+        return kept["value"][low:high]
+
+    def write(self, kept: Kept, low: int, values: Array, draws: Array) -> None:
+        kept["value"][low : low + len(values)] = values
+
+
+class BFloat16(Format):
+    """2 bytes a value, rounded stochastically: h is 2⁻⁸ to 2⁻⁷ of it."""
+
+    def empty(self, slots: int, length: int) -> dict[str, Array]:
+        return {"value": np.zeros((slots, length), np.uint16)}
+
+    def read(self, kept: Kept, low: int, high: int) -> Array:
+        bits = kept["value"][low:high].astype(np.uint32)
+        return np.left_shift(bits, 16, out=bits).view(np.float32)
+
+    def write(self, kept: Kept, low: int, values: Array, draws: Array) -> None:
+        bits = values.view(np.uint32)
+        np.add(bits, draws, out=bits)
+        np.right_shift(bits, 16, out=bits)
+        kept["value"][low : low + len(values)] = bits
+
+
+class Compensated(Format):
+    """3 bytes a value: bf16, and a byte for what that cuts off, which the next update gets back. Nothing is random.
+
+    Sums of 24 bits in all: what is lost is below 2⁻¹⁷ of the value each time, and so is an update smaller than that.
+    (A remainder of 16 bits would take as much memory as fp32 does.)
+    """
+
+    def empty(self, slots: int, length: int) -> dict[str, Array]:
+        return {"value": np.zeros((slots, length), np.uint16), "rest": np.zeros((slots, length), np.uint8)}
+
+    def read(self, kept: Kept, low: int, high: int) -> Array:
+        bits = kept["value"][low:high].astype(np.uint32)
+        np.left_shift(bits, 8, out=bits)
+        np.bitwise_or(bits, kept["rest"][low:high], out=bits)
+        return np.left_shift(bits, 8, out=bits).view(np.float32)
+
+    def write(self, kept: Kept, low: int, values: Array, draws: Array) -> None:
+        bits = values.view(np.uint32)
+        np.add(bits, 0x80, out=bits)  # to the nearest
+        np.right_shift(bits, 8, out=bits)
+        kept["rest"][low : low + len(values)] = bits  # its lowest byte
+        kept["value"][low : low + len(values)] = np.right_shift(bits, 8, out=bits)
+
+
+class Int8(Format):
+    """1 byte a value and a float32 scale h for each BLOCK of them, rounded stochastically: 1.03 bytes.
+
+    A scale that fits stays. It grows, to HEADROOM more than it must, when the largest value of its block is beyond 127
+    steps, which rounds all the block anew; it is halved, which rounds nothing, when all are below a third of that.
+    Scales made anew at each update would round everything each time: its error would grow with the root of the number
+    of updates, and this one's does not.
+    """
+
+    fractions = True
+
+    def empty(self, slots: int, length: int) -> dict[str, Array]:
+        return {"value": np.zeros((slots, length), np.int8), "scale": np.zeros((slots, length // BLOCK), np.float32)}
+
+    def read(self, kept: Kept, low: int, high: int) -> Array:
+        values = kept["value"][low:high].astype(np.float32)
+        by_block = values.reshape(-1, BLOCK)
+        np.multiply(by_block, kept["scale"][low // BLOCK : high // BLOCK, None], out=by_block)
+        return values
+
+    def write(self, kept: Kept, low: int, values: Array, draws: Array) -> None:
+        by_block, scale = values.reshape(-1, BLOCK), kept["scale"][low // BLOCK :][: len(values) // BLOCK]
+        needed = np.maximum(by_block.max(1), -by_block.min(1)) * np.float32((1 + 1e-6) / 127)
+        np.copyto(scale, scale / 2, where=needed < scale / 3)
+        np.copyto(scale, needed * np.float32(HEADROOM), where=needed > scale)
+        np.divide(by_block, np.where(scale > 0, scale, np.float32(1))[:, None], out=by_block)
+        np.add(values, draws, out=values)
+        np.floor(values, out=values)
+        kept["value"][low : low + len(values)] = values
+
+    def clear(self, kept: Kept, low: int, high: int) -> None:
+        kept["scale"][low // BLOCK : high // BLOCK] = 0
+
+    def adopt(self, kept: Kept, at: int, source: Kept, low: int, high: int) -> None:
+        """Exact where blocks are taken over whole; of a block put together from two, one half is rounded anew."""
+        first, last = low // BLOCK, -(-high // BLOCK)
+        shift = at // BLOCK - first
+        mine, theirs = kept["scale"][first + shift : last + shift], source["scale"][first:last]
+        scale = np.maximum(mine, theirs)
+        divisor = np.where(scale > 0, scale, np.float32(1))
+        blocks = slice((first + shift) * BLOCK, (last + shift) * BLOCK)
+        held, given = kept["value"][blocks].reshape(-1, BLOCK), source["value"][first * BLOCK : last * BLOCK]
+        held[:] = np.rint(held * (mine / divisor)[:, None])
+        taken = np.rint(given.reshape(-1, BLOCK) * (theirs / divisor)[:, None])
+        kept["value"][at : at + high - low] = taken.reshape(-1)[low - first * BLOCK :][: high - low]
+        mine[:] = scale
+
+
+def format_of(dtype: Literal["fp32", "bf16", "int8"], rounding: Literal["stochastic", "compensated"]) -> Format:
+    """The format of these names; `rounding` says how bf16 is rounded."""
+    if dtype == "bf16":
+        return Compensated() if rounding == "compensated" else BFloat16()
+    return Float32() if dtype == "fp32" else Int8()
