@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 def run_demo(output: Path | None = None, address: str | None = None) -> dict[str, Any]:
     """Prune the bundled model with each recipe. Keys: rows, recovered, checkpoint, report, experiment, tracking_uri.
 
+    The model is copied to OUTPUT/dense first, where all nodes of a cluster find it: what Ray ships as code lies on each
+    node by itself, and is unpacked anew under a running job when another node on the same machine asks for it.
     Without `output`, the first of demo-run, demo-run-2, ... that is not there yet. Raises Refusal if `output` is not
     new or empty.
     """
@@ -39,6 +42,7 @@ def run_demo(output: Path | None = None, address: str | None = None) -> dict[str
     check_free(output)
     resolve(str(MODEL))
     output = output.absolute()
+    dense_model = shutil.copytree(MODEL, output / "dense")
     reporter = reporter_for(Console(stderr=True))
     rows: list[dict[str, Any]] = []
     try:
@@ -48,7 +52,7 @@ def run_demo(output: Path | None = None, address: str | None = None) -> dict[str
                 for title, recipe in RECIPES.items():
                     reporter.note(f"\n{title}")
                     config = PruneConfig(
-                        model=str(MODEL),
+                        model=str(dense_model),
                         output=str(output / title.replace(" 50%", "").replace(" + ", "-")),
                         calibration=str(calibration),
                         eval=str(held_out),
