@@ -105,6 +105,11 @@ class BlockCalibration:
         return [*self.inputs.values(), *self.outputs.values(), *self.drifted.values()]
 
     @property
+    def keeps_alike(self) -> bool:
+        """Whether as many samples of one tensor are kept as of any other."""
+        return len({len(spool) for spool in self._all}) < 2
+
+    @property
     def disk_bytes(self) -> int:
         return sum(spool.disk_bytes for spool in self._all)
 

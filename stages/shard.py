@@ -256,6 +256,8 @@ class Shard:
 
     def _finished_pass(self) -> None:
         for index in self._collect:
+            if not self._calibrations[index].keeps_alike:
+                raise OutOfStep(f"shard {self.spec.index} kept part of the samples in sweep {self._sweep}")
             self._calibrations[index].complete = True
             self._calibrations[index].drifted_for = self._sweep
 

@@ -57,9 +57,10 @@ def microbatches(tokens: Tensor) -> list[Tensor]:
 def stream(shards: Sequence[Shard], tokens: Tensor, collect: Collection[int] = (), sweep: int = 0) -> list[Tensor]:
     """The last block's output for every microbatch."""
     parts = microbatches(tokens)
-    flowing = [shards[0].embed(part) for part in parts]
     for shard in shards:
         shard.begin(len(parts), collect, sweep)
+    flowing = [shards[0].embed(part) for part in parts]  # after `begin`: a sweep may have more travel along
+    for shard in shards:
         if shard.spec.resident == "all":
             flowing = [shard.forward(number, hidden) for number, hidden in enumerate(flowing)]
         else:
