@@ -24,7 +24,7 @@ from stages.shadow_formats import BLOCK, CHUNK, Draws, Kept, format_of
 Schedule = Literal["linear", "exponential", "uniform"]
 Dtype = Literal["fp32", "bf16", "int8"]
 Rounding = Literal["stochastic", "compensated"]
-STRIP = 32 * CHUNK  # values that a thread takes up, or that leave the device, at a time
+STRIP = 64 * CHUNK  # values that a thread takes up, or that leave the device, at a time
 SETTINGS = "settings"  # in a saved shadow, beside the tensors: JSON as bytes
 
 
@@ -240,35 +240,43 @@ class ShadowTracker:
         values = given.float().numpy()
         scratch = np.empty(CHUNK, np.float32)
         for low, high in piece.cuts(CHUNK, strip.low, strip.high):
-            new = scratch[: high - low]
-            self._take(new, values, piece, low, high, first)
+            new, change = self._taken(values, scratch[: high - low], piece, low, high, first), scratch[: high - low]
             draws = self._draws.of(self._keys[strip.number], number, low + piece.base, high + piece.base)
-            if not math.isfinite(new.sum(dtype=np.float32)):
-                raise Refusal(
-                    f"shadow: {piece.name} holds NaN or infinity at snapshot {number}; "
-                    "the training has diverged: lower its learning rate, or clip its gradients"
-                )
             if window:
+                np.copyto(change, new)
+                self._check_finite(change, piece, number)
                 self._format.clear(kept, low, high)
-                self._format.write(kept, low, new, draws)
+                self._format.write(kept, low, change, draws)
                 continue
             old = self._format.read(kept, low, high)
-            np.subtract(new, old, out=new)
-            np.multiply(new, weight, out=new)
-            np.add(old, new, out=old)  # three roundings an element, whatever its neighbours: cuts do not show
+            np.subtract(new, old, out=change)
+            self._check_finite(change, piece, number)
+            np.multiply(change, weight, out=change)
+            np.add(old, change, out=old)  # three roundings an element, whatever its neighbours: cuts do not show
             self._format.write(kept, low, old, draws)
 
-    def _take(self, new: np.ndarray, values: np.ndarray, piece: Piece, low: int, high: int, first: int) -> None:
-        """The snapshot's values from place `low` to `high`, zeros where the piece has none."""
+    def _check_finite(self, values: np.ndarray, piece: Piece, number: int) -> None:
+        if not torch.from_numpy(values).sum().isfinite():
+            raise Refusal(
+                f"shadow: {piece.name} holds NaN or infinity at snapshot {number}; "
+                "the training has diverged: lower its learning rate, or clip its gradients"
+            )
+
+    def _taken(self, values: np.ndarray, room: np.ndarray, piece: Piece, low: int, high: int, first: int) -> np.ndarray:
+        """The snapshot from place `low` to `high`, zeros where the piece has none: part of `values`, which begin at
+        the tensor's element `first`, or made in `room`."""
         inside = piece.inside(low, high)
-        begin = inside.start + piece.start - piece.base - low
-        end = begin + inside.stop - inside.start
-        new[:begin], new[end:] = 0, 0
         part = values[inside.start - first : inside.stop - first]
+        if self.spec.signed and len(part) == len(room):
+            return part
+        begin = inside.start + piece.start - piece.base - low
+        end = begin + len(part)
+        room[:begin], room[end:] = 0, 0
         if self.spec.signed:
-            np.copyto(new[begin:end], part)
+            np.copyto(room[begin:end], part)
         else:
-            np.abs(part, out=new[begin:end])
+            np.abs(part, out=room[begin:end])
+        return room
 
     # -- results ---------------------------------------------------------------------------------------------------
 

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
+import torch
 
 Array = np.ndarray
 Kept = Mapping[str, Array]  # what one tensor is kept as: array name -> its values, or their scales
 
 BLOCK = 128  # values that share a scale
-CHUNK = 1 << 15  # values worked on at a time, so that they stay in the cache; a multiple of BLOCK
+CHUNK = 1 << 14  # values worked on at a time, so that they stay in the cache: few enough for one thread of torch
 HEADROOM = 1.125  # a scale that must grow grows by this much more
 DRAWS = 1 << 16
 MASK = (1 << 64) - 1
@@ -152,16 +153,17 @@ class Int8(Format):
 
     def read(self, kept: Kept, low: int, high: int) -> Array:
         values = kept["value"][low:high].astype(np.float32)
-        by_block = values.reshape(-1, BLOCK)
-        np.multiply(by_block, kept["scale"][low // BLOCK : high // BLOCK, None], out=by_block)
+        scale = torch.from_numpy(kept["scale"][low // BLOCK : high // BLOCK])
+        torch.from_numpy(values).view(-1, BLOCK).mul_(scale[:, None])
         return values
 
     def write(self, kept: Kept, low: int, values: Array, draws: Array) -> None:
-        by_block, scale = values.reshape(-1, BLOCK), kept["scale"][low // BLOCK :][: len(values) // BLOCK]
-        needed = np.maximum(by_block.max(1), -by_block.min(1)) * np.float32((1 + 1e-6) / 127)
+        scale = kept["scale"][low // BLOCK :][: len(values) // BLOCK]
+        by_block = torch.from_numpy(values).view(-1, BLOCK)
+        needed = by_block.abs().amax(1).numpy() * np.float32((1 + 1e-6) / 127)
         np.copyto(scale, scale / 2, where=needed < scale / 3)
         np.copyto(scale, needed * np.float32(HEADROOM), where=needed > scale)
-        np.divide(by_block, np.where(scale > 0, scale, np.float32(1))[:, None], out=by_block)
+        by_block.div_(torch.from_numpy(np.where(scale > 0, scale, np.float32(1)))[:, None])
         np.add(values, draws, out=values)
         np.floor(values, out=values)
         kept["value"][low : low + len(values)] = values
