@@ -1,22 +1,20 @@
 """The `espalier` command. Results go to stdout, everything else to stderr; a refusal is one line and exit code 2."""
 
-import contextlib
-import inspect
-import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from pipeline import cli_retrain
+from pipeline.flags import Json, given, show, stdout_kept, with_options
+from pipeline.rundir import command_of
 from stages.errors import Refusal
 
 if TYPE_CHECKING:
-    from pipeline.config import ClusterConfig
     from pipeline.driver import PruneResult
 
 # Quiet, and nothing sent anywhere: set before any of these libraries is imported.
@@ -51,79 +49,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Prune large language models on a Ray cluster, and see which recipe was best.",
 )
+AMOUNTS = {"sparsity", "pattern", "threshold"}
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-PANELS = {
-    **dict.fromkeys(("sparsity", "pattern", "criterion", "criterion_options"), "Masks"),
-    **dict.fromkeys(("scope", "allocation", "refine"), "Masks"),
-    **dict.fromkeys(("reconstruct", "inputs", "sweeps", "correction"), "Reconstruction"),
-    **dict.fromkeys(("epochs", "batch", "learning_rate"), "Reconstruction"),
-    **dict.fromkeys(("samples", "length", "eval", "seed"), "Text"),
-    **dict.fromkeys(("experiment", "run_name"), "Record"),
-}
-
-
-def options_of(config: "type[ClusterConfig]") -> list[inspect.Parameter]:
-    """A flag for every field of a configuration but `model`, in its order; values are checked by the configuration."""
-    parameters = []
-    for name, field in config.model_fields.items():
-        if name in ("model", "overrides"):  # an argument; YAML only
-            continue
-        many = get_origin(field.annotation) is dict  # --criterion-option alpha=0.5 --criterion-option seed=1
-        flag = f"--{(name.removesuffix('s') if many else name).replace('_', '-')}"
-        is_bool = field.annotation is bool
-        default = "" if field.is_required() or field.default in (None, {}) else f" [dim]\\[{field.default}][/dim]"
-        help_text = (field.description or "") + (" [red]required[/red]" if field.is_required() else default)
-        panel = PANELS.get(name, "What" if field.is_required() else "Where and how it runs")
-        metavar = None if is_bool else "NAME=VALUE" if many else _metavar(field.annotation)
-        option = typer.Option(flag, help=help_text, metavar=metavar, rich_help_panel=panel, show_default=False)
-        kind = list[str] | None if many else bool if is_bool else str | None
-        annotation = Annotated[kind, option]  # type: ignore[valid-type]
-        default_value = False if is_bool else None
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_value, annotation=annotation)
-        )
-    order = ["What", "Masks", "Reconstruction", "Text", "Where and how it runs", "Record"]
-    return sorted(parameters, key=lambda p: order.index(p.annotation.__metadata__[0].rich_help_panel))
-
-
-def _metavar(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return "|".join(map(str, get_args(annotation)))
-    names: list[str] = []
-    for part in get_args(annotation) or (annotation,):
-        if get_origin(part) is Literal:
-            names += map(str, get_args(part))
-        elif part in (int, float) or get_origin(part) is Annotated or part is not type(None):
-            base = get_args(part)[0] if get_origin(part) is Annotated else part
-            names.append({int: "N", float: "X"}.get(base, "SIZE" if "Byte" in str(base) else "TEXT"))
-    return "|".join(dict.fromkeys(name for name in names if "list" not in name))
-
-
-def with_options(kind_name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command that takes **values a flag for every field of the configuration class of that name."""
-
-    def wrap(command: Callable[..., None]) -> Callable[..., None]:
-        import pipeline.config
-
-        kind = getattr(pipeline.config, kind_name)
-        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        parameters = [*own, *options_of(kind)]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
-        return command
-
-    return wrap
-
-
-def given(values: dict[str, Any]) -> dict[str, Any]:
-    """The options that were written on the command line."""
-    return {name: value for name, value in values.items() if value is not None and value is not False and value != []}
 
 
 @app.command()
-@with_options("PruneConfig")
+@with_options("pipeline.config:PruneConfig")
 def prune(
     model: Annotated[str | None, typer.Argument(help="Checkpoint directory (safetensors) or hub id.")] = None,
     *,
@@ -138,8 +69,8 @@ def prune(
     from pipeline.config import PruneConfig, build_config, read_yaml
 
     wanted = (read_yaml(config) if config else {}) | given(values) | ({"model": model} if model else {})
-    if {"sparsity", "pattern"} <= set(wanted) and not {"sparsity", "pattern"} <= set(given(values)):
-        wanted.pop("pattern" if "sparsity" in given(values) else "sparsity")  # a flag overrides the YAML's other target
+    if flagged := AMOUNTS & given(values).keys():  # a flag overrides the other ways in which the YAML says how much
+        wanted = {name: value for name, value in wanted.items() if name in flagged or name not in AMOUNTS}
     request = build_config(wanted, PruneConfig)
     from pipeline.driver import prune as run
 
@@ -152,12 +83,19 @@ def prune(
 def resume(
     directory: Annotated[Path, typer.Argument(help="The output directory of an interrupted run.")],
     shards: Annotated[int | None, typer.Option(min=1, help="Go on with another number of shards.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Of a retrain: go on with another number of ranks.")] = None,
+    zero_stage: Annotated[int | None, typer.Option(help="Of a retrain: go on in another ZeRO stage.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Go on with an interrupted run; the result is the same, byte for byte.
+    """Go on with an interrupted run. A pruning run's result is the same, byte for byte.
 
     Example: espalier resume ./llama-50
     """
+    if command_of(directory) == "retrain":
+        cli_retrain.resume(directory, shards, ranks, zero_stage, as_json)
+        return
+    if ranks is not None or zero_stage is not None:
+        raise Refusal(f"{directory}: not a training run; --ranks and --zero-stage are for those")
     from pipeline.driver import resume as run
 
     with stdout_kept():
@@ -165,8 +103,11 @@ def resume(
     show_result(result, as_json)
 
 
+app.command()(cli_retrain.retrain)
+
+
 @app.command(name="eval")
-@with_options("EvalConfig")
+@with_options("pipeline.config:EvalConfig")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint directory (safetensors) or hub id.")],
     *,
@@ -298,23 +239,10 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(exit_code(findings))
 
 
-def stdout_kept() -> contextlib.AbstractContextManager[Any]:
-    """Within it, what libraries print goes to stderr; Ray tells on stdout, from a thread, that a worker died."""
-    return contextlib.redirect_stdout(sys.stderr)
-
-
 def show_result(result: "PruneResult", as_json: bool) -> None:
     from pipeline.show import result_table
 
     show(result.summary(), as_json, lambda: result_table(result.run))
-
-
-def show(result: dict[str, Any], as_json: bool, table: Callable[[], Any]) -> None:
-    """The result on stdout: one JSON object, or what `table` makes of it."""
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 140).print(table())
 
 
 def main(arguments: list[str] | None = None) -> int:

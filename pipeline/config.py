@@ -11,7 +11,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 from stages.allocation import Override, resolve_overrides
 from stages.criteria import CRITERIA, check_criterion, check_options
 from stages.errors import Refusal
-from stages.masks import check_sparsity, parse_pattern
+from stages.masks import check_sparsity, check_threshold, parse_pattern
 from stages.recipe import Rebuild, Recipe
 
 Count = Annotated[int, Field(ge=1)]
@@ -72,11 +72,17 @@ class PruneConfig(ClusterConfig):
     )
     sparsity: float = Field(0.5, description="Share of the weights to remove, at least 0 and below 1.")
     pattern: str | None = Field(None, description="N:M instead of --sparsity: keep N of every M inputs, such as 2:4.")
+    threshold: float | None = Field(
+        None, description="Instead of --sparsity: keep what scores above so many standard deviations of its matrix."
+    )
     criterion: str = Field(
         "wanda", description=f"How weights are scored: {', '.join(CRITERIA)}, or your own as module.function."
     )
     criterion_options: dict[str, Any] = Field(
         {}, description="An option of the criterion, such as alpha=0.5; may be given again for another."
+    )
+    shadow: str | None = Field(
+        None, description="For criterion temporal: the shadow/ that a training run left in its output."
     )
     scope: Literal["row", "matrix"] = Field("row", description="Compare scores within each output row or the matrix.")
     allocation: Literal["uniform", "owl"] = Field(
@@ -134,6 +140,11 @@ class PruneConfig(ClusterConfig):
             parse_pattern(value)
         return value
 
+    @field_validator("threshold")
+    @classmethod
+    def _threshold(cls, value: float | None) -> float | None:
+        return value if value is None else check_threshold(value)
+
     @field_validator("criterion_options", mode="before")
     @classmethod
     def _criterion_options(cls, value: Any) -> Any:
@@ -172,6 +183,7 @@ class PruneConfig(ClusterConfig):
         """What fits each by itself and not all together."""
         if self.pattern is not None and "sparsity" in self.model_fields_set:
             raise Refusal(f"sparsity {self.sparsity} and pattern {self.pattern}: give one of the two")
+        self._check_threshold()
         if self.pattern is not None and self.allocation == "owl":
             raise Refusal(
                 f"allocation owl with pattern {self.pattern}: N:M leaves every block the same; use --sparsity"
@@ -182,6 +194,20 @@ class PruneConfig(ClusterConfig):
         self._check_sweeps()
         self.rules  # noqa: B018 refuses entries that are wrong in themselves
         return self
+
+    def _check_threshold(self) -> None:
+        if self.threshold is None:
+            return
+        for name in ("sparsity", "pattern"):
+            if name in self.model_fields_set and getattr(self, name) is not None:
+                raise Refusal(f"{name} {getattr(self, name)} and threshold {self.threshold:g}: give one of the two")
+        if self.allocation == "owl":
+            raise Refusal(
+                f"allocation owl with threshold {self.threshold:g}: OWL spreads one sparsity over the blocks, a "
+                "threshold finds its own in each; use --sparsity"
+            )
+        if "scope" in self.model_fields_set and self.scope == "row":
+            raise Refusal(f"scope row with threshold {self.threshold:g}: it is one for a matrix; leave --scope out")
 
     def _check_sweeps(self) -> None:
         unit, _ = parse_rebuild(self.reconstruct)
@@ -209,8 +235,10 @@ class PruneConfig(ClusterConfig):
         return Recipe(
             criterion=self.criterion,
             criterion_options=check_options(self.criterion, self.criterion_options),
-            sparsity=None if self.groups else self.sparsity,
+            sparsity=self.sparsity if self.groups is None and self.threshold is None else None,
             pattern=self.groups,
+            threshold=self.threshold,
+            shadow=self.shadow,
             scope=self.scope,
             overrides=self.rules,
             allocation=self.allocation,
@@ -240,9 +268,16 @@ class PruneConfig(ClusterConfig):
         return parse_pattern(self.pattern) if self.pattern else None
 
     @property
+    def target(self) -> str:
+        """How much goes: `50%`, `2:4` or `1.2 σ`."""
+        if self.threshold is not None:
+            return f"{self.threshold:g} σ"
+        return self.pattern or f"{100 * self.sparsity:g}%"
+
+    @property
     def mask_name(self) -> str:
         """Such as `wanda 50% + swaps`."""
-        name = f"{self.criterion} {self.pattern or f'{100 * self.sparsity:g}%'}"
+        name = f"{self.criterion} {self.target}"
         return name if self.refine in ("auto", "none") else f"{name} + {self.refine}"
 
     @property
@@ -255,7 +290,7 @@ class PruneConfig(ClusterConfig):
         return " + ".join(parts)
 
 
-Config = TypeVar("Config", bound=ClusterConfig)
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def parse_rebuild(text: str) -> tuple[Rebuild, int]:

@@ -159,6 +159,12 @@ def check_free(output: Path) -> None:
     raise Refusal(f"output {output}: belongs to a run that is not finished; `espalier resume {output}` goes on with it")
 
 
+def command_of(output: Path) -> str | None:
+    """The command whose run is in `output`; None if there is none."""
+    run = _recorded(output / HOME / "run.json")
+    return None if run is None else run.get("command")
+
+
 def _is_whole(path: Path, digest: str) -> bool:
     return path.is_file() and file_digest(path) == digest
 

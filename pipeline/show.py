@@ -1,5 +1,6 @@
 """What commands print for a person: rich tables."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,4 +106,21 @@ def demo_tables(result: Mapping[str, Any]) -> Group:
         f"Its report:           {result['report']}",
         f"Compare the runs:     espalier compare {result['experiment']}",
         f"Look at them:         {ui_command(result['tracking_uri'])}",
+    )  # fmt: skip
+
+
+def training_table(run: Mapping[str, Any]) -> Group:
+    """One finished training run: the curve's ends, what each rank held, where everything is."""
+    table = _table("after step", "loss", "perplexity")
+    for step, loss in run["evaluations"]:
+        table.add_row(str(step), f"{loss:.4f}", perplexity(math.exp(loss) if loss < 700 else math.inf))
+    memory = _table("rank", "parameters", "optimizer state", "peak memory")
+    for rank, (held, peak) in enumerate(zip(run["memory"], run["peak_memory"]["ranks"], strict=True)):
+        memory.add_row(str(rank), megabytes(held["parameters"]), megabytes(held["optimizer"]), megabytes(peak))
+    spent = f"{run['tokens']:,} tokens in {human_seconds(run['seconds'])}"
+    speed = f", {run['tokens_per_second']:,.0f} a second" if run["tokens_per_second"] else ""
+    return Group(
+        *([table, ""] if run["evaluations"] else []), memory, "", f"{spent}{speed}", "",
+        f"checkpoint  {run['output']}",
+        f"compare     espalier compare {run['config']['experiment']}   or   {ui_command(run['tracking_uri'])}",
     )  # fmt: skip

@@ -1,0 +1,222 @@
+"""ZeRO ranks as Ray actors: one process each, placed together, used for one training run after the other.
+
+A rank that dies takes its group with it, for a collective operation has no way back. All are started anew, and each
+goes on from the run's newest checkpoint.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster import extensions
+from cluster.connect import nodes
+from stages.errors import Refusal
+from stages.retrain_spec import RetrainSpec
+
+FRUITLESS_RESTARTS = 3  # in a row, with no checkpoint between them, before the run gives up
+PLACED_SECONDS = 60.0
+FALLEN_SECONDS = 15.0  # how long after one rank's failure another's death may come to light
+
+Event = dict[str, Any]
+
+
+class _Lost(Exception):
+    """A rank died."""
+
+
+class RankWorker:
+    """What a rank's process does; `ranks.Ranks` runs several as Ray actors."""
+
+    def __init__(self, threads: int, device: str) -> None:
+        torch.set_num_threads(threads)
+        self._device = device
+
+    def facts(self) -> dict[str, Any]:
+        """Where this rank lives, and a port that is free there."""
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port = listener.getsockname()[1]
+        return {"node": ray.util.get_node_ip_address(), "pid": os.getpid(), "port": port}
+
+    def is_built(self, offload: bool) -> bool:
+        return extensions.is_built(offload, self._device == "cpu")
+
+    def build(self, offload: bool) -> float:
+        return extensions.build(offload)
+
+    def join(self, address: str, rank: int, ranks: int) -> None:
+        from stages.engine import join
+
+        join("nccl" if self._device == "cuda" else "gloo", address, rank, ranks)
+
+    def train(self, spec: RetrainSpec) -> Iterator[Event]:
+        from stages.retrain import train
+
+        yield from train(spec, self._device)
+
+
+class Ranks:
+    """So many ranks on the connected cluster. A context manager: on leaving, they are ended.
+
+    Raises Refusal, on entering, for more ranks than there are devices, and where there is no compiler.
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        *,
+        threads: int = 1,
+        device: str = "cpu",
+        offload: bool = False,
+        on_event: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.ranks, self.threads, self.device, self._offload = ranks, threads, device, offload
+        self._on_event = on_event
+        self._actors: list[Any] = []
+        self._group: Any = None
+        self.facts: list[dict[str, Any]] = []  # of each rank: node, pid
+
+    def __enter__(self) -> "Ranks":
+        check_devices(self.ranks, self.threads, self.device)
+        self._start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    def train(self, spec: RetrainSpec) -> Iterator[Event]:
+        """What the ranks tell while they train as `spec` says (see `stages.retrain.train`).
+
+        After a death the run goes on from its newest checkpoint, so steps since then are told again.
+        """
+        fruitless = 0
+        while True:
+            try:
+                if not self._actors:
+                    self._start()
+                for event in self._attempt(spec):
+                    if event["event"] == "saved":
+                        fruitless = 0
+                    yield event
+                return
+            except _Lost as loss:
+                fruitless += 1
+                self._stop()
+                if fruitless > FRUITLESS_RESTARTS:
+                    raise Refusal(
+                        f"a rank was lost {fruitless} times with no checkpoint between ({loss}); likely out of "
+                        "memory: use more ranks, a higher --zero-stage, --offload or a smaller --microbatch"
+                    ) from None
+                self._on_event(f"a rank was lost ({loss}); all go on from the newest checkpoint")
+            except BaseException:
+                self._stop()  # the others wait for one that has failed
+                raise
+
+    def _attempt(self, spec: RetrainSpec) -> Iterator[Event]:
+        streams = [actor.train.options(num_returns="streaming").remote(spec) for actor in self._actors]
+        running = list(streams)
+        while running:
+            (ready,), _ = ray.wait(running, num_returns=1)
+            try:
+                yield ray.get(next(ready))
+            except StopIteration:
+                running.remove(ready)
+            except (RayActorError, RayTaskError) as error:
+                self._explain(error, [stream for stream in running if stream is not ready])
+
+    def _explain(self, error: Exception, others: list[Any]) -> None:
+        """Raise what is behind one rank's failure: another's death shows itself as a broken connection first."""
+        if isinstance(error, RayActorError):
+            raise _Lost(_one_line(error)) from None
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, Refusal):
+            raise cause from None
+        while others:
+            ready, others = ray.wait(others, num_returns=1, timeout=FALLEN_SECONDS)
+            if not ready:
+                break
+            try:
+                ray.get(next(ready[0]))
+                others.append(ready[0])
+            except RayActorError as death:
+                raise _Lost(_one_line(death)) from None
+            except (StopIteration, RayTaskError):
+                pass
+        raise error
+
+    # -- processes -------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        bundle = {"CPU": float(self.threads)} | ({"GPU": 1.0} if self.device == "cuda" else {})
+        self._group = placement_group([bundle] * self.ranks, strategy="PACK")
+        if not self._group.wait(PLACED_SECONDS):
+            self._stop()
+            raise Refusal(f"ranks {self.ranks}: the cluster has no room for them now; try again, or use fewer --ranks")
+        variables = extensions.environment() | {"LOCAL_RANK": "0"}  # a rank sees no GPU but its own
+        variables |= {"DS_ACCELERATOR": self.device, "OMP_NUM_THREADS": str(self.threads)}
+        self._actors = [
+            ray.remote(RankWorker)
+            .options(
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                runtime_env={"env_vars": variables | {"RANK": str(rank), "WORLD_SIZE": str(self.ranks)}},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
+            )
+            .remote(self.threads, self.device)
+            for rank in range(self.ranks)
+        ]
+        try:
+            self.facts = ray.get([actor.facts.remote() for actor in self._actors])
+            self._build()
+            address = f"tcp://{self.facts[0]['node']}:{self.facts[0]['port']}"
+            ray.get([actor.join.remote(address, rank, self.ranks) for rank, actor in enumerate(self._actors)])
+        except BaseException as error:
+            self._stop()
+            if isinstance(error, RayTaskError) and isinstance(error.cause, Refusal):
+                raise error.cause from None
+            raise
+
+    def _build(self) -> None:
+        """Extensions compiled on every node, by the first of its ranks."""
+        builders = {fact["node"]: actor for fact, actor in reversed(list(zip(self.facts, self._actors, strict=True)))}
+        missing = [
+            node
+            for node, built in zip(
+                builders, ray.get([actor.is_built.remote(self._offload) for actor in builders.values()]), strict=True
+            )
+            if not built
+        ]
+        if missing:
+            self._on_event("building DeepSpeed's extensions, once: about two minutes")
+        seconds = ray.get([actor.build.remote(self._offload) for actor in builders.values()])
+        if missing:
+            self._on_event(f"built in {max(seconds):.0f} s, into {extensions.directory()}")
+
+    def _stop(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        if self._group is not None:
+            remove_placement_group(self._group)
+        self._actors, self._group = [], None
+
+
+def check_devices(ranks: int, threads: int, device: str) -> None:
+    """Raises Refusal for more ranks than the connected cluster has devices."""
+    members = nodes()
+    if device == "cuda":
+        room, what = sum(int(node.gpus) for node in members), "GPUs"
+    else:
+        room, what = sum(int(node.cpus // threads) for node in members), f"CPUs, at {threads} a rank,"
+    if ranks > room:
+        raise Refusal(f"ranks {ranks}: there are {what} for {room}; use --ranks {room}, or a larger cluster")
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,57 @@
+"""`espalier retrain`, and what `espalier resume` does to its runs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.flags import Json, given, show, stdout_kept, with_options
+from stages.errors import Refusal
+
+if TYPE_CHECKING:
+    from pipeline.retrain import RetrainResult
+
+
+@with_options("pipeline.retrain_config:RetrainConfig")
+def retrain(
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint directory or hub id; or a config.json to begin at random.")
+    ] = None,
+    *,
+    config: Annotated[Path | None, typer.Option(help="YAML with the same names; flags go before it.")] = None,
+    as_json: Json = False,
+    **values: Any,
+) -> None:
+    """Train a model under DeepSpeed ZeRO, each rank a Ray actor; --masked keeps a pruned model's zeros.
+
+    Example: espalier retrain ./llama-50 --output ./llama-50-trained --data text.txt --eval held-out.txt --masked
+    """
+    from pipeline.config import build_config, read_yaml
+    from pipeline.retrain_config import RetrainConfig
+
+    wanted = (read_yaml(config) if config else {}) | given(values) | ({"model": model} if model else {})
+    request = build_config(wanted, RetrainConfig)
+    from pipeline.retrain import retrain as run
+
+    with stdout_kept():
+        result = run(request)
+    show_result(result, as_json)
+
+
+def resume(directory: Path, shards: int | None, ranks: int | None, zero_stage: int | None, as_json: bool) -> None:
+    """Go on with a training run from its newest checkpoint."""
+    if shards is not None:
+        raise Refusal(f"shards {shards}: {directory} holds a training run, which has ranks; give --ranks")
+    from pipeline.retrain import resume as run
+
+    changes = {"ranks": ranks, "zero_stage": zero_stage}
+    with stdout_kept():
+        result = run(directory, **{name: value for name, value in changes.items() if value is not None})
+    show_result(result, as_json)
+
+
+def show_result(result: "RetrainResult", as_json: bool) -> None:
+    """The finished run, on stdout."""
+    from pipeline.show import training_table
+
+    show(result.summary(), as_json, lambda: training_table(result.run))

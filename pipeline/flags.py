@@ -1,0 +1,101 @@
+"""What the commands share: flags made from a configuration's fields, and how results are shown."""
+
+import contextlib
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+PANELS = {
+    **dict.fromkeys(("sparsity", "pattern", "threshold", "criterion", "criterion_options"), "Masks"),
+    **dict.fromkeys(("shadow", "scope", "allocation", "refine"), "Masks"),
+    **dict.fromkeys(("reconstruct", "inputs", "sweeps", "correction"), "Reconstruction"),
+    **dict.fromkeys(("epochs", "batch", "learning_rate"), "Reconstruction"),
+    **dict.fromkeys(("samples", "length", "eval", "seed"), "Text"),
+    **dict.fromkeys(("masked", "mask"), "Masks"),
+    **dict.fromkeys(("steps", "tokens", "microbatch", "schedule", "warmup"), "Training"),
+    **dict.fromkeys(("weight_decay", "beta2", "clip", "eval_every", "checkpoint_every"), "Training"),
+    **dict.fromkeys(("experiment", "run_name", "parent_run"), "Record"),
+}
+ORDER = ("What", "Masks", "Reconstruction", "Training", "Text", "Where and how it runs", "Record")
+# Of the names that several commands have, which panel they are shown in where it is another one.
+PANELS_OF = {"RetrainConfig": dict.fromkeys(("epochs", "batch", "learning_rate"), "Training")}
+
+
+def options_of(config: "type[BaseModel]") -> list[inspect.Parameter]:
+    """A flag for every field of a configuration but `model`, in its order; values are checked by the configuration."""
+    parameters = []
+    for name, field in config.model_fields.items():
+        if name in ("model", "overrides"):  # an argument; YAML only
+            continue
+        many = get_origin(field.annotation) is dict  # --criterion-option alpha=0.5 --criterion-option seed=1
+        flag = f"--{(name.removesuffix('s') if many else name).replace('_', '-')}"
+        is_bool = field.annotation is bool
+        default = "" if field.is_required() or field.default in (None, {}) else f" [dim]\\[{field.default}][/dim]"
+        help_text = (field.description or "") + (" [red]required[/red]" if field.is_required() else default)
+        usual = PANELS.get(name, "What" if field.is_required() else "Where and how it runs")
+        panel = PANELS_OF.get(config.__name__, {}).get(name, usual)
+        metavar = None if is_bool else "NAME=VALUE" if many else _metavar(field.annotation)
+        option = typer.Option(flag, help=help_text, metavar=metavar, rich_help_panel=panel, show_default=False)
+        kind = list[str] | None if many else bool if is_bool else str | None
+        annotation = Annotated[kind, option]  # type: ignore[valid-type]
+        default_value = False if is_bool else None
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_value, annotation=annotation)
+        )
+    return sorted(parameters, key=lambda p: ORDER.index(p.annotation.__metadata__[0].rich_help_panel))
+
+
+def _metavar(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    names: list[str] = []
+    for part in get_args(annotation) or (annotation,):
+        if get_origin(part) is Literal:
+            names += map(str, get_args(part))
+        elif part in (int, float) or get_origin(part) is Annotated or part is not type(None):
+            base = get_args(part)[0] if get_origin(part) is Annotated else part
+            names.append({int: "N", float: "X"}.get(base, "SIZE" if "Byte" in str(base) else "TEXT"))
+    return "|".join(dict.fromkeys(name for name in names if "list" not in name))
+
+
+def with_options(where: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command that takes **values a flag for every field of the configuration class "module:name"."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        module, _, name = where.partition(":")
+        kind = getattr(import_module(module), name)
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        parameters = [*own, *options_of(kind)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+        return command
+
+    return wrap
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """The options that were written on the command line."""
+    return {name: value for name, value in values.items() if value is not None and value is not False and value != []}
+
+
+def stdout_kept() -> contextlib.AbstractContextManager[Any]:
+    """Within it, what libraries print goes to stderr; Ray tells on stdout, from a thread, that a worker died."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def show(result: dict[str, Any], as_json: bool, table: Callable[[], Any]) -> None:
+    """The result on stdout: one JSON object, or what `table` makes of it."""
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 140).print(table())

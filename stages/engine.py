@@ -1,0 +1,101 @@
+"""A DeepSpeed engine for one rank, as a run's spec asks for it. The process group is there already."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch import Tensor, nn
+
+from stages.retrain_spec import RetrainSpec
+
+MOST_BUCKET = 50_000_000  # elements reduced or gathered at once; DeepSpeed sets such buffers aside
+
+
+def join(backend: str, address: str, rank: int, ranks: int) -> None:
+    """Make this process rank `rank` of the group that meets at `address` (tcp://host:port)."""
+    deepspeed.init_distributed(
+        dist_backend=backend,
+        auto_mpi_discovery=False,
+        init_method=address,
+        rank=rank,
+        world_size=ranks,
+        verbose=False,
+    )
+
+
+def build_extensions(offload: bool) -> None:
+    """Compile, or load if they are compiled, the C++ parts of DeepSpeed that a run will use on this machine."""
+    from deepspeed.accelerator import get_accelerator
+
+    wanted = ["ShareMemCommBuilder"] if get_accelerator().device_name() == "cpu" else []
+    for name in [*wanted, *(["CPUAdamBuilder"] if offload else [])]:
+        get_accelerator().create_op_builder(name).load(verbose=False)
+
+
+def make_engine(model: nn.Module, spec: RetrainSpec, ranks: int) -> Any:
+    """The model under ZeRO, with Adam of decoupled decay. Vectors (biases, norm gains) do not decay."""
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=_optimizer(model, spec),
+        config=settings(spec, ranks, sum(parameter.numel() for parameter in model.parameters())),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def _optimizer(model: nn.Module, spec: RetrainSpec) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    betas = (0.9, spec.beta2)
+    if spec.offload:
+        return DeepSpeedCPUAdam(groups, lr=spec.learning_rate, betas=betas, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=betas)
+
+
+def settings(spec: RetrainSpec, ranks: int, elements: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a model of so many elements."""
+    bucket = min(MOST_BUCKET, elements)
+    zero: dict[str, Any] = {
+        "stage": spec.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        # By default stage 3 keeps tensors of up to 100 000 elements whole on every rank.
+        "stage3_param_persistence_threshold": 0,
+    }
+    if spec.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        "train_batch_size": spec.batch,
+        "train_micro_batch_size_per_gpu": spec.microbatch,
+        "gradient_accumulation_steps": spec.accumulation(ranks),
+        "gradient_clipping": spec.clip,
+        "zero_optimization": zero,
+        "steps_per_print": 1 << 40,
+    }
+    if spec.dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+        if spec.zero_stage:  # without ZeRO, DeepSpeed sums gradients in the parameters' own dtype
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif spec.dtype == "float16":
+        config["fp16"] = {"enabled": True}
+    return config
+
+
+def new_state(engine: Any, home: Tensor, updates: int) -> dict[str, Any]:
+    """Adam's state for one of the optimizer's tensors, as after so many updates; its moments zero, to be filled."""
+    offloaded = isinstance(engine.basic_optimizer, DeepSpeedCPUAdam)
+    return {
+        "step": updates if offloaded else torch.tensor(float(updates)),
+        "exp_avg": torch.zeros_like(home.detach()),
+        "exp_avg_sq": torch.zeros_like(home.detach()),
+    }
+
+
+def updates_of(engine: Any) -> int:
+    """How often Adam has stepped: fewer than the engine's steps where float16 gradients overflowed."""
+    return max((int(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state), default=0)

@@ -1,0 +1,225 @@
+"""What one ZeRO rank runs: cross-entropy on text, the pruned weights held at zero, evaluated and saved on the way.
+
+A run is a generator of events, plain dicts that say what happened; whoever runs the ranks passes them on. All ranks run
+the same steps. Of what they say, rank 0 tells what concerns the run, and each tells what it holds.
+"""
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stages.batches import Order, Source, microbatches_of, open_source, predicted_tokens
+from stages.consolidate import consolidate
+from stages.engine import make_engine, new_state, updates_of
+from stages.meter import peak_bytes
+from stages.retrain_model import apply_mask, hold_zeros, load_model
+from stages.retrain_spec import RetrainSpec
+from stages.schedule import rate_at
+from stages.zero_checkpoint import (
+    MASTER,
+    StoredPieces,
+    directory_of,
+    finish,
+    latest,
+    read_back,
+    read_state,
+    write_state,
+)
+from stages.zero_partition import held, owned, state_bytes
+
+TOLD_EVERY = 10  # steps whose losses are told together: reading one makes a GPU wait
+Event = dict[str, Any]
+
+
+def train(spec: RetrainSpec, device: str) -> Iterator[Event]:
+    """Train as `spec` says, from its newest checkpoint if there is one, in a process that has joined its group.
+
+    Every event has its rank. By their "event": `begin` (step), `holds` (bytes of parameters and of optimizer state on
+    this rank), `steps` (first, losses, rates, tokens, seconds), `evaluated` (step, loss), `saved` (step), `done`
+    (losses of all steps, peak memory of this rank in bytes).
+    At the end HOME/consolidated holds a plain checkpoint.
+    """
+    rank = Rank(spec, torch.device(device))
+    try:
+        yield from rank.run()
+    finally:
+        rank.close()
+
+
+class Rank:
+    """One rank of one run."""
+
+    def __init__(self, spec: RetrainSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.home = Path(spec.home)
+        self.data = open_source(spec.data)
+        self.eval = open_source(spec.eval) if spec.eval else None
+        self.order = Order(len(self.data), spec.batch, spec.seed)
+        self.losses: list[float] = []  # of all steps since the run's first
+        self.step = 0  # optimizer steps done
+        self.engine: Any = self._open()
+        self.pending: list[tuple[Tensor, float]] = []  # losses not told yet, and their learning rates
+        self.tokens, self.seconds = 0, 0.0  # since they were last told
+
+    def _open(self) -> Any:
+        """The engine, its state that of the newest checkpoint where there is one."""
+        spec = self.spec
+        source = Path(spec.model)
+        model = load_model(source, torch.float32, spec.seed, spec.trust_remote_code)
+        if spec.mask is not None:
+            apply_mask(model, source, Path(spec.mask), spec.trust_remote_code)
+        checkpoint = latest(self.home)
+        if checkpoint is not None:  # the 16-bit weights, or the partitions, are made from these
+            StoredPieces(checkpoint, MASTER).fill(model)
+        if spec.masked:
+            hold_zeros(model)
+        engine = make_engine(model, spec, self.ranks)
+        if checkpoint is not None:
+            state = read_state(checkpoint)
+            self.step, self.losses = state["step"], state["losses"]
+            read_back(
+                checkpoint,
+                held(engine),
+                engine.basic_optimizer,
+                lambda home: new_state(engine, home, state["updates"]),
+            )
+        return engine
+
+    def close(self) -> None:
+        """Let go of the model, so that the process can take up another run."""
+        engine, self.engine = self.engine, None
+        engine.destroy()
+        del engine
+        gc.collect()
+
+    def run(self) -> Iterator[Event]:
+        spec = self.spec
+        yield {"event": "begin", "rank": self.rank, "step": self.step}
+        saved = self.step if latest(self.home) is not None else -1
+        measured = False
+        while self.step < spec.steps:
+            self._train_step()
+            last = self.step == spec.steps
+            due = (
+                _due(self.step, spec.eval_every, last and self.eval is not None),
+                _due(self.step, spec.checkpoint_every, last),
+            )
+            if any(due) or self.step % TOLD_EVERY == 0:
+                yield self._told()
+            if not measured:  # Adam's state is there from the first step on
+                measured = True
+                yield {"event": "holds", "rank": self.rank, **state_bytes(self.engine)}
+            if due[0] and self.eval is not None:
+                yield {"event": "evaluated", "rank": self.rank, "step": self.step, "loss": self._evaluate(self.eval)}
+            if due[1]:
+                self._save()
+                saved = self.step
+                yield {"event": "saved", "rank": self.rank, "step": self.step}
+        if saved != self.step:
+            self._save()
+        if self.rank == 0:
+            consolidate(Path(spec.model), latest(self.home), self.home / "consolidated", spec)
+        dist.barrier()
+        yield {"event": "done", "rank": self.rank, "losses": self.losses, "peak_memory": peak_bytes(str(self.device))}
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _train_step(self) -> None:
+        spec, engine, started = self.spec, self.engine, time.perf_counter()
+        rate = rate_at(self.step, peak=spec.learning_rate, schedule=spec.schedule, warmup=spec.warmup, steps=spec.steps)
+        for group in engine.basic_optimizer.param_groups:
+            group["lr"] = rate
+        engine.train()
+        total = torch.zeros((), device=self.device)
+        for number, examples in microbatches_of(self.order.step(self.step), spec.microbatch, self.rank, self.ranks):
+            batch = self._batch(self.data, examples)
+            with self._dropout_of(number):
+                loss = engine(**batch, use_cache=False).loss
+                engine.backward(loss)
+            engine.step()
+            total += loss.detach().float()
+            self.tokens += batch["labels"].numel()
+        total /= spec.accumulation(self.ranks) * self.ranks
+        dist.all_reduce(total)
+        self.step += 1
+        self.pending.append((total, rate))
+        self.seconds += time.perf_counter() - started
+
+    @contextmanager
+    def _dropout_of(self, number: int) -> Iterator[None]:
+        """Within it, torch's own random numbers depend on (seed, step, micro-batch): not on ranks, nor on restarts."""
+        seed = hash((self.spec.seed, self.step, number)) & 0x7FFF_FFFF_FFFF_FFFF
+        on_gpu = self.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.device] if on_gpu else []):
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                torch.cuda.manual_seed(seed)
+            yield
+
+    def _batch(self, source: Source, examples: Any) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in source.batch(examples).items()}
+
+    def _told(self) -> Event:
+        """The steps since this was last told."""
+        losses = [float(loss) for loss, _ in self.pending]
+        rates = [rate for _, rate in self.pending]
+        first = self.step - len(losses)
+        self.losses += losses
+        tokens, seconds = self.tokens * self.ranks, self.seconds
+        self.pending, self.tokens, self.seconds = [], 0, 0.0
+        return {
+            "event": "steps",
+            "rank": self.rank,
+            "first": first,
+            "losses": losses,
+            "rates": rates,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds if seconds else 0.0,
+        }
+
+    # -- between steps ---------------------------------------------------------------------------------------------
+
+    def _evaluate(self, source: Source) -> float:
+        """Mean loss in nats over all predicted tokens of `source`, its micro-batches shared out over the ranks."""
+        size = self.spec.microbatch
+        starts = list(range(0, len(source), size))
+        rounds = -(-len(starts) // self.ranks)
+        sums = torch.zeros(2, dtype=torch.float64)
+        self.engine.eval()
+        with torch.no_grad():
+            for turn in range(rounds):
+                # All ranks run as often: under stage 3 each forward pass is a common one.
+                mine = turn * self.ranks + self.rank
+                start = starts[min(mine, len(starts) - 1)]
+                batch = self._batch(source, range(start, min(start + size, len(source))))
+                loss = self.engine(**batch, use_cache=False).loss
+                if mine < len(starts):
+                    tokens = predicted_tokens(batch["labels"])
+                    sums += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
+        sums = sums.to(self.device)
+        dist.all_reduce(sums)
+        return float(sums[0] / sums[1])
+
+    def _save(self) -> None:
+        """All ranks' pieces as one checkpoint."""
+        directory = directory_of(self.home, self.step)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_state(directory, owned(self.engine), self.engine.basic_optimizer, self.rank, self.ranks)
+        dist.barrier()
+        if self.rank == 0:
+            state = {"step": self.step, "updates": updates_of(self.engine), "losses": self.losses, "ranks": self.ranks}
+            finish(self.home, self.step, state)
+        dist.barrier()
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0)

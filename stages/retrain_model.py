@@ -1,0 +1,115 @@
+"""The model that is to be trained: read from a checkpoint or begun at random, pruned like another one if asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from stages.blocks import layout_of
+from stages.checkpoint import INDEX, PICKLES, Checkpoint
+from stages.errors import Refusal
+from stages.skeleton import Skeleton, read_config
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether there is more than a config: then what is there has to be a checkpoint."""
+    return any(next(directory.glob(pattern), None) for pattern in ("*.safetensors", INDEX, *PICKLES))
+
+
+def load_model(directory: Path, dtype: torch.dtype, seed: int, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The whole model in `dtype`, in training mode, on the CPU.
+
+    A directory with a config.json and no weights gives the model as transformers initialises it, random from `seed`; in
+    float32 first, so that a seed is the same model in every dtype. Not under `deepspeed.zero.Init`: there the modules'
+    own defaults would stand (embeddings of deviation 1.0, say), as transformers' initialisation is skipped.
+
+    Raises Refusal for pickles, for a checkpoint that lacks tensors, and for weights that are NaN or infinite.
+    """
+    config = read_config(directory, trust_remote_code)
+    auto: Any = AutoModelForImageTextToText if layout_of(config.model_type).images else AutoModelForCausalLM
+    if not has_weights(directory):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        return model.to(dtype).train()
+    Checkpoint(directory)
+    model, notes = auto.from_pretrained(
+        directory,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    if notes["missing_keys"]:
+        first = sorted(notes["missing_keys"])[0]
+        raise Refusal(f"{directory}: no tensor {first}; the checkpoint does not match its config.json")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
+            raise Refusal(f"{directory}: {name} holds NaN or infinite weights; repair the checkpoint")
+    return model.train()
+
+
+def check_mask(model: Path, mask: Path, trust_remote_code: bool = False) -> Skeleton:
+    """Raises Refusal unless the checkpoint `mask` has every tensor of `model`, in its shape.
+
+    What comes back knows under which names the mask's tensors lie.
+    """
+    config = read_config(model, trust_remote_code)
+    checkpoint = Checkpoint(mask)
+    skeleton = Skeleton(config, torch.float32, checkpoint=checkpoint)
+    for name in _prunable(skeleton):
+        whole, places = torch.empty(skeleton.storage.shapes[name], device="meta"), skeleton.storage.of(name)
+        for stored, part in places.split(whole).items():
+            if stored not in checkpoint:
+                raise Refusal(f"mask {mask}: no tensor {stored}; give a pruned checkpoint of the model that is trained")
+            if (found := checkpoint.entry(stored).shape) != tuple(part.shape):
+                raise Refusal(
+                    f"mask {mask}: {stored} is {found}, the model's is {tuple(part.shape)}; give a pruned checkpoint "
+                    "of the model that is trained"
+                )
+    return skeleton
+
+
+def apply_mask(model: PreTrainedModel, directory: Path, mask: Path, trust_remote_code: bool = False) -> None:
+    """Make zero in `model`, loaded from `directory`, what is zero in the blocks of the checkpoint `mask`."""
+    skeleton, checkpoint = check_mask(directory, mask, trust_remote_code), Checkpoint(mask)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in _prunable(skeleton):
+            given = skeleton.storage.load(checkpoint, [name], torch.float32, "cpu")[name]
+            parameters[name].masked_fill_(given == 0, 0)
+
+
+def _prunable(skeleton: Skeleton) -> list[str]:
+    """The blocks' parameters of two or more dimensions."""
+    return [
+        name
+        for index in range(len(skeleton.layers))
+        for name in skeleton.parameters_of(index).values()
+        if len(skeleton.storage.shapes[name]) > 1
+    ]
+
+
+def hold_zeros(model: PreTrainedModel) -> None:
+    """From now on, what is zero in the model's matrices gets no gradient, and so stays exactly zero under Adam.
+
+    A zero weight with zero moments and zero gradient moves by 0 / (sqrt(0) + eps) = 0, and its decay is a share of 0.
+    The weights themselves are the mask: nothing is kept beside them, so there is nothing to partition, to save or to
+    lose, whatever the ZeRO stage and the number of ranks. The hook runs before gradients are reduced, on whole ones,
+    so that the norm by which they are clipped is that of the weights that are trained. Vectors (biases, norm gains)
+    may begin at zero and are trained like any other.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and parameter.requires_grad:
+            parameter.register_hook(_zero_where_zero(parameter))
+
+
+def _zero_where_zero(parameter: torch.nn.Parameter) -> Any:
+    def without_pruned(gradient: Tensor) -> Tensor:
+        assert parameter.shape == gradient.shape, "a partitioned parameter is whole while its gradient is computed"
+        return gradient.masked_fill(parameter.detach() == 0, 0)
+
+    return without_pruned

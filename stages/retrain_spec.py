@@ -1,0 +1,47 @@
+"""What every rank of a training run is told: plain values, made by the driver, the same on all ranks."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceSpec:
+    """Data as plain values: `factory` is "module:name" of what makes a `stages.batches.Source` from `options`."""
+
+    factory: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrainSpec:
+    """One training run as its ranks see it."""
+
+    model: str  # directory: a checkpoint, or a config.json alone, which begins from random weights
+    mask: str | None  # directory of a checkpoint of the same shapes: where it is zero, this model is made zero
+    home: str  # the run's own directory, seen by all ranks: checkpoints
+    data: SourceSpec
+    eval: SourceSpec | None
+    zero_stage: int
+    offload: bool
+    masked: bool
+    dtype: Precision
+    steps: int
+    batch: int  # sequences in an optimizer step, over all ranks
+    microbatch: int  # sequences in one forward pass on one rank
+    learning_rate: float
+    schedule: Schedule
+    warmup: int  # steps
+    weight_decay: float  # on parameters of two or more dimensions
+    beta2: float
+    clip: float  # largest norm of the whole gradient; 0: as it is
+    seed: int
+    eval_every: int  # steps; 0: only after the last
+    checkpoint_every: int  # steps; 0: only after the last
+    trust_remote_code: bool = False
+
+    def accumulation(self, ranks: int) -> int:
+        """Micro-batches that each rank runs in one optimizer step."""
+        return self.batch // (self.microbatch * ranks)
