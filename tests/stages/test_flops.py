@@ -1,0 +1,45 @@
+"""Operations from shapes, against what torch counts while a model runs."""
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from stages.flops import Shapes, forward_flops, shapes_of, training_flops
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_forward_flops_are_what_torch_counts(tied: bool) -> None:
+    config = transformers.LlamaConfig(
+        **SMALL, intermediate_size=80, num_key_value_heads=2, tie_word_embeddings=tied, attn_implementation="eager"
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens, length = 48, 24
+    ids = torch.zeros(tokens // length, length, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    shapes = shapes_of(model)
+    # The model computes all of the scores, of which a causal mask makes half count.
+    attention = 2.0 * tokens * shapes.layers * shapes.width * length
+    rotary = 2 * SMALL["hidden_size"] // SMALL["num_attention_heads"] // 2 * tokens
+    assert forward_flops(shapes, tokens, length) + attention == pytest.approx(counter.get_total_flops(), abs=rotary)
+
+
+def test_training_costs_three_forward_passes_and_six_operations_a_weight() -> None:
+    shapes = Shapes(parameters=1000)
+    assert training_flops(shapes, tokens=7, length=5) == 6 * 1000 * 7
+    assert training_flops(Shapes(1000, 2, 16), 7, 5) == 3 * forward_flops(Shapes(1000, 2, 16), 7, 5)
+
+
+def test_of_experts_those_count_that_a_token_is_routed_to() -> None:
+    def parameters(experts: int) -> int:
+        config = transformers.MixtralConfig(
+            **SMALL, intermediate_size=48, num_key_value_heads=4, num_local_experts=experts, num_experts_per_tok=2
+        )
+        with torch.device("meta"):
+            return shapes_of(transformers.MixtralForCausalLM(config)).parameters
+
+    router = SMALL["hidden_size"] * SMALL["num_hidden_layers"]
+    assert parameters(8) - parameters(4) == 4 * router
