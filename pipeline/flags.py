@@ -24,9 +24,11 @@ PANELS = {
     **dict.fromkeys(("masked", "mask"), "Masks"),
     **dict.fromkeys(("steps", "tokens", "microbatch", "schedule", "warmup"), "Training"),
     **dict.fromkeys(("weight_decay", "beta2", "clip", "eval_every", "checkpoint_every"), "Training"),
+    **dict.fromkeys(("shadow", "shadow_schedule", "shadow_decay", "shadow_signed", "shadow_window"), "Shadow"),
+    **dict.fromkeys(("shadow_dtype", "shadow_rounding", "shadow_every"), "Shadow"),
     **dict.fromkeys(("experiment", "run_name", "parent_run"), "Record"),
 }
-ORDER = ("What", "Masks", "Reconstruction", "Training", "Text", "Where and how it runs", "Record")
+ORDER = ("What", "Masks", "Reconstruction", "Training", "Shadow", "Text", "Where and how it runs", "Record")
 # Of the names that several commands have, which panel they are shown in where it is another one.
 PANELS_OF = {"RetrainConfig": dict.fromkeys(("epochs", "batch", "learning_rate"), "Training")}
 
@@ -40,18 +42,17 @@ def options_of(config: "type[BaseModel]") -> list[inspect.Parameter]:
         many = get_origin(field.annotation) is dict  # --criterion-option alpha=0.5 --criterion-option seed=1
         flag = f"--{(name.removesuffix('s') if many else name).replace('_', '-')}"
         is_bool = field.annotation is bool
+        if is_bool and field.default is True:
+            flag = f"{flag}/--no-{flag.removeprefix('--')}"
         default = "" if field.is_required() or field.default in (None, {}) else f" [dim]\\[{field.default}][/dim]"
         help_text = (field.description or "") + (" [red]required[/red]" if field.is_required() else default)
         usual = PANELS.get(name, "What" if field.is_required() else "Where and how it runs")
         panel = PANELS_OF.get(config.__name__, {}).get(name, usual)
         metavar = None if is_bool else "NAME=VALUE" if many else _metavar(field.annotation)
         option = typer.Option(flag, help=help_text, metavar=metavar, rich_help_panel=panel, show_default=False)
-        kind = list[str] | None if many else bool if is_bool else str | None
+        kind = list[str] | None if many else bool | None if is_bool else str | None
         annotation = Annotated[kind, option]  # type: ignore[valid-type]
-        default_value = False if is_bool else None
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_value, annotation=annotation)
-        )
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     return sorted(parameters, key=lambda p: ORDER.index(p.annotation.__metadata__[0].rich_help_panel))
 
 
@@ -85,7 +86,7 @@ def with_options(where: str) -> Callable[[Callable[..., None]], Callable[..., No
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """The options that were written on the command line."""
-    return {name: value for name, value in values.items() if value is not None and value is not False and value != []}
+    return {name: value for name, value in values.items() if value is not None and value != []}
 
 
 def stdout_kept() -> contextlib.AbstractContextManager[Any]:

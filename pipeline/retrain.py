@@ -39,6 +39,8 @@ from stages.tokens import TokenTable, build_token_table
 STORE_BYTES = 128 << 20  # of Ray's object store: nothing large passes through it
 MICROBATCH_TOKENS = 8192
 TOLD_SECONDS = 5.0  # between two lines about steps
+GATHERED = ("consolidated", "importances", "shadow")  # what the ranks leave beside the checkpoints
+HELD = ("parameters", "optimizer", "shadow")  # what a rank says how many bytes it keeps of
 SUMMARY = (
     *("output", "loss", "perplexity", "evaluations", "steps", "tokens", "seconds", "tokens_per_second", "ranks"),
     *("memory", "peak_memory", "mlflow_run_id", "tracking_uri", "warnings"),
@@ -313,6 +315,7 @@ class _Run:
             dtype=self.facts.dtype,
             steps=self._steps(len(open_source(sources.data))),
             microbatch=self._microbatch(),
+            shadow=config.shadow_spec,
             **{name: getattr(config, name) for name in names},
         )
 
@@ -347,7 +350,7 @@ class _Run:
                     if event["step"]:
                         self.reporter.note(f"going on after step {event['step']}")
                 case "holds":
-                    self.memory[rank] = {name: event[name] for name in ("parameters", "optimizer")}
+                    self.memory[rank] = {name: event[name] for name in HELD if name in event}
                     recorder.metrics({f"memory/{name}_bytes_rank{rank}": n for name, n in self.memory[rank].items()})
                 case "steps" if rank == 0:
                     self._steps_told(event, spec, recorder)
@@ -395,6 +398,9 @@ class _Run:
         weights = [path for path in consolidated.iterdir() if path.suffix == ".safetensors" or path.name == INDEX]
         for path in sorted(weights, key=lambda path: path.name == INDEX):
             os.replace(path, output / path.name)
+        if spec.shadow is not None:
+            shutil.rmtree(output / "shadow", ignore_errors=True)
+            os.replace(self.directory.home / "shadow", output / "shadow")
 
     def _finish(self, spec: RetrainSpec, recorder: Recorder) -> None:
         run, last = self.run, max(self.evaluations, default=None)
@@ -426,7 +432,7 @@ class _Run:
             self.warnings.append(recorder.warning)
             self.reporter.note(f"warning: {recorder.warning}")
             self.directory.write(run)
-        for leftover in [*self.directory.home.glob("checkpoint-*"), self.directory.home / "consolidated"]:
+        for leftover in [*self.directory.home.glob("checkpoint-*"), *(self.directory.home / name for name in GATHERED)]:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _recorder(self, spec: RetrainSpec) -> Recorder:

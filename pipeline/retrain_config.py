@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from pipeline.config import Count
 from stages.errors import Refusal
+from stages.shadow import ShadowSpec
 
 LENGTHS = ("steps", "epochs", "tokens")  # ways to say how long to train
 
@@ -49,6 +50,16 @@ class RetrainConfig(BaseModel):
     beta2: float = Field(0.999, gt=0, lt=1, description="Adam's decay of squared gradients; the other is 0.9.")
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0: as it is.")
     seed: int = Field(0, ge=0, description="Seed of everything random.")
+    shadow: bool = Field(False, description="Average the weights on the way; OUTPUT/shadow is for `temporal`.")
+    shadow_schedule: Literal["linear", "exponential", "uniform"] = Field(
+        "linear", description="How later snapshots weigh more than earlier ones, or that they do not."
+    )
+    shadow_decay: float = Field(0.99, description="Of exponential: a snapshot's weight beside the next.")
+    shadow_signed: bool = Field(True, description="Average weights; otherwise their magnitudes.")
+    shadow_window: Count | None = Field(None, description="Count only so many last snapshots; default: all.")
+    shadow_dtype: Literal["fp32", "bf16", "int8"] = Field("fp32", description="What averages are kept in.")
+    shadow_rounding: Literal["stochastic", "compensated"] = Field("stochastic", description="Of bf16 averages.")
+    shadow_every: Count = Field(10, description="Optimizer steps between snapshots.")
     zero_stage: int = Field(
         1, description="What ZeRO partitions: 1 optimizer state, 2 and gradients, 3 and parameters; 0: nothing."
     )
@@ -89,7 +100,23 @@ class RetrainConfig(BaseModel):
             raise Refusal(f"{given[0]} {getattr(self, given[0])} and {given[1]} {getattr(self, given[1])}: give one")
         if self.offload and self.zero_stage < 2:
             raise Refusal(f"offload with zero-stage {self.zero_stage}: needs stage 2 or 3; add --zero-stage 2")
+        self.shadow_spec  # noqa: B018 refuses what cannot be averaged
         return self
+
+    @property
+    def shadow_spec(self) -> ShadowSpec | None:
+        """How weights are averaged; None where they are not."""
+        if not self.shadow:
+            return None
+        return ShadowSpec(
+            schedule=self.shadow_schedule,
+            decay=self.shadow_decay,
+            signed=self.shadow_signed,
+            window=self.shadow_window,
+            dtype=self.shadow_dtype,
+            rounding=self.shadow_rounding,
+            every=self.shadow_every,
+        )
 
     @property
     def holds_zeros(self) -> bool:

@@ -1,27 +1,52 @@
-"""A training run's checkpoint -> a plain Hugging Face checkpoint."""
+"""A training run's checkpoint -> plain Hugging Face checkpoints: the model, and the importances of its weights."""
 
 import shutil
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from stages.retrain_model import load_model
 from stages.retrain_spec import RetrainSpec
+from stages.shadow_store import write_shadow
 from stages.zero_checkpoint import MASTER, StoredPieces
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+IMPORTANCE = "importance"  # the kind of its pieces
 
 
-def consolidate(model: Path, checkpoint: Path, output: Path, spec: RetrainSpec) -> None:
-    """The trained model in `output`, config.json and safetensors, in the dtype that it was trained in.
+def consolidate(checkpoint: Path, output: Path, spec: RetrainSpec) -> PreTrainedModel:
+    """The trained model, written to `output` as config.json and safetensors in the dtype that it was trained in.
 
-    What was not trained is as in `model`. The directory appears under its name when everything is in it. Needs memory
-    for the whole model once, in its dtype.
+    What was not trained is as in the model that the run began with. The directory appears under its name when
+    everything is in it. Needs memory for the whole model once, in its dtype.
     """
-    whole = load_model(model, DTYPES[spec.dtype], spec.seed, spec.trust_remote_code)
-    StoredPieces(checkpoint, MASTER).fill(whole)
+    model = load_model(Path(spec.model), DTYPES[spec.dtype], spec.seed, spec.trust_remote_code)
+    StoredPieces(checkpoint, MASTER).fill(model)
+    gathering = _emptied(output)
+    model.save_pretrained(gathering)
+    gathering.rename(output)
+    return model
+
+
+def consolidate_shadow(model: PreTrainedModel, pieces: Path, output: Path, spec: RetrainSpec, updates: int) -> None:
+    """The shadow directory of `model`, from all ranks' pieces. A weight that was not trained is its own average."""
+    stored = StoredPieces(pieces, IMPORTANCE)
+    importances = {
+        name: stored.read(name, 0, parameter.numel()).view(parameter.shape)
+        if name in stored
+        else parameter.detach().float().abs()
+        for name, parameter in model.named_parameters()
+    }
+    gathering = _emptied(output)
+    assert spec.shadow is not None
+    write_shadow(gathering, model.config, importances, spec.shadow, updates)
+    gathering.rename(output)
+
+
+def _emptied(output: Path) -> Path:
+    """Where to gather what is to become `output`; what either held before is gone."""
     gathering = output.with_name(f"{output.name}-unfinished")
     for directory in (gathering, output):
         shutil.rmtree(directory, ignore_errors=True)
-    whole.save_pretrained(gathering)
-    gathering.rename(output)
+    return gathering

@@ -41,7 +41,20 @@ def make_engine(model: nn.Module, spec: RetrainSpec, ranks: int) -> Any:
         config=settings(spec, ranks, sum(parameter.numel() for parameter in model.parameters())),
         dist_init_required=False,
     )
+    if spec.zero_stage == 3 and spec.dtype == "float32" and not spec.offload:
+        _share_masters(engine.optimizer)
     return engine
+
+
+def _share_masters(optimizer: Any) -> None:
+    """In float32, let stage 3's masters be the partitions themselves.
+
+    DeepSpeed means to do so, but takes the device "cpu" for another than torch.device("cpu"), and keeps two copies.
+    """
+    for master, partition in zip(
+        optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
+    ):
+        master.data = partition.data
 
 
 def _optimizer(model: nn.Module, spec: RetrainSpec) -> torch.optim.Optimizer:

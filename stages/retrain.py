@@ -16,12 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stages.batches import Order, Source, microbatches_of, open_source, predicted_tokens
-from stages.consolidate import consolidate
+from stages.consolidate import IMPORTANCE, consolidate, consolidate_shadow
 from stages.engine import make_engine, new_state, updates_of
 from stages.meter import peak_bytes
 from stages.retrain_model import apply_mask, hold_zeros, load_model
 from stages.retrain_spec import RetrainSpec
 from stages.schedule import rate_at
+from stages.shadow import ShadowTracker, parameter_of
 from stages.zero_checkpoint import (
     MASTER,
     StoredPieces,
@@ -30,9 +31,10 @@ from stages.zero_checkpoint import (
     latest,
     read_back,
     read_state,
+    write_pieces,
     write_state,
 )
-from stages.zero_partition import held, owned, state_bytes
+from stages.zero_partition import held, owned, pieces, state_bytes
 
 TOLD_EVERY = 10  # steps whose losses are told together: reading one makes a GPU wait
 Event = dict[str, Any]
@@ -41,10 +43,10 @@ Event = dict[str, Any]
 def train(spec: RetrainSpec, device: str) -> Iterator[Event]:
     """Train as `spec` says, from its newest checkpoint if there is one, in a process that has joined its group.
 
-    Every event has its rank. By their "event": `begin` (step), `holds` (bytes of parameters and of optimizer state on
-    this rank), `steps` (first, losses, rates, tokens, seconds), `evaluated` (step, loss), `saved` (step), `done`
-    (losses of all steps, peak memory of this rank in bytes).
-    At the end HOME/consolidated holds a plain checkpoint.
+    Every event has its rank. By their "event": `begin` (step), `holds` (bytes on this rank of parameters, of optimizer
+    state and of the shadow), `steps` (first, losses, rates, tokens, seconds), `evaluated` (step, loss), `saved` (step),
+    `done` (losses of all steps, peak memory of this rank in bytes).
+    At the end HOME/consolidated holds a plain checkpoint, and HOME/shadow one of importances if they were tracked.
     """
     rank = Rank(spec, torch.device(device))
     try:
@@ -65,6 +67,7 @@ class Rank:
         self.order = Order(len(self.data), spec.batch, spec.seed)
         self.losses: list[float] = []  # of all steps since the run's first
         self.step = 0  # optimizer steps done
+        self.tracker: ShadowTracker | None = None
         self.engine: Any = self._open()
         self.pending: list[tuple[Tensor, float]] = []  # losses not told yet, and their learning rates
         self.tokens, self.seconds = 0, 0.0  # since they were last told
@@ -91,11 +94,16 @@ class Rank:
                 engine.basic_optimizer,
                 lambda home: new_state(engine, home, state["updates"]),
             )
+        if spec.shadow is not None:
+            named = [(f"{name}@{start}", view) for name, start, view in pieces(engine)]
+            self.tracker = ShadowTracker.of(spec.shadow, named, spec.seed)
+            if checkpoint is not None:
+                self.tracker.load(*sorted(checkpoint.glob("shadow-*-of-*.safetensors")))
         return engine
 
     def close(self) -> None:
         """Let go of the model, so that the process can take up another run."""
-        engine, self.engine = self.engine, None
+        engine, self.engine, self.tracker = self.engine, None, None
         engine.destroy()
         del engine
         gc.collect()
@@ -116,7 +124,8 @@ class Rank:
                 yield self._told()
             if not measured:  # Adam's state is there from the first step on
                 measured = True
-                yield {"event": "holds", "rank": self.rank, **state_bytes(self.engine)}
+                shadow = {} if self.tracker is None else {"shadow": self.tracker.nbytes}
+                yield {"event": "holds", "rank": self.rank, **state_bytes(self.engine), **shadow}
             if due[0] and self.eval is not None:
                 yield {"event": "evaluated", "rank": self.rank, "step": self.step, "loss": self._evaluate(self.eval)}
             if due[1]:
@@ -125,9 +134,7 @@ class Rank:
                 yield {"event": "saved", "rank": self.rank, "step": self.step}
         if saved != self.step:
             self._save()
-        if self.rank == 0:
-            consolidate(Path(spec.model), latest(self.home), self.home / "consolidated", spec)
-        dist.barrier()
+        self._consolidate()
         yield {"event": "done", "rank": self.rank, "losses": self.losses, "peak_memory": peak_bytes(str(self.device))}
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -150,6 +157,8 @@ class Rank:
         total /= spec.accumulation(self.ranks) * self.ranks
         dist.all_reduce(total)
         self.step += 1
+        if self.tracker is not None and self.step % spec.shadow.every == 0:
+            self.tracker.update()
         self.pending.append((total, rate))
         self.seconds += time.perf_counter() - started
 
@@ -218,6 +227,21 @@ class Rank:
         if self.rank == 0:
             state = {"step": self.step, "updates": updates_of(self.engine), "losses": self.losses, "ranks": self.ranks}
             finish(self.home, self.step, state)
+        dist.barrier()
+
+    def _consolidate(self) -> None:
+        """Plain checkpoints of the model and, if weights were averaged, of their importances. By rank 0, from files."""
+        importances = self.home / "importances"
+        if self.tracker is not None:
+            importances.mkdir(exist_ok=True)
+            found = ((*parameter_of(name), q.view(-1)) for name, q in self.tracker.importance().items())
+            write_pieces(importances, IMPORTANCE, found, self.rank, self.ranks)
+            dist.barrier()
+        checkpoint = latest(self.home)
+        if self.rank == 0 and checkpoint is not None:
+            model = consolidate(checkpoint, self.home / "consolidated", self.spec)
+            if self.tracker is not None:
+                consolidate_shadow(model, importances, self.home / "shadow", self.spec, self.tracker.updates)
         dist.barrier()
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from stages.shadow import ShadowSpec
+
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -40,6 +42,7 @@ class RetrainSpec:
     seed: int
     eval_every: int  # steps; 0: only after the last
     checkpoint_every: int  # steps; 0: only after the last
+    shadow: ShadowSpec | None = None  # average the weights on the way
     trust_remote_code: bool = False
 
     def accumulation(self, ranks: int) -> int:

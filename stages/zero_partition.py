@@ -91,7 +91,7 @@ def _stages_one_and_two(engine: Any, trained: list[tuple[str, nn.Parameter]]) ->
     # In bf16 stage 1 is another class of DeepSpeed's, with other names for the same things.
     flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
     for name, parameter in trained:
-        mapping: Any = parameter._hp_mapping
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is not None:  # else none of it is in this rank's share
             flat = flats[mapping.param_group_index]
             address = mapping.hp_fragment_address
