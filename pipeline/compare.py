@@ -200,11 +200,11 @@ def _row(run: "Run") -> dict[str, Any]:
         return math.inf if value is not None and value >= sys.float_info.max else value
 
     rebuilt = param("reconstruct")
-    sparsity = param("sparsity")
+    sparsity, threshold = param("sparsity"), param("threshold")
     return {
         "run": run.info.run_name or run.info.run_id,
         "criterion": param("criterion"),
-        "target": param("pattern") or (_share(sparsity) if sparsity else None),
+        "target": param("pattern") or (f"{threshold} σ" if threshold else _share(sparsity) if sparsity else None),
         "refine": param("refine"),
         "reconstruct": rebuilt,
         "inputs": param("inputs") if rebuilt else None,

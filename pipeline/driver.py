@@ -32,7 +32,7 @@ from pipeline.progress import Reporter, reporter_for
 from pipeline.report import write_report
 from pipeline.rundir import RunDirectory, check_free, disk_full_refused
 from pipeline.tracking import Recorder, block_metrics, recorded_run, total_metrics
-from stages.allocation import owl
+from stages.allocation import AMOUNTS, owl
 from stages.checkpoint import Checkpoint, resolve
 from stages.choose import EXPERT_TOKENS
 from stages.errors import Refusal
@@ -40,6 +40,7 @@ from stages.images import ImageTable
 from stages.measure import Measures
 from stages.meter import peak_bytes
 from stages.recipe import WorkOrder
+from stages.shadow_store import check_shadow
 from stages.skeleton import read_config
 from stages.tokens import TokenTable
 
@@ -123,7 +124,7 @@ def resume(output: Path, shards: int | None = None, reporter: Reporter | None = 
 def _located(config: PruneConfig) -> PruneConfig:
     """`config` with its local paths absolute, so that the run can be resumed from any directory."""
     paths: dict[str, Any] = {"output": str(Path(config.output).expanduser().absolute())}
-    for name in ("model", "calibration", "eval", "scratch"):
+    for name in ("model", "calibration", "eval", "scratch", "shadow"):
         value = getattr(config, name)
         if isinstance(value, str) and value and (name == "scratch" or Path(value).expanduser().exists()):
             paths[name] = str(Path(value).expanduser().absolute())
@@ -131,9 +132,11 @@ def _located(config: PruneConfig) -> PruneConfig:
 
 
 def _request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
-    """The options that a run.json records, as they were given: one of sparsity and pattern, shards as wanted now."""
-    unused = "sparsity" if recorded["pattern"] is not None else "pattern"
-    kept = {name: value for name, value in recorded.items() if name != unused}
+    """The options that a run.json records, as they were given: one way to say how much goes, shards as wanted now."""
+    used = next(name for name in ("pattern", "threshold", "sparsity") if recorded.get(name) is not None)
+    kept = {name: value for name, value in recorded.items() if name == used or name not in AMOUNTS}
+    if used == "threshold":
+        kept.pop("scope")  # has no say in it, and may not be given as its default
     return kept | ({"shards": shards} if shards else {})
 
 
@@ -143,7 +146,10 @@ def _inspect(config: PruneConfig) -> tuple[ModelFacts, str]:
     facts = model_facts(read_config(model, config.trust_remote_code), config.model, config.dtype, checkpoint)
     check_recipe_fits(facts, config.recipe)
     check_calibration(config, facts)
-    return facts, check_headers(facts, checkpoint)
+    fingerprint = check_headers(facts, checkpoint)
+    if config.shadow is not None:
+        fingerprint += check_shadow(Path(config.shadow), read_config(model, config.trust_remote_code))
+    return facts, fingerprint
 
 
 class _Run:

@@ -15,6 +15,7 @@ from pipeline.config import PruneConfig
 from stages.allocation import check_matches
 from stages.blocks import prunable
 from stages.checkpoint import Checkpoint
+from stages.criteria import find_criterion
 from stages.errors import Refusal
 from stages.masks import check_divisible
 from stages.recipe import Recipe, pieces
@@ -167,7 +168,8 @@ def settled(config: PruneConfig, facts: ModelFacts) -> PruneConfig:
 
 def check_recipe_fits(facts: ModelFacts, recipe: Recipe) -> None:
     """Raises Refusal for a window larger than the model, an override that matches no layer, criterion options that a
-    layer's criterion does not take, and rows that groups of M do not fill, naming the first such layer."""
+    layer's criterion does not take, rows that groups of M do not fill, and a threshold for SparseGPT, naming the first
+    such layer; for a shadow that is missing, or that no criterion reads."""
     if recipe.window > facts.blocks:
         raise Refusal(
             f"reconstruct window:{recipe.window}: the model has {facts.blocks} blocks; give at most that many"
@@ -178,6 +180,19 @@ def check_recipe_fits(facts: ModelFacts, recipe: Recipe) -> None:
         rule = recipe.rule(block, layer, recipe.sparsity)
         if rule.pattern is not None:
             check_divisible(into, rule.pattern, f"block {block}, {layer}")
+        if rule.threshold is not None and find_criterion(rule.criterion).solve is not None:
+            raise Refusal(
+                f"block {block}, {layer}: threshold {rule.threshold:g} with criterion {rule.criterion}, which chooses "
+                "so many of a few columns at a time as it goes; use --sparsity, or another criterion"
+            )
+    _check_shadow(recipe)
+
+
+def _check_shadow(recipe: Recipe) -> None:
+    if "importance" in recipe.needs and recipe.shadow is None:
+        raise Refusal("criterion temporal: scores by a shadow; give --shadow DIR, the shadow/ that a training run left")
+    if recipe.shadow is not None and "importance" not in recipe.needs:
+        raise Refusal(f"shadow {recipe.shadow}: criterion {recipe.criterion} does not read it; temporal does")
 
 
 def window_length(facts: ModelFacts, asked: int | Literal["auto"]) -> int:
@@ -262,6 +277,8 @@ def estimate_shard(
     in_memory = min(spooled + carried, spool_memory)
     both = min(training + in_memory, max(training, spool_memory))  # activations make room for the fit
     copy = window * max(sizes)  # the pruned copy of the blocks in work
+    if recipe is not None and "importance" in recipe.needs:
+        copy += copy // facts.itemsize * 4  # what the shadow says of them
     return ShardEstimate(
         weights=weights,
         training=training,

@@ -58,6 +58,8 @@ def sentence(run: Mapping[str, Any]) -> str:
     """One sentence: the model, what was done to it, where, for how long, and what it cost in perplexity."""
     config, model = run.get("config", {}), run["model"]
     target = config.get("pattern") or percent(config.get("sparsity", run.get("sparsity")))
+    if config.get("threshold") is not None:
+        target = f"what scores above {config['threshold']:g} σ of its matrix"
     rebuilt = config.get("reconstruct") or "none"
     refined = config.get("refine") or "none"
     shards = run.get("shards", ())
@@ -180,8 +182,10 @@ def _recipe(run: Mapping[str, Any]) -> str:
     config = {name: value for name, value in run.get("config", {}).items() if value is not None}
     for name in ("model", "output", "config"):  # given on the command line
         config.pop(name, None)
-    if "pattern" in config:  # the two exclude each other, and an unused sparsity has a default
+    if "pattern" in config or "threshold" in config:  # they exclude sparsity, and an unused one has a default
         config.pop("sparsity", None)
+    if "threshold" in config:
+        config.pop("scope", None)
     if isinstance(config.get("calibration"), (list, tuple)):  # texts or token ids given in Python, possibly millions
         config["calibration"] = "CALIBRATION_TEXT"
     command = run.get("command", "prune")

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from stages.criteria import check_criterion, check_options
 from stages.errors import Refusal
-from stages.masks import Scope, check_sparsity, parse_pattern
+from stages.masks import Scope, check_sparsity, check_threshold, parse_pattern
+
+AMOUNTS = ("sparsity", "pattern", "threshold")  # the ways to say how much goes
 
 
 def outlier_share(scores: Callable[[], Iterable[Tensor]], m: float = 5.0) -> float:
@@ -63,18 +65,19 @@ def owl(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerRule:
-    """How one layer is pruned. Exactly one of `sparsity` and `pattern` is set."""
+    """How one layer is pruned. Exactly one of `sparsity`, `pattern` and `threshold` is set."""
 
     criterion: str = "wanda"
     criterion_options: Mapping[str, Any] = field(default_factory=dict)
     sparsity: float | None = 0.5
     pattern: tuple[int, int] | None = None
+    threshold: float | None = None  # in standard deviations of the matrix's scores
     scope: Scope = "row"
 
     @property
     def dense(self) -> bool:
         """No weight is removed."""
-        return self.pattern is None and not self.sparsity
+        return self.pattern is None and self.threshold is None and not self.sparsity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +86,7 @@ class Override:
 
     match: str
     changes: Mapping[str, Any]
-    """Fields of LayerRule. With `pattern` goes `sparsity: None`, and the other way round."""
+    """Fields of LayerRule. Of `sparsity`, `pattern` and `threshold` one is given, and the others as None."""
 
     def matches(self, name: str) -> bool:
         """Whether this is about the layer `name`, such as 0.mlp.down_proj."""
@@ -93,8 +96,8 @@ class Override:
 def resolve_overrides(entries: Sequence[Any]) -> list[Override]:
     """Overrides from what YAML gave: a list of mappings, each with `match` and what to change.
 
-    Changes are those of a run, under the same names: sparsity, pattern, criterion, criterion_options, scope; and
-    `dense: true`, a short way to say `sparsity: 0`. Raises Refusal, naming the entry, for anything else.
+    Changes are those of a run, under the same names: sparsity, pattern, threshold, criterion, criterion_options, scope;
+    and `dense: true`, a short way to say `sparsity: 0`. Raises Refusal, naming the entry, for anything else.
     """
     if isinstance(entries, (str, Mapping)) or not isinstance(entries, Sequence):
         raise Refusal(f"overrides {entries!r}: must be a list, such as [{{match: 0.mlp.down_proj, sparsity: 0}}]")
@@ -112,7 +115,7 @@ def _override(where: str, entry: Any) -> Override:
             nearest = get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(known)}"
             raise Refusal(f"{where}: {key!r} is unknown; {hint}")
-    amounts = [key for key in ("sparsity", "pattern", "dense") if key in given]
+    amounts = [key for key in (*AMOUNTS, "dense") if key in given]
     if len(amounts) > 1:
         raise Refusal(f"{where}: {' and '.join(amounts)} are given; give one of them")
     if not given:
@@ -123,21 +126,30 @@ def _override(where: str, entry: Any) -> Override:
         raise Refusal(f"{where}: {refusal}") from None
 
 
+def _amount(**one: Any) -> dict[str, Any]:
+    """How much goes, said in one of three ways."""
+    return dict.fromkeys(AMOUNTS) | one
+
+
 def _changes(given: Mapping[str, Any]) -> dict[str, Any]:
     """Checked fields of LayerRule. Raises Refusal."""
     changes: dict[str, Any] = {}
     if "dense" in given:
         if given["dense"] is not True:
             raise Refusal(f"dense = {given['dense']!r}: can only be true; a later entry with a sparsity prunes again")
-        changes |= {"sparsity": 0.0, "pattern": None}
+        changes |= _amount(sparsity=0.0)
     if "sparsity" in given:
         if type(given["sparsity"]) not in (int, float):
             raise Refusal(f"sparsity {given['sparsity']!r}: must be a number, at least 0 and below 1")
-        changes |= {"sparsity": check_sparsity(float(given["sparsity"])), "pattern": None}
+        changes |= _amount(sparsity=check_sparsity(float(given["sparsity"])))
     if "pattern" in given:
         if not isinstance(given["pattern"], str):
             raise Refusal(f'pattern {given["pattern"]!r}: write it in quotes, such as "2:4" (YAML reads 2:4 as a time)')
-        changes |= {"sparsity": None, "pattern": parse_pattern(given["pattern"])}
+        changes |= _amount(pattern=parse_pattern(given["pattern"]))
+    if "threshold" in given:
+        if type(given["threshold"]) not in (int, float):
+            raise Refusal(f"threshold {given['threshold']!r}: must be a number of at least 0")
+        changes |= _amount(threshold=check_threshold(float(given["threshold"])))
     if "scope" in given:
         if given["scope"] not in get_args(Scope):
             raise Refusal(f"scope {given['scope']!r}: must be {' or '.join(get_args(Scope))}")

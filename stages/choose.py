@@ -25,19 +25,25 @@ class Chooser:
         self.recipe, self.block, self.sparsity = recipe, block, sparsity
         self.fallbacks: dict[str, int] = {}
 
-    def choose(self, weight: Weight, matrix: Tensor, statistics: InputStatistics) -> tuple[Tensor, Tensor | None]:
-        """Which weights of `matrix` (O, I) survive, bool (O, I), and their values where the criterion moves them."""
+    def choose(
+        self, weight: Weight, matrix: Tensor, statistics: InputStatistics, importance: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Which weights of `matrix` (O, I) survive, bool (O, I), and their values where the criterion moves them.
+
+        `importance` (O, I) is what the shadow says of them, where there is one."""
         recipe, rule = self.recipe, self.recipe.rule(self.block, weight.name, self.sparsity)
         if rule.dense:
             return torch.ones(matrix.shape, dtype=torch.bool, device=matrix.device), None
         name, options = rule.criterion, dict(rule.criterion_options)
         few = weight.expert is not None and statistics.tokens < EXPERT_TOKENS
-        if few and name != "magnitude":
+        if few and name != "magnitude" and not find_criterion(name).from_shadow:
             self.fallbacks[weight.name] = statistics.tokens
             name, options = "magnitude", {}
         criterion = find_criterion(name)
         if criterion.seeded:
             options["seed"] = derived_seed(recipe.seed, self.block, weight.name)
+        if criterion.from_shadow:
+            options["importance"] = importance
         if criterion.solve is not None:
             keep, values = criterion.solve(matrix, statistics, rule.sparsity, rule.pattern, None, **options)
             if recipe.refine == "none":
@@ -70,7 +76,9 @@ class Chooser:
 
 
 def _mask(matrix: Tensor, statistics: InputStatistics, rule: LayerRule, name: str, options: dict[str, Any]) -> Tensor:
-    """The lowest scores of each row, group, or of the whole matrix go."""
+    """The lowest scores of each row, group, or of the whole matrix go; or those that are below the threshold."""
+    if rule.threshold is not None:
+        return keep_mask(score(name, matrix, statistics, **options), threshold=rule.threshold)
     if rule.pattern is None and rule.scope == "matrix":
         return keep_mask(score(name, matrix, statistics, **options), rule.sparsity, scope="matrix")
     keep = torch.empty(matrix.shape, dtype=torch.bool, device=matrix.device)

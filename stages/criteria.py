@@ -173,8 +173,15 @@ def solve_sparsegpt(
     return keep, moved if update else None
 
 
+def temporal(weight_OI: Tensor, statistics: InputStatistics, *, importance_OI: Tensor) -> Tensor:
+    """|q_ij|, the weight's average over its training run (Systematic Weight Evaluation, 2502.17071): what a shadow
+    directory holds of it. Needs no statistics."""
+    return importance_OI.float()
+
+
 OUTPUTS: frozenset[Need] = frozenset({"outputs"})
 HESSIAN: frozenset[Need] = frozenset({"hessian"})
+IMPORTANCE: frozenset[Need] = frozenset({"importance"})
 CRITERIA: dict[str, Criterion] = {
     "magnitude": Criterion(function=magnitude, row_wise=True),
     "wanda": Criterion(function=wanda, row_wise=True),
@@ -184,6 +191,7 @@ CRITERIA: dict[str, Criterion] = {
     "stochria": Criterion(function=ria, prepare=sampled_sums),
     "lp-ria": Criterion(function=ria, prepare=lp_norms),
     "sparsegpt": Criterion(function=sparsegpt, prepare=inverse_diagonal, solve=solve_sparsegpt, needs=HESSIAN),
+    "temporal": Criterion(function=temporal, row_wise=True, needs=IMPORTANCE),
 }
 
 
@@ -220,23 +228,27 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return checked_options(name, criterion, options)
 
 
-def score(name: str, weight: Tensor, statistics: InputStatistics, **options: Any) -> Tensor:
+def score(
+    name: str, weight: Tensor, statistics: InputStatistics, *, importance: Tensor | None = None, **options: Any
+) -> Tensor:
     """Importance (O, I) float32 of every weight (O, I) under the criterion `name`; higher is more important.
 
-    Raises Refusal for an unknown criterion or option, and for a score of another shape or that is not finite.
+    `importance` (O, I) is what a shadow says of the weight, for criteria that need it.
+    Raises Refusal for an unknown criterion or option, without an importance that is needed, and for a score of another
+    shape or that is not finite.
     """
-    return _scorer(name, weight, statistics, options)(slice(0, len(weight)))
+    return _scorer(name, weight, statistics, options, importance)(slice(0, len(weight)))
 
 
 def score_rows(
-    name: str, weight: Tensor, statistics: InputStatistics, **options: Any
+    name: str, weight: Tensor, statistics: InputStatistics, *, importance: Tensor | None = None, **options: Any
 ) -> Iterator[tuple[slice, Tensor]]:
     """The scores of `score`, a few rows at a time where rows allow it: (which rows, their scores).
 
     So that scores stay in the cache and no layer has a float32 copy. What a criterion needs of the layer as a whole,
     sums over its columns say, is computed once, before the first rows.
     """
-    scores_of = _scorer(name, weight, statistics, options)
+    scores_of = _scorer(name, weight, statistics, options, importance)
     criterion = find_criterion(name)
     whole = not criterion.row_wise and criterion.prepare is None
     for rows in [slice(0, len(weight))] if whole else _parts(weight):
@@ -252,7 +264,11 @@ def _parts(weight_OI: Tensor) -> Iterator[slice]:
 
 
 def _scorer(
-    name: str, weight_OI: Tensor, statistics: InputStatistics, options: Mapping[str, Any]
+    name: str,
+    weight_OI: Tensor,
+    statistics: InputStatistics,
+    options: Mapping[str, Any],
+    importance_OI: Tensor | None = None,
 ) -> Callable[[slice], Tensor]:
     """A function from rows to their checked scores, with the preparation done."""
     criterion = find_criterion(name)
@@ -261,6 +277,8 @@ def _scorer(
     prepared: dict[str, Tensor] = {}
     if criterion.prepare is not None:
         prepared = criterion.prepare(weight_OI, statistics, **taken_by(criterion.prepare, options))
+    if criterion.from_shadow:
+        prepared = prepared | {"importance_OI": _of_shadow(name, weight_OI, importance_OI)}
     options = taken_by(criterion.function, options)
 
     def scores_of(rows: slice) -> Tensor:
@@ -283,3 +301,14 @@ def _scorer(
         return scores
 
     return scores_of
+
+
+def _of_shadow(name: str, weight_OI: Tensor, importance_OI: Tensor | None) -> Tensor:
+    if importance_OI is None:
+        raise Refusal(f"criterion {name}: scores by a shadow, and there is none; give --shadow DIR")
+    if importance_OI.shape != weight_OI.shape:
+        raise Refusal(
+            f"criterion {name}: the shadow's weight is {tuple(importance_OI.shape)}, the model's "
+            f"{tuple(weight_OI.shape)}; give the shadow of this model"
+        )
+    return importance_OI.to(weight_OI.device)

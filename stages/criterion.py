@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.errors import Refusal
 
-Need = Literal["hessian", "outputs"]
+Need = Literal["hessian", "outputs", "importance"]
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -49,13 +49,19 @@ class Criterion:
     row_wise: bool = False
     """The function may be given some of the rows, and scores them as it would among all the others."""
     needs: frozenset[Need] = frozenset()
-    """What the statistics must hold beyond the sums over inputs: the Hessian, or the sums over outputs."""
+    """What the statistics must hold beyond the sums over inputs: the Hessian, or the sums over outputs. With
+    "importance" the function is given, by the keyword `importance_OI`, what a shadow says of the weight (O, I)."""
 
     @property
     def options(self) -> dict[str, Option]:
         """Keywords with defaults, of the function, of its preparation and of its solution."""
         parts = (self.function, self.prepare, self.solve)
         return {name: option for part in parts if part for name, option in _options(part).items()}
+
+    @property
+    def from_shadow(self) -> bool:
+        """It scores by what a training run left behind."""
+        return "importance" in self.needs
 
     @property
     def seeded(self) -> bool:
@@ -154,7 +160,8 @@ def _check_signature(name: str, criterion: Criterion) -> None:
     try:
         signature = inspect.signature(criterion.function)
         prepared = [key for key, value in signature.parameters.items() if value.kind is value.KEYWORD_ONLY]
-        signature.bind(None, None, **(dict.fromkeys(prepared) if criterion.prepare else {}))
+        given = prepared if criterion.prepare else ["importance_OI"] if criterion.from_shadow else []
+        signature.bind(None, None, **dict.fromkeys(given))
     except (TypeError, ValueError) as error:
         raise Refusal(f"criterion {name}: cannot be called as name(weight, statistics) ({error})") from None
     for option, value in criterion.options.items():

@@ -33,6 +33,13 @@ def check_pattern(pattern: tuple[int, int]) -> tuple[int, int]:
     return pattern
 
 
+def check_threshold(rate: float) -> float:
+    """The rate itself. Raises Refusal unless it is finite and at least 0."""
+    if not 0 <= rate < float("inf"):
+        raise Refusal(f"threshold {rate}: standard deviations of a matrix's scores, a number of at least 0; try 1")
+    return rate
+
+
 def parse_pattern(text: str) -> tuple[int, int]:
     """`2:4` as (2, 4). Raises Refusal for anything else."""
     parts = text.split(":")
@@ -56,15 +63,20 @@ def keep_mask(
     sparsity: float | None = None,
     pattern: tuple[int, int] | None = None,
     scope: Scope = "row",
+    threshold: float | None = None,
 ) -> Tensor:
     """Bool (O, I), True = keep, from scores (O, I): the lowest go, and among equals the lower index goes first.
 
     `sparsity` s removes exactly int(I · s) of each row, or int(O · I · s) of the matrix with `scope="matrix"`.
-    `pattern` (N, M) keeps exactly N of every M consecutive inputs. Give one of the two.
-    Raises Refusal for a ratio outside [0, 1), N > M, N < 1, or rows that groups of M do not fill.
+    `pattern` (N, M) keeps exactly N of every M consecutive inputs.
+    `threshold` keeps what is above so many standard deviations of the matrix's scores, few or many.
+    Give one of the three. Raises Refusal for a ratio outside [0, 1), N > M, N < 1, rows that groups of M do not fill,
+    or a threshold below 0.
     """
-    if (sparsity is None) == (pattern is None):
-        raise ValueError("give either sparsity or pattern")
+    if [sparsity, pattern, threshold].count(None) != 2:
+        raise ValueError("give one of sparsity, pattern and threshold")
+    if threshold is not None:
+        return scores > check_threshold(threshold) * scores.std(correction=0)
     if pattern is not None:
         keep, group = check_pattern(pattern)
         check_divisible(scores.shape[-1], pattern)

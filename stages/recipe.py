@@ -15,12 +15,14 @@ Rebuild = Literal["none", "matrix", "component", "block", "window"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """How blocks are pruned. Exactly one of `sparsity` and `pattern` is set."""
+    """How blocks are pruned. Exactly one of `sparsity`, `pattern` and `threshold` is set."""
 
     criterion: str = "wanda"
     criterion_options: Mapping[str, Any] = field(default_factory=dict)
     sparsity: float | None = 0.5
     pattern: tuple[int, int] | None = None
+    threshold: float | None = None
+    shadow: str | None = None  # the directory with the importances that some criteria score by
     scope: Scope = "row"
     overrides: tuple[Override, ...] = ()
     allocation: Literal["uniform", "owl"] = "uniform"  # how a sparsity is spread over the blocks
@@ -43,13 +45,14 @@ class Recipe:
             criterion_options=self.criterion_options,
             sparsity=sparsity,
             pattern=self.pattern,
+            threshold=self.threshold,
             scope=self.scope,
         )
         return layer_rule(self.overrides, block, layer, default)
 
     @property
     def needs(self) -> frozenset[str]:
-        """What its criteria and its refinement need beyond sums over the inputs: "hessian", "outputs"."""
+        """What its criteria and its refinement need beyond sums over the inputs: see `Criterion.needs`."""
         overridden = (override.changes.get("criterion", self.criterion) for override in self.overrides)
         names = {self.criterion, *overridden}
         needs = frozenset[str]().union(*(find_criterion(name).needs for name in names))

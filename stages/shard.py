@@ -34,6 +34,7 @@ from stages.foresight import Foresight, joined, parted
 from stages.measure import KeptStates, Measures, measure
 from stages.meter import Timeline, peak_bytes
 from stages.recipe import WorkOrder
+from stages.shadow_store import Shadow
 from stages.skeleton import Skeleton, read_config
 from stages.spec import ShardSpec, block_file, sweep_directory
 from stages.spool import Spool, SpoolBudget
@@ -347,7 +348,17 @@ class Shard:
         if not recipe.streams_dense:
             calibrations = {index: self._calibration(index, block) for index, block in blocks.items()}
         samples = carry.samples if carry else None
-        work = Work(recipe, order, blocks, calibrations, self.skeleton, self.timeline, self._new_spool, samples)
+        work = Work(
+            recipe,
+            order,
+            blocks,
+            calibrations,
+            self.skeleton,
+            self.timeline,
+            self._new_spool,
+            samples,
+            self._importances(order, calibrations),
+        )
         del blocks
         if self.spec.resident == "one":
             self._blocks.clear()  # the dense blocks go, matrix by matrix, as their pruned copies are made
@@ -364,6 +375,23 @@ class Shard:
             del work
             gc.collect()  # modules hold themselves in cycles: without it two blocks can be in memory
         return reports
+
+    def _importances(
+        self, order: WorkOrder, calibrations: Mapping[int, BlockCalibration]
+    ) -> dict[int, dict[str, Tensor]]:
+        """What the recipe's shadow says of the matrices to be masked: block -> name inside it -> |q|."""
+        recipe = self.spec.recipe
+        if recipe is None or recipe.shadow is None or order.sweep or "importance" not in recipe.needs:
+            return {}
+        return {
+            index: self._shadow.load(index, {weight.parameter for weight in calibration.anatomy.weights})
+            for index, calibration in calibrations.items()
+        }
+
+    @functools.cached_property
+    def _shadow(self) -> Shadow:
+        assert self.spec.recipe is not None and self.spec.recipe.shadow is not None
+        return Shadow(Path(self.spec.recipe.shadow), self.spec.device)
 
     def _new_spool(self, name: str) -> Spool:
         return Spool(self._scratch / f"{name}.arrow", self._budget)

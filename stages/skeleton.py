@@ -135,9 +135,13 @@ class Skeleton:
 
     def load_block(self, index: int, checkpoint: Checkpoint) -> nn.Module:
         """Layer `index` with its weights from a checkpoint that uses the names known here."""
+        return self.assembled(index, self.load_tensors(index, self.parameters_of(index), checkpoint))
+
+    def load_tensors(self, index: int, inside: Iterable[str], checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """Those tensors of layer `index`, by their names inside it, from such a checkpoint."""
         names = self.parameters_of(index)
-        tensors = self.storage.load(checkpoint, names.values(), self.dtype, self.device)
-        return self.assembled(index, {inside: tensors[name] for inside, name in names.items()})
+        tensors = self.storage.load(checkpoint, [names[name] for name in inside], self.dtype, self.device)
+        return {name: tensors[names[name]] for name in inside}
 
     def outside(self, checkpoint: Checkpoint) -> list[TensorEntry]:
         """What lies in the checkpoint outside the blocks: ends, image towers, parts that the model does not read."""

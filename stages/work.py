@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Work:
     """One piece of work. `modules` holds the blocks as they are so far.
 
     `carried` is the pruned model's activations at the first block, where units are to read those; `spool` makes an
-    empty spool of a name.
+    empty spool of a name. `importances` are what a shadow says of the blocks' tensors, by block and name inside it.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class Work:
         timeline: Timeline,
         spool: Callable[[str], Spool],
         carried: Spool | None = None,
+        importances: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
     ) -> None:
         self.recipe, self.order, self.calibrations = recipe, order, calibrations
         self.skeleton, self.timeline, self._spool, self._carried = skeleton, timeline, spool, carried
+        self._importances = importances
         self.modules = {index: skeleton.assembled(index, dict(block.state_dict())) for index, block in blocks.items()}
         self.groups = groups_of(
             {index: calibration.anatomy for index, calibration in calibrations.items()},
@@ -128,8 +131,10 @@ class Work:
             statistics = gathered.get(block) or self.calibrations[block].statistics
             stored = moved = self._stored(block, parameter)
             keep = torch.empty_like(stored, dtype=torch.bool)
+            importance = self._importances.get(block, {}).get(parameter)
             for _, weight in (at for at in group.whole.weights if at[0] == block and at[1].parameter == parameter):
-                kept, values = chooser.choose(weight, weight.of(stored), statistics[weight.name])
+                said = None if importance is None else weight.of(importance)
+                kept, values = chooser.choose(weight, weight.of(stored), statistics[weight.name], said)
                 weight.of(keep).copy_(kept)
                 if values is not None:
                     moved = stored.clone() if moved is stored else moved

@@ -71,6 +71,7 @@ def test_every_field_is_a_flag_and_gets_there(asked: Any) -> None:
         "calibration": "c",
         "sparsity": 0.25,
         "criterion": "stochria",
+        "shadow": "s",
         "scope": "matrix",
         "allocation": "owl",
         "refine": "dsnot",
@@ -92,7 +93,7 @@ def test_every_field_is_a_flag_and_gets_there(asked: Any) -> None:
     config = asked(
         "m", *flags, "--trust-remote-code", "--criterion-option", "alpha=1", "--criterion-option", "ratio=0.5"
     )
-    expected = options | {"model": "m", "trust_remote_code": True, "pattern": None, "overrides": []}
+    expected = options | {"model": "m", "trust_remote_code": True, "pattern": None, "threshold": None, "overrides": []}
     expected["criterion_options"] = {"alpha": "1", "ratio": "0.5"}
     assert config.model_dump() == expected
     assert set(expected) == set(PruneConfig.model_fields)

@@ -15,6 +15,8 @@ from stages.errors import Refusal
 from stages.masks import keep_mask
 from stages.statistics import InputStatistics
 
+BY_WEIGHT = [name for name, criterion in CRITERIA.items() if not criterion.from_shadow]  # the others: test_temporal
+
 
 def statistics_of(x: torch.Tensor) -> InputStatistics:
     """Of x (samples, tokens, channels), with everything that any criterion needs."""
@@ -56,7 +58,7 @@ def example(dtype: torch.dtype = torch.float32, rows: int = 6, seed: int = 0) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "stochria"])
+@pytest.mark.parametrize("name", [name for name in BY_WEIGHT if name != "stochria"])
 def test_scores_equal_the_formulas_in_float64(name, dtype) -> None:
     weight, x = example(dtype)
     scores = score(name, weight, statistics_of(x))
@@ -108,7 +110,7 @@ def test_relative_importance_spares_a_row_that_is_small_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize("layout", ["rows", "transposed"])
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", BY_WEIGHT)
 def test_scoring_a_few_rows_at_a_time_changes_no_mask(name, layout, monkeypatch) -> None:
     weight, x = example(torch.bfloat16, rows=11)
     if layout == "transposed":
@@ -128,7 +130,7 @@ def test_scoring_a_few_rows_at_a_time_changes_no_mask(name, layout, monkeypatch)
 def test_no_criterion_makes_a_float32_copy_of_a_bf16_layer() -> None:
     weight = torch.randn(512, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
     statistics = statistics_of(torch.randn(1, 4, 2048, generator=torch.Generator().manual_seed(1)))
-    for name in set(CRITERIA) - {"sparsegpt", "owanda", "symwanda"}:  # these hold an (I, I) matrix anyway
+    for name in set(BY_WEIGHT) - {"sparsegpt", "owanda", "symwanda"}:  # these hold an (I, I) matrix anyway
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             for _ in score_rows(name, weight, statistics):
                 pass
@@ -136,7 +138,7 @@ def test_no_criterion_makes_a_float32_copy_of_a_bf16_layer() -> None:
         assert 0 < largest < weight.numel() * 2, name
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", BY_WEIGHT)
 def test_the_weight_is_left_as_it_was(name) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         weight, x = example(dtype)
@@ -148,7 +150,7 @@ def test_the_weight_is_left_as_it_was(name) -> None:
 # Degenerate layers
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", BY_WEIGHT)
 def test_rows_and_columns_of_zeros_score_zero_and_go_first(name) -> None:
     weight, x = example(rows=8)
     weight[3], weight[:, 5] = 0.0, 0.0
@@ -158,7 +160,7 @@ def test_rows_and_columns_of_zeros_score_zero_and_go_first(name) -> None:
     assert not keep_mask(scores, 0.5)[[0, 1, 2, 4, 5, 6, 7], 5].any()
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", BY_WEIGHT)
 def test_a_layer_of_zeros_and_a_dead_channel_give_finite_scores(name) -> None:
     weight, x = example()
     x[..., 2] = 0.0
@@ -335,7 +337,7 @@ def test_its_attributes_say_what_it_needs_and_whether_rows_stand_alone(own_modul
         ("broken.score", "cannot be imported .*nothing_of_this_name"),
         ("mine.count", "mine.count: is a int, not a function"),
         ("mine.three", "cannot be called as .*weight, statistics"),
-        ("mine.needy", r"needs \['moon'\]; statistics can hold: hessian, outputs"),
+        ("mine.needy", r"needs \['moon'\]; statistics can hold: hessian, outputs, importance"),
         ("mine.odd", "option sizes is a tuple; float, int, str and bool can be set"),
         (".", "cannot be imported"),
         ("mine:", "cannot be imported"),

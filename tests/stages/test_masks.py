@@ -123,11 +123,10 @@ def test_rows_that_groups_do_not_fill_are_refused_with_the_numbers() -> None:
         keep_mask(torch.ones(2, 10), pattern=(2, 4))
 
 
-def test_either_a_ratio_or_a_pattern() -> None:
-    with pytest.raises(ValueError, match="either"):
-        keep_mask(torch.ones(2, 4))
-    with pytest.raises(ValueError, match="either"):
-        keep_mask(torch.ones(2, 4), 0.5, (2, 4))
+def test_one_of_a_ratio_a_pattern_and_a_threshold() -> None:
+    for several in ({}, {"sparsity": 0.5, "pattern": (2, 4)}, {"pattern": (2, 4), "threshold": 1.0}):
+        with pytest.raises(ValueError, match="one of"):
+            keep_mask(torch.ones(2, 4), **several)
 
 
 def test_nothing_goes_at_ratio_zero() -> None:

@@ -44,6 +44,9 @@ def layers(draw, multiple: int = 1) -> tuple[Tensor, InputStatistics]:
     return weight.to(dtype), statistics_of(x)
 
 
+BY_WEIGHT = [name for name, criterion in CRITERIA.items() if not criterion.from_shadow]  # the others: test_temporal
+
+
 def statistics_of(x: Tensor) -> InputStatistics:
     statistics = InputStatistics(x.shape[-1], hessian=True)
     statistics.update(x)
@@ -54,7 +57,7 @@ def by_rows(name: str, weight: Tensor, statistics: InputStatistics) -> Tensor:
     return torch.cat([scores for _, scores in score_rows(name, weight, statistics)])
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", BY_WEIGHT)
 def test_every_row_or_matrix_loses_exactly_its_share(name) -> None:
     @quick
     @given(layers(), st.floats(0, 0.999))
@@ -70,7 +73,7 @@ def test_every_row_or_matrix_loses_exactly_its_share(name) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", BY_WEIGHT)
 def test_every_group_keeps_exactly_n_of_m(name) -> None:
     @quick
     @given(st.sampled_from(PATTERNS).flatmap(lambda pattern: st.tuples(st.just(pattern), layers(multiple=pattern[1]))))
@@ -83,7 +86,7 @@ def test_every_group_keeps_exactly_n_of_m(name) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", BY_WEIGHT)
 def test_a_zero_weight_goes_before_any_other_of_its_row(name) -> None:
     """So pruning again what is already pruned at the same ratio changes nothing."""
 
@@ -101,7 +104,7 @@ def test_a_zero_weight_goes_before_any_other_of_its_row(name) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "stochria"])
+@pytest.mark.parametrize("name", [name for name in BY_WEIGHT if name != "stochria"])
 def test_the_order_of_rows_does_not_matter(name) -> None:
     @quick
     @given(layers(), st.randoms(use_true_random=False))
@@ -115,7 +118,7 @@ def test_the_order_of_rows_does_not_matter(name) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "symwanda"])
+@pytest.mark.parametrize("name", [name for name in BY_WEIGHT if name != "symwanda"])
 def test_the_scale_of_a_layer_does_not_change_its_mask(name) -> None:
     """symwanda's adds norms of inputs and of outputs, and the outputs grow with the weight."""
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,133 @@
+"""A shadow on disk: a directory like a model's checkpoint, whose tensors hold |q| in place of the weights.
+
+DIR/shadow.json          how it came about: the tracker's options, how many snapshots; digests of names and shapes,
+                         and of the files
+DIR/config.json          the model's
+DIR/model*.safetensors   float32, under the names and in the shapes that transformers saves such a model with
+
+So a block's importances are read as its weights are: experts apart, matrices stored the other way round, and all.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from stages.blocks import layout_of
+from stages.checkpoint import Checkpoint, file_digest
+from stages.errors import Refusal
+from stages.shadow import ShadowSpec, parameter_of
+from stages.skeleton import Skeleton, read_config, tied_names
+
+RECORD = "shadow.json"
+
+
+def joined(shapes: Mapping[str, tuple[int, ...]], ranks: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole parameters of these shapes from what trackers gave for pieces of them, PARAMETER@START, rank after rank.
+
+    Raises Refusal if a weight is in no piece.
+    """
+    whole = {name: torch.empty(shape) for name, shape in shapes.items()}
+    covered = dict.fromkeys(shapes, 0)
+    for pieces in ranks:
+        for name, piece in pieces.items():
+            parameter, start = parameter_of(name)
+            whole[parameter].view(-1)[start : start + piece.numel()] = piece.reshape(-1)
+            covered[parameter] += piece.numel()
+    for name, count in covered.items():
+        if count != whole[name].numel():
+            raise Refusal(f"shadow: {name} has {whole[name].numel()} weights, {count} were tracked; track all ranks")
+    return whole
+
+
+def write_shadow(
+    directory: Path, config: PreTrainedConfig, importances: Mapping[str, Tensor], spec: ShadowSpec, updates: int
+) -> None:
+    """Write the importances of a model of `config`, by parameter name (those of `model.named_parameters()`).
+
+    Raises Refusal if one is missing or of another shape than the model's.
+    """
+    model = _meta_model(config)
+    tied = tied_names(model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name not in tied}
+    for name, shape in shapes.items():
+        if name not in importances or importances[name].shape != shape:
+            found = tuple(importances[name].shape) if name in importances else "not there"
+            raise Refusal(f"shadow: {name} is {found}, the model's {tuple(shape)}; track all of this model")
+    tensors = {name: importances[name].detach().float().cpu() for name in shapes}
+    tensors |= {name: tensors[partner] for name, partner in tied.items() if partner in tensors}
+    model.load_state_dict(tensors, assign=True, strict=False)
+    model.tie_weights()
+    model.save_pretrained(directory)
+    files = {path.name: file_digest(path) for path in sorted(directory.glob("*.safetensors"))}
+    record = asdict(spec) | {"updates": updates, "digest": digest(shapes), "files": files}
+    (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model in float32 without memory for its parameters."""
+    auto = AutoModelForImageTextToText if layout_of(config.model_type).images else AutoModelForCausalLM
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        return auto.from_config(config, dtype=torch.float32)
+
+
+def digest(shapes: Mapping[str, Iterable[int]]) -> str:
+    """A digest of parameter names and shapes."""
+    listed = sorted((name, list(shape)) for name, shape in shapes.items())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """What shadow.json says. Raises Refusal if the directory holds no shadow."""
+    try:
+        record = json.loads((directory / RECORD).read_text())
+        record["digest"], record["updates"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Refusal(
+            f"shadow {directory}: no {RECORD} in it; give the shadow/ that `espalier retrain --shadow` leaves in its "
+            "output"
+        ) from None
+    return record
+
+
+def check_shadow(directory: Path, config: PreTrainedConfig) -> str:
+    """A digest that tells this shadow from others. Raises Refusal unless it is one of a model of `config`."""
+    record = read_record(directory)
+    model = _meta_model(config)
+    tied = tied_names(model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name not in tied}
+    if record["digest"] != digest(shapes):
+        theirs = read_config(directory)
+        raise Refusal(
+            f"shadow {directory}: of another model ({_sizes(theirs)}), not of this one ({_sizes(config)}); "
+            "give the shadow that was tracked while this model was trained"
+        )
+    if not record["updates"]:
+        raise Refusal(f"shadow {directory}: holds no snapshot; train for longer, or track more often")
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+
+
+def _sizes(config: PreTrainedConfig) -> str:
+    text = config.get_text_config()
+    return f"{config.model_type}, {text.num_hidden_layers} blocks, {text.hidden_size} wide"
+
+
+class Shadow:
+    """The importances of a shadow directory, a block's at a time. Raises Refusal if it is none."""
+
+    def __init__(self, directory: Path, device: str = "cpu") -> None:
+        read_record(directory)
+        self._checkpoint = Checkpoint(directory)
+        self._skeleton = Skeleton(read_config(directory), torch.float32, device, self._checkpoint)
+
+    def load(self, index: int, inside: Iterable[str]) -> dict[str, Tensor]:
+        """|q| of tensors of block `index`, by their names inside it, float32."""
+        return self._skeleton.load_tensors(index, sorted(inside), self._checkpoint)
