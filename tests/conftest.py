@@ -1,5 +1,6 @@
-"""What several rooms share: one thread, tiny random checkpoints of every family, and the folder of reference data."""
+"""What several rooms share: one thread, one Ray cluster, tiny random checkpoints, the folder of reference data."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,6 +17,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WINDOW = 6  # the sliding windows of the tiny models: shorter than the sequences that the tests run
 VOCABULARY = 128
+_shared_cluster = contextlib.ExitStack()  # empty, or with the cluster of those that ask for `one_cluster`
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """First the tests that share the two raylets, then those that share one cluster, then the rest, file by file.
+
+    So each cluster starts once, and with two workers (`make test`) the two that take longest start first.
+    """
+    rank = {"two_raylets": 0, "one_cluster": 1, "": 2}
+
+    def shared_by(item: pytest.Item) -> str:
+        return next((name for name in rank if name in getattr(item, "fixturenames", ())), "")
+
+    items.sort(key=lambda item: rank[shared_by(item)])
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(shared_by(item) or item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +52,36 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Ray cluster that this process is connected to, and whole runs that use its warm shards: see tests/warm.py.
+
+    It goes on from module to module and ends with the first test that does not ask for it.
+    """
+    import ray
+    from warm import WarmFleet, warm_cluster
+
+    if not ray.is_initialized():
+        _shared_cluster.enter_context(warm_cluster(tmp_path_factory.mktemp("shards")))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("pipeline.driver", "pipeline.evaluate"):
+            patch.setattr(f"{module}.Fleet", WarmFleet)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_cluster_of_others(request: pytest.FixtureRequest) -> None:
+    """A test that does not ask for the shared cluster finds neither a connection nor the environment of one."""
+    if "one_cluster" not in request.fixturenames:
+        _shared_cluster.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_cluster_stays() -> Iterator[None]:
+    yield
+    _shared_cluster.close()
 
 
 def tiny_config(family: str, tied: bool, blocks: int, hidden: int) -> Any:

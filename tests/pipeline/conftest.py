@@ -1,7 +1,7 @@
-"""What the tests of whole runs share: a Ray cluster a module, one MLflow database, models, texts, a request."""
+"""What the tests of whole runs share: one MLflow database, models, texts, a request."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,6 @@ import pytest
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, add_tokenizer, write_text
 
 from pipeline.config import PruneConfig
-
-
-@pytest.fixture(scope="module")
-def one_cluster() -> Iterator[None]:
-    """A Ray cluster that this process is connected to, so that no run in it starts one of its own."""
-    from cluster.connect import local_cluster
-
-    with local_cluster(cpus=4, object_store_bytes=200 << 20):
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def test_a_directory_that_is_not_empty_is_refused_before_anything_starts(tmp_pat
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_small_demo_prunes_three_ways_and_shows_one_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str, one_cluster: None
 ) -> None:
     for name, value in {"SAMPLES": 8, "LENGTH": 64, "CALIBRATION_BYTES": 20_000, "HELD_OUT_BYTES": 4_000}.items():
         monkeypatch.setattr(demo, name, value)

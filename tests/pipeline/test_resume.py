@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
+from warm import WarmFleet
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, Command, Listener, journal_of, prune_without_ray, weights_of
 
-from cluster.fleet import Fleet
 from pipeline import driver
 from pipeline.config import PruneConfig
 from pipeline.driver import prune, resume
@@ -117,7 +117,7 @@ def test_ctrl_c_at_work_ends_in_one_line_that_says_how_to_resume_and_resumes(
     assert weights_of(resume(tmp_path / "out").output) == expected
 
 
-class Watched(Fleet):
+class Watched(WarmFleet):
     """A fleet that tells its shards' process ids."""
 
     pids: list[int]
@@ -147,23 +147,14 @@ def kill_once(fleet: type[Watched], shard: int) -> Callable[[int], None]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_shard_killed_at_work_costs_a_warning_and_no_finished_block(
+def test_a_shard_killed_in_the_stream_and_one_at_work_cost_a_warning_each_and_no_finished_block(
     request_for: Any, watched: type[Watched], expected: dict[str, str], one_cluster: None, recorded: str
 ) -> None:
-    result = prune(request_for(epochs=EPOCHS, shards=2), Listener(on_block=kill_once(watched, 0)))
+    killer = Listener(on_step=kill_once(watched, 1), on_block=kill_once(watched, 0))
+    result = prune(request_for(epochs=EPOCHS, shards=2), killer)
     assert weights_of(result.output) == expected
-    assert any("a shard was lost" in warning for warning in result.run["warnings"])
+    assert sum("a shard was lost" in warning for warning in result.run["warnings"]) >= 2
     assert sorted(line["block"] for line in journal_of(result.output)) == [0, 1, 2, 3]
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_shard_killed_in_the_stream_costs_a_warning_and_a_second_pass(
-    request_for: Any, watched: type[Watched], expected: dict[str, str], one_cluster: None, recorded: str
-) -> None:
-    result = prune(request_for(epochs=EPOCHS, shards=2), Listener(on_step=kill_once(watched, 1)))
-    assert weights_of(result.output) == expected
-    assert any("a shard was lost" in warning for warning in result.run["warnings"])
 
 
 # -- sweeps and pruned inputs ------------------------------------------------------------------------------------------
@@ -215,22 +206,23 @@ def test_a_shard_killed_while_blocks_wait_for_each_other_costs_a_warning_and_no_
 @pytest.mark.ray
 @pytest.mark.slow
 def test_killed_in_a_sweep_a_run_resumes_with_other_shards_to_the_same_bytes(
-    command: Callable[..., Command],
-    expected_of: Callable[..., dict[str, str]],
-    tmp_path: Path,
-    one_cluster: None,
-    recorded: str,
+    request_for: Any, expected_of: Callable[..., dict[str, str]], tmp_path: Path, one_cluster: None, recorded: str
 ) -> None:
-    run = command("--shards", 2, "--sweeps", 1, "--correction", 0.5, "--refine", "none")
-    for _ in range(5):
-        run.until(r"^block \d/4")
-    run.kill()
-    journal = journal_of(tmp_path / "out")
+    killed, options = tmp_path / "killed", {"sweeps": 1, "correction": [0.5], "refine": "none"}
+    done: list[int] = []
+
+    def copy_what_a_killed_run_leaves(block: int) -> None:
+        done.append(block)
+        if len(done) == 5:
+            shutil.copytree(tmp_path / "out", killed)
+
+    config = request_for(shards=2, **options)
+    whole = weights_of(prune(config, Listener(on_block=copy_what_a_killed_run_leaves)).output)
+    journal = journal_of(killed)
     assert sum(line["sweep"] == 0 for line in journal) == 4 and sum(line["sweep"] == 1 for line in journal) < 4
-    assert not list((tmp_path / "out").glob("*.index.json"))
-    result = resume(tmp_path / "out", shards=1)
-    assert weights_of(result.output) == expected_of(sweeps=1, correction=[0.5], epochs=EPOCHS, refine="none")
-    assert sum(line["sweep"] == 0 for line in journal_of(tmp_path / "out")) == 4, "the sweep before is not made again"
+    assert not list(killed.glob("*.index.json"))
+    assert weights_of(resume(killed, shards=1).output) == whole == expected_of(**options)
+    assert sum(line["sweep"] == 0 for line in journal_of(killed)) == 4, "the sweep before is not made again"
 
 
 # -- what is no run to go on with --------------------------------------------------------------------------------------
