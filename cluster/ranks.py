@@ -78,7 +78,7 @@ class Ranks:
         on_event: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.ranks, self.threads, self.device, self._offload = ranks, threads, device, offload
-        self._on_event = on_event
+        self.on_event = on_event
         self._actors: list[Any] = []
         self._group: Any = None
         self.facts: list[dict[str, Any]] = []  # of each rank: node, pid
@@ -114,7 +114,7 @@ class Ranks:
                         f"a rank was lost {fruitless} times with no checkpoint between ({loss}); likely out of "
                         "memory: use more ranks, a higher --zero-stage, --offload or a smaller --microbatch"
                     ) from None
-                self._on_event(f"a rank was lost ({loss}); all go on from the newest checkpoint")
+                self.on_event(f"a rank was lost ({loss}); all go on from the newest checkpoint")
             except BaseException:
                 self._stop()  # the others wait for one that has failed
                 raise
@@ -194,10 +194,10 @@ class Ranks:
             if not built
         ]
         if missing:
-            self._on_event("building DeepSpeed's extensions, once: about two minutes")
+            self.on_event("building DeepSpeed's extensions, once: about two minutes")
         seconds = ray.get([actor.build.remote(self._offload) for actor in builders.values()])
         if missing:
-            self._on_event(f"built in {max(seconds):.0f} s, into {extensions.directory()}")
+            self.on_event(f"built in {max(seconds):.0f} s, into {extensions.directory()}")
 
     def _stop(self) -> None:
         for actor in self._actors:
