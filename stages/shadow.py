@@ -94,6 +94,12 @@ class Piece:
         self.length = math.prod(shape)
         self.end = _padded(self.start - self.base + self.length)
 
+    def overlap(self, other: "Piece") -> range:
+        """The parameter's elements that are in both."""
+        if self.parameter != other.parameter:
+            return range(0)
+        return range(max(self.start, other.start), min(self.start + self.length, other.start + other.length))
+
     def slot(self, number: int) -> Kept:
         return {name: array[number] for name, array in self.kept.items()}
 
@@ -138,7 +144,7 @@ class ShadowTracker:
     and 1/113 of a block's largest |q| when its scale was last set): unbiased, and at most h · √(D + (1 + G) / 4) root
     mean square, h the largest so far, D the largest |p - q| of an update in steps, G how often the scale grew, which
     takes a block's largest |q| an eighth further each time. About D/2 rather than D in long runs; the number of updates
-    does not come into it. Compensated bf16: at most 2⁻¹⁷ |q| Σ_i S_i / S_n, a sum of half as many steps as there
+    does not come into it. Compensated bf16: at most 2⁻¹⁶ |q| Σ_i S_i / S_n, a sum of half as many steps as there
     are updates or less. In a window: below h.
 
     On a CPU `update` works in place with `threads` threads, and is done when it returns: as fast as copying the weights
@@ -345,10 +351,10 @@ class ShadowTracker:
 
     def _adopt(self, piece: Piece, saved: Piece) -> int:
         """Take over what `saved` has of the piece; how many values that is."""
-        low = max(piece.start, saved.start)
-        high = min(piece.start + piece.length, saved.start + saved.length)
-        if low >= high:
+        common = piece.overlap(saved)
+        if not common:
             return 0
+        low, high = common.start, common.stop
         for slot in range(self.spec.window or 1):
             kept, source = piece.slot(slot), saved.slot(slot)
             self._format.adopt(kept, low - piece.base, source, low - saved.base, high - saved.base)
@@ -366,8 +372,12 @@ class ShadowTracker:
         states = []
         for path in paths:
             checkpoint = Checkpoint.of_file(path)
-            tensors = checkpoint.load(checkpoint.entries)
-            states.append(json.loads(bytes(tensors.pop(SETTINGS).numpy())) | {"tensors": tensors})
+            state = json.loads(bytes(checkpoint.load([SETTINGS])[SETTINGS].numpy()))
+            held = (Piece(name, shape, {}) for name, shape in state["shapes"].items())
+            names = {saved.name for saved in held if any(piece.overlap(saved) for piece in self._pieces)}
+            state["shapes"] = {name: shape for name, shape in state["shapes"].items() if name in names}
+            wanted = [name for name in checkpoint.entries if name.rpartition("/")[0] in names]
+            states.append(state | {"tensors": checkpoint.load(wanted)})
         self.load_state_dict(*states)
 
 

@@ -10,7 +10,7 @@ The random numbers depend on (seed, parameter, element, update) alone, never on 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ DRAWS = 1 << 16
 MASK = (1 << 64) - 1
 
 
-def _mixed(number: int) -> int:
-    """A hash of 64 bits (SplitMix64, Steele et al. 2014)."""
+def _mixed(number: Any) -> Any:
+    """A hash of 64 bits (SplitMix64, Steele et al. 2014), of an int or of each of an array of uint64."""
     number = (number + 0x9E3779B97F4A7C15) & MASK
     number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & MASK
@@ -42,8 +42,8 @@ class Draws:
 
     def __init__(self, seed: int, fractions: bool) -> None:
         self._seed = seed
-        shuffled = sorted(range(DRAWS), key=lambda place: _mixed(place ^ _mixed(seed)))
-        table = np.array(shuffled + shuffled[:CHUNK], dtype=np.uint32)
+        hashes = _mixed(np.arange(DRAWS, dtype=np.uint64) ^ np.uint64(_mixed(seed)))
+        table = np.resize(np.argsort(hashes, kind="stable").astype(np.uint32), DRAWS + CHUNK)
         self._table = ((table + 0.5) / DRAWS).astype(np.float32) if fractions else table
 
     def key(self, parameter: str) -> int:
@@ -116,7 +116,7 @@ class BFloat16(Format):
 class Compensated(Format):
     """3 bytes a value: bf16, and a byte for what that cuts off, which the next update gets back. Nothing is random.
 
-    Sums of 24 bits in all: what is lost is below 2⁻¹⁷ of the value each time, and so is an update smaller than that.
+    Sums of 16 significant bits: what is lost is at most 2⁻¹⁶ of the value each time, and so is an update below that.
     (A remainder of 16 bits would take as much memory as fp32 does.)
     """
 

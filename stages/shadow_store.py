@@ -24,28 +24,10 @@ from transformers.initialization import no_init_weights
 from stages.blocks import layout_of
 from stages.checkpoint import Checkpoint, file_digest
 from stages.errors import Refusal
-from stages.shadow import ShadowSpec, parameter_of
+from stages.shadow import ShadowSpec
 from stages.skeleton import Skeleton, read_config, tied_names
 
 RECORD = "shadow.json"
-
-
-def joined(shapes: Mapping[str, tuple[int, ...]], ranks: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Whole parameters of these shapes from what trackers gave for pieces of them, PARAMETER@START, rank after rank.
-
-    Raises Refusal if a weight is in no piece.
-    """
-    whole = {name: torch.empty(shape) for name, shape in shapes.items()}
-    covered = dict.fromkeys(shapes, 0)
-    for pieces in ranks:
-        for name, piece in pieces.items():
-            parameter, start = parameter_of(name)
-            whole[parameter].view(-1)[start : start + piece.numel()] = piece.reshape(-1)
-            covered[parameter] += piece.numel()
-    for name, count in covered.items():
-        if count != whole[name].numel():
-            raise Refusal(f"shadow: {name} has {whole[name].numel()} weights, {count} were tracked; track all ranks")
-    return whole
 
 
 def write_shadow(

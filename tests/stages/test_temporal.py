@@ -19,7 +19,7 @@ from stages.errors import Refusal
 from stages.masks import keep_mask
 from stages.recipe import Recipe
 from stages.shadow import ShadowSpec, ShadowTracker
-from stages.shadow_store import Shadow, check_shadow, joined, write_shadow
+from stages.shadow_store import Shadow, check_shadow, write_shadow
 from stages.skeleton import read_config
 from stages.spec import block_file
 
@@ -141,14 +141,6 @@ def test_a_layer_may_have_a_threshold_or_criterion_of_its_own(
     assert torch.equal(weights[name] != 0, keep_mask(dense[name].abs(), threshold=0.7))
     name = "model.layers.2.mlp.down_proj.weight"
     assert torch.equal(weights[name] != 0, keep_mask(dense[name].abs(), 0.5))
-
-
-def test_pieces_of_ranks_are_joined_and_a_gap_is_refused() -> None:
-    shapes = {"a": (2, 3), "b": (4,)}
-    first, second = {"a@0": torch.arange(4.0)}, {"a@4": torch.tensor([4.0, 5.0]), "b": torch.ones(4)}
-    assert joined(shapes, [first, second])["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    with pytest.raises(Refusal, match="a has 6 weights, 2 were tracked"):
-        joined(shapes, [second])
 
 
 def test_a_shadow_of_another_model_is_refused_as_is_none_and_an_empty_one(
