@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from pipeline import cli_retrain
+from pipeline import cli_retrain, cli_track
 from pipeline.flags import Json, given, show, stdout_kept, with_options
 from pipeline.rundir import command_of
 from stages.errors import Refusal
@@ -96,6 +96,9 @@ def resume(
         return
     if ranks is not None or zero_stage is not None:
         raise Refusal(f"{directory}: not a training run; --ranks and --zero-stage are for those")
+    if command_of(directory) == "track":
+        cli_track.resume(directory, as_json)
+        return
     from pipeline.driver import resume as run
 
     with stdout_kept():
@@ -104,6 +107,7 @@ def resume(
 
 
 app.command()(cli_retrain.retrain)
+app.command()(cli_track.track)
 
 
 @app.command(name="eval")

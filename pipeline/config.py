@@ -122,6 +122,7 @@ class PruneConfig(ClusterConfig):
     seed: int = Field(0, ge=0, description="Seed of everything random.")
     experiment: str = Field("espalier", description="MLflow experiment.")
     run_name: str | None = Field(None, description="Name of the run in MLflow; default: made from the recipe.")
+    parent_run: str | None = Field(None, description="MLflow run that this one is part of.")
 
     @field_validator("sparsity")
     @classmethod

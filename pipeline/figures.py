@@ -181,6 +181,42 @@ def draw_perplexity(
     return _save(figure, path)
 
 
+def draw_track(
+    points: Sequence[Mapping[str, Any]],
+    trained: float,
+    published: Mapping[str, Sequence[tuple[float, float]]],
+    path: Path,
+    metric: str = "loss",
+) -> Path:
+    """The metric against sparsity, before and after fine-tuning, with what others published beside it.
+
+    `points` have sparsity (0 to 1), pruned and tuned. The axis ends where the model without fine-tuning is far out of
+    reach of all other curves.
+    """
+    figure = _figure(width=8.4, height=5.2)
+    axes = figure.subplots()
+    shares = [100 * point["sparsity"] for point in points]
+    axes.plot(
+        shares, [point["pruned"] for point in points], "--o", color=GREY, markerfacecolor="white", markersize=6,
+        label="pruned, not fine-tuned",
+    )  # fmt: skip
+    axes.plot(shares, [point["tuned"] for point in points], "-o", color=BLUE, markersize=7, label="pruned, fine-tuned")
+    axes.axhline(trained, linestyle=":", color="black", linewidth=1.2, label="trained, not pruned")
+    for number, (name, curve) in enumerate(published.items()):
+        colour, marker = RECIPE_COLOURS[1 + number % (len(RECIPE_COLOURS) - 1)], MARKERS[1 + number % 7]
+        axes.plot([100 * x for x, _ in curve], [y for _, y in curve], "-", marker=marker, color=colour, label=name)
+    others = [trained, *(point["tuned"] for point in points), *(y for curve in published.values() for _, y in curve)]
+    low, high = min(others), max(others)
+    if max(point["pruned"] for point in points) > high + 2 * (high - low) > low:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.6 * (high - low))
+    axes.set_xlabel("zeros among the prunable weights (%)")
+    axes.set_ylabel(f"{metric} (lower is better)")
+    axes.set_title(f"{metric.capitalize()} against sparsity", fontsize=12)
+    axes.grid(True, which="major", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
 def _means(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The mean of the points that share a sparsity (to 0.1 %), by sparsity: seeds of one recipe make one point."""
     groups: dict[float, list[tuple[float, float]]] = {}

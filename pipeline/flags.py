@@ -26,6 +26,9 @@ PANELS = {
     **dict.fromkeys(("weight_decay", "beta2", "clip", "eval_every", "checkpoint_every"), "Training"),
     **dict.fromkeys(("shadow", "shadow_schedule", "shadow_decay", "shadow_signed", "shadow_window"), "Shadow"),
     **dict.fromkeys(("shadow_dtype", "shadow_rounding", "shadow_every"), "Shadow"),
+    **dict.fromkeys(("data_kind", "data_options", "held_out"), "Text"),
+    **dict.fromkeys(("score", "rates", "sparsities"), "Masks"),
+    **dict.fromkeys(("finetune_epochs", "finetune_steps", "finetune_learning_rate"), "Training"),
     **dict.fromkeys(("experiment", "run_name", "parent_run"), "Record"),
 }
 ORDER = ("What", "Masks", "Reconstruction", "Training", "Shadow", "Text", "Where and how it runs", "Record")
@@ -37,7 +40,7 @@ def options_of(config: "type[BaseModel]") -> list[inspect.Parameter]:
     """A flag for every field of a configuration but `model`, in its order; values are checked by the configuration."""
     parameters = []
     for name, field in config.model_fields.items():
-        if name in ("model", "overrides"):  # an argument; YAML only
+        if name in ("model", "overrides", "published"):  # an argument; YAML only
             continue
         many = get_origin(field.annotation) is dict  # --criterion-option alpha=0.5 --criterion-option seed=1
         flag = f"--{(name.removesuffix('s') if many else name).replace('_', '-')}"

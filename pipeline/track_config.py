@@ -14,6 +14,7 @@ RECIPES = Path(__file__).parent / "recipes"
 DATA_KINDS = {
     "characters": "pipeline.track_data:characters",
     "text": "pipeline.track_data:text",
+    "pictures": "pipeline.pictures.material:pictures",
 }
 
 

@@ -21,7 +21,7 @@ def landing_rates(scores: Iterable[Tensor], shares: Sequence[float]) -> list[flo
     counts = np.zeros(BINS, dtype=np.int64)
     for matrix in scores:
         flat = matrix.detach().float().reshape(-1)
-        spread = float(flat.std())
+        spread = float(flat.std(correction=0))
         if spread > 0:
             flat = flat / spread
         for part in flat.split(CHUNK):

@@ -62,10 +62,10 @@ def test_rates_land_where_the_sorted_scores_say() -> None:
     shares = [0.0, 0.2, 0.6, 0.94, 0.999]
     rates = landing_rates(iter(matrices), shares)
     assert rates[0] == 0 and rates == sorted(rates)
-    everything = torch.cat([(matrix / matrix.std()).flatten() for matrix in matrices]).numpy()
+    everything = torch.cat([(matrix / matrix.std(correction=0)).flatten() for matrix in matrices]).numpy()
     for share, rate in zip(shares[1:], rates[1:], strict=True):
         assert rate == pytest.approx(np.quantile(everything, share, method="inverted_cdf"), rel=1e-3)
-        removed = sum(int((matrix <= rate * matrix.std()).sum()) for matrix in matrices) / everything.size
+        removed = sum(int((matrix <= rate * matrix.std(correction=0)).sum()) for matrix in matrices) / everything.size
         assert share <= removed < share + 2e-3
 
 

@@ -1,0 +1,91 @@
+"""What an experiment of `espalier track` found: report.md with its curve, and the same table for a terminal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Group
+from rich.table import Table
+
+from pipeline.figures import draw_track
+from pipeline.mlflow_client import ui_command
+from pipeline.report import count, duration, number, percent, plain, table
+
+SAME_SPARSITY = 0.015  # a published point this near, in shares, is shown in the row
+
+
+def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
+    """report.md and curve.png in `directory`, from what run.json holds."""
+    config, model = run["config"], run["model"]
+    picture = draw_track(run["points"], run["trained"], run["beside"], directory / "curve.png", metric=run["metric"])
+    header, rows = cells(run)
+    sections = [
+        f"# {model['family']} tracked, pruned and fine-tuned",
+        sentence(run),
+        table(header, rows),
+        f"![{run['metric']} against sparsity]({picture.name})",
+        "## Do it again\n\n```yaml\n" + _recipe(config) + "```",
+    ]
+    report = directory / "report.md"
+    report.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return [report, picture]
+
+
+def sentence(run: Mapping[str, Any]) -> str:
+    """The model, how it was tracked, and what came out."""
+    config, model, points = run["config"], run["model"], run["points"]
+    best = min(points, key=lambda point: point["tuned"])
+    kept = "its last weights" if config["score"] == "final" else f"a {config['shadow_schedule']} shadow"
+    return (
+        f"{count(model['parameters'])} parameters in {model['blocks']} blocks, trained for {config['steps']:,} steps "
+        f"to a {run['metric']} of {number(run['trained'])} {run['unit']}; pruned by {kept} at {len(points)} "
+        f"thresholds, each fine-tuned for {points[0]['steps']:,} steps, in {duration(run['seconds'])} in all. "
+        f"Lowest: {number(best['tuned'])} at {percent(best['sparsity'])} zeros."
+    )
+
+
+def cells(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): a row for each threshold, with what others published at its sparsity."""
+    beside = run["beside"]
+    header = ["zeros", "rate", f"{run['metric']}, pruned", "fine-tuned", "against trained", *beside, "time"]
+    rows = [
+        [
+            percent(point["sparsity"], places=2),
+            f"{point['rate']:.3f}",
+            number(point["pruned"]),
+            number(point["tuned"]),
+            f"{point['tuned'] - run['trained']:+.4f}",
+            *(number(_near(curve, point["sparsity"])) for curve in beside.values()),
+            duration(point["seconds"]),
+        ]
+        for point in run["points"]
+    ]
+    return header, rows
+
+
+def track_table(run: Mapping[str, Any]) -> Group:
+    """The finished experiment on a terminal."""
+    header, rows = cells(run)
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for name in header:
+        shown.add_column(name, justify="right")
+    for row in rows:
+        shown.add_row(*row)
+    return Group(
+        sentence(run), "", shown, "",
+        f"curve       {run['picture']}",
+        f"report      {run['report']}",
+        f"runs        {ui_command(run['tracking_uri'])}   (experiment {run['config']['experiment']})",
+    )  # fmt: skip
+
+
+def _near(curve: list[tuple[float, float]], sparsity: float) -> float | None:
+    distance, value = min((abs(x - sparsity), y) for x, y in curve)
+    return value if distance < SAME_SPARSITY else None
+
+
+def _recipe(config: Mapping[str, Any]) -> str:
+    """The resolved recipe as YAML for `espalier track FILE.yaml`."""
+    given = {name: value for name, value in config.items() if value not in (None, {}) and name != "output"}
+    return yaml.safe_dump(plain(given), sort_keys=False, width=100)
