@@ -385,7 +385,8 @@ class _Run:
             params=config.model_dump(mode="json", exclude={"calibration"})
             | {"calibration": config.calibration if isinstance(config.calibration, str) else "a list"}
             | {"length": self.length, "blocks": self.facts.blocks, "family": self.facts.family},
-            tags={"espalier.run_id": self.run["run_id"], "espalier.command": "prune"},
+            tags={"espalier.run_id": self.run["run_id"], "espalier.command": "prune"}
+            | ({"mlflow.parentRunId": config.parent_run} if config.parent_run else {}),
             directory=self.directory.home,
             run_id=recorded_run(self.directory.home),
         )
