@@ -120,10 +120,9 @@ class Ranks:
                 raise
 
     def _attempt(self, spec: RetrainSpec) -> Iterator[Event]:
-        streams = [actor.train.options(num_returns="streaming").remote(spec) for actor in self._actors]
-        running = list(streams)
+        running: list[Any] = [actor.train.options(num_returns="streaming").remote(spec) for actor in self._actors]
         while running:
-            (ready,), _ = ray.wait(running, num_returns=1)
+            ready = _first_ready(running, None)
             try:
                 yield ray.get(next(ready))
             except StopIteration:
@@ -138,17 +137,13 @@ class Ranks:
         cause = getattr(error, "cause", None)
         if isinstance(cause, Refusal):
             raise cause from None
-        while others:
-            ready, others = ray.wait(others, num_returns=1, timeout=FALLEN_SECONDS)
-            if not ready:
-                break
+        while others and (ready := _first_ready(others, FALLEN_SECONDS)) is not None:
             try:
-                ray.get(next(ready[0]))
-                others.append(ready[0])
+                ray.get(next(ready))
             except RayActorError as death:
                 raise _Lost(_one_line(death)) from None
             except (StopIteration, RayTaskError):
-                pass
+                others.remove(ready)
         raise error
 
     # -- processes -------------------------------------------------------------------------------------------------
@@ -216,6 +211,12 @@ def check_devices(ranks: int, threads: int, device: str) -> None:
         room, what = sum(int(node.cpus // threads) for node in members), f"CPUs, at {threads} a rank,"
     if ranks > room:
         raise Refusal(f"ranks {ranks}: there are {what} for {room}; use --ranks {room}, or a larger cluster")
+
+
+def _first_ready(streams: list[Any], timeout: float | None) -> Any:
+    """One of the generators that has something to say; None if none has in time."""
+    ready, _ = ray.wait(streams, num_returns=1, timeout=timeout)
+    return ready[0] if ready else None
 
 
 def _one_line(error: Exception) -> str:

@@ -44,9 +44,10 @@ def resume(directory: Path, shards: int | None, ranks: int | None, zero_stage: i
         raise Refusal(f"shards {shards}: {directory} holds a training run, which has ranks; give --ranks")
     from pipeline.retrain import resume as run
 
-    changes = {"ranks": ranks, "zero_stage": zero_stage}
+    wanted = {"ranks": ranks, "zero_stage": zero_stage}
+    changes = {name: value for name, value in wanted.items() if value is not None}
     with stdout_kept():
-        result = run(directory, **{name: value for name, value in changes.items() if value is not None})
+        result = run(directory, changes=changes)
     show_result(result, as_json)
 
 

@@ -1,13 +1,12 @@
 """A training run: tokens, ranks, what they tell, the record, and a plain checkpoint at the end."""
 
-import hashlib
 import math
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,23 +20,19 @@ from cluster.ranks import Ranks
 from pipeline.assemble import copy_companions
 from pipeline.config import build_config
 from pipeline.inputs import load_tokenizer
-from pipeline.machine import cores
-from pipeline.plan import ModelFacts, check_headers, model_facts, window_length
+from pipeline.plan import ModelFacts, window_length
 from pipeline.progress import Reporter, human_seconds, reporter_for
 from pipeline.retrain_config import RetrainConfig
+from pipeline.retrain_plan import devices, inspect, spec_of
 from pipeline.rundir import RunDirectory, check_free, disk_full_refused
 from pipeline.tracking import Recorder, recorded_run
-from stages.batches import open_source
-from stages.checkpoint import INDEX, Checkpoint, resolve
+from stages.checkpoint import INDEX
 from stages.errors import Refusal
 from stages.meter import peak_bytes
-from stages.retrain_model import check_mask, has_weights
-from stages.retrain_spec import RetrainSpec, SourceSpec
-from stages.skeleton import read_config
+from stages.retrain_spec import RetrainSpec, Sources, SourceSpec
 from stages.tokens import TokenTable, build_token_table
 
 STORE_BYTES = 128 << 20  # of Ray's object store: nothing large passes through it
-MICROBATCH_TOKENS = 8192
 TOLD_SECONDS = 5.0  # between two lines about steps
 GATHERED = ("consolidated", "importances", "shadow")  # what the ranks leave beside the checkpoints
 HELD = ("parameters", "optimizer", "shadow")  # what a rank says how many bytes it keeps of
@@ -45,14 +40,6 @@ SUMMARY = (
     *("output", "loss", "perplexity", "evaluations", "steps", "tokens", "seconds", "tokens_per_second", "ranks"),
     *("memory", "peak_memory", "mlflow_run_id", "tracking_uri", "warnings"),
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sources:
-    """What to train and to evaluate on where that is not text: `RetrainConfig.data` is then a name for the record."""
-
-    data: SourceSpec
-    eval: SourceSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +76,7 @@ def retrain(
     """
     config = _located(config)
     check_free(Path(config.output))
-    facts, fingerprint = _inspect(config)
+    facts, fingerprint = inspect(config)
     if ranks is None:
         check_compiler()
     run = {
@@ -103,7 +90,6 @@ def retrain(
         "output": config.output,
     }
     single = _Run(config, facts, run, reporter, ranks, sources)
-    single.check_devices()
     single.directory = RunDirectory.claim(Path(config.output), run)
     try:
         return single.go()
@@ -120,22 +106,21 @@ def resume(
     reporter: Reporter | None = None,
     ranks: Ranks | None = None,
     sources: Sources | None = None,
-    **changes: Any,
+    changes: Mapping[str, Any] | None = None,
 ) -> RetrainResult:
-    """Go on with an interrupted run from its newest checkpoint; `changes` may be `ranks` and `zero_stage`.
+    """Go on with an interrupted run from its newest checkpoint; `changes` are options to change: ranks, zero_stage.
 
     Raises Refusal if there is no run to go on with, or the model is not the one it began with.
     """
     directory, run = RunDirectory.reopen(output.expanduser().absolute())
     try:
-        config = build_config(run["config"] | changes, RetrainConfig)
-        facts, fingerprint = _inspect(config)
+        config = build_config(run["config"] | dict(changes or {}), RetrainConfig)
+        facts, fingerprint = inspect(config)
         if fingerprint != run["fingerprint"]:
             raise Refusal(
                 f"{config.model}: not the checkpoint that this run began with; put that one back, or start anew"
             )
         single = _Run(config, facts, run, reporter, ranks, sources)
-        single.check_devices()
         single.directory = directory
         return single.go()
     finally:
@@ -150,19 +135,6 @@ def _located(config: RetrainConfig) -> RetrainConfig:
         if isinstance(value, str) and Path(value).expanduser().exists():
             paths[name] = str(Path(value).expanduser().absolute())
     return config.model_copy(update=paths)
-
-
-def _inspect(config: RetrainConfig) -> tuple[ModelFacts, str]:
-    """The model's sizes, and a digest of what it is begun from."""
-    model = resolve(config.model)
-    settings = read_config(model, config.trust_remote_code)
-    checkpoint = Checkpoint(model) if has_weights(model) else None
-    facts = model_facts(settings, config.model, config.dtype, checkpoint)
-    if config.mask is not None:
-        check_mask(model, resolve(config.mask), config.trust_remote_code)
-    if checkpoint is None:
-        return facts, hashlib.sha256((model / "config.json").read_bytes()).hexdigest()
-    return facts, check_headers(facts, checkpoint)
 
 
 class _Run:
@@ -182,7 +154,7 @@ class _Run:
         self.config, self.facts, self.run, self.given, self.sources = config, facts, run, ranks, sources
         self.reporter = reporter or reporter_for(Console(stderr=True))
         self.length = window_length(facts, config.length)
-        self.device, self.ranks = self._devices()
+        self.device, self.ranks = devices(config, facts.dtype, ranks)
         self.worked = False
         self.warnings: list[str] = []
         self.losses: dict[int, float] = {}
@@ -193,44 +165,6 @@ class _Run:
         self.tokens = 0
         self.told = 0.0
 
-    def _devices(self) -> tuple[str, int]:
-        """Where the ranks are, and how many; on somebody's cluster `auto` counts what this machine sees."""
-        config = self.config
-        if self.given is not None:
-            if config.ranks not in ("auto", self.given.ranks):
-                raise Refusal(f"ranks {config.ranks}: the ranks that are running are {self.given.ranks}")
-            return self.given.device, self.given.ranks
-        import torch
-
-        gpus = torch.cuda.device_count()
-        device = config.device if config.device != "auto" else "cuda" if gpus else "cpu"
-        room = gpus if device == "cuda" else max(1, cores() // config.threads)
-        return device, room if config.ranks == "auto" else config.ranks
-
-    def check_devices(self) -> None:
-        """Raises Refusal for what this machine, or no machine, can do."""
-        config = self.config
-        if self.facts.dtype == "float16" and self.device == "cpu":
-            raise Refusal("dtype float16 on a CPU: DeepSpeed trains it on GPUs only; use --dtype bfloat16 or float32")
-        if self.given is None and config.address is None:
-            room = cores() // config.threads if self.device == "cpu" else self._gpus()
-            if self.ranks > room:
-                what = f"CPU cores, at {config.threads} a rank," if self.device == "cpu" else "GPUs"
-                raise Refusal(f"ranks {self.ranks}: this machine has {what} for {room}; use --ranks {room}")
-        if config.batch % self.ranks:
-            raise Refusal(f"batch {config.batch}: does not divide among {self.ranks} ranks; give a multiple of it")
-        if config.microbatch != "auto" and config.batch % (config.microbatch * self.ranks):
-            raise Refusal(
-                f"microbatch {config.microbatch}: {self.ranks} ranks x {config.microbatch} does not divide the batch "
-                f"of {config.batch}; change one of the three"
-            )
-
-    @staticmethod
-    def _gpus() -> int:
-        import torch
-
-        return torch.cuda.device_count()
-
     # -- phases ----------------------------------------------------------------------------------------------------
 
     def go(self) -> RetrainResult:
@@ -239,7 +173,7 @@ class _Run:
             held.enter_context(disk_full_refused(self.directory.output))
             held.callback(self.reporter.close)
             sources = self.sources or self._token_sources()
-            spec = self._spec(sources)
+            spec = spec_of(self.config, self.facts.dtype, self.length, self.ranks, self.directory.home, sources)
             recorder = self._recorder(spec)
             try:
                 ranks = held.enter_context(self._connected())
@@ -299,41 +233,6 @@ class _Run:
             purpose=purpose,
         )
 
-    def _spec(self, sources: Sources) -> RetrainSpec:
-        config = self.config
-        names = (
-            *("zero_stage", "offload", "batch", "learning_rate", "schedule", "warmup", "weight_decay", "beta2"),
-            *("clip", "seed", "eval_every", "checkpoint_every", "trust_remote_code"),
-        )
-        return RetrainSpec(
-            model=str(resolve(config.model)),
-            mask=None if config.mask is None else str(resolve(config.mask)),
-            home=str(self.directory.home),
-            data=sources.data,
-            eval=sources.eval,
-            masked=config.holds_zeros,
-            dtype=self.facts.dtype,
-            steps=self._steps(len(open_source(sources.data))),
-            microbatch=self._microbatch(),
-            shadow=config.shadow_spec,
-            **{name: getattr(config, name) for name in names},
-        )
-
-    def _steps(self, examples: int) -> int:
-        config = self.config
-        if config.steps is not None:
-            return config.steps
-        if config.tokens is not None:
-            return math.ceil(config.tokens / (config.batch * self.length))
-        return max(1, round((config.epochs or 1) * examples / config.batch))
-
-    def _microbatch(self) -> int:
-        config = self.config
-        if config.microbatch != "auto":
-            return config.microbatch
-        each, most = config.batch // self.ranks, max(1, MICROBATCH_TOKENS // self.length)
-        return max(size for size in range(1, each + 1) if each % size == 0 and size <= most)
-
     # -- what the ranks tell ---------------------------------------------------------------------------------------
 
     def _train(self, ranks: Ranks, spec: RetrainSpec, recorder: Recorder) -> None:
@@ -342,40 +241,44 @@ class _Run:
             f"{self.facts.parameters / 1e6:,.1f} M parameters, {spec.dtype}) on {self.ranks} "
             f"rank{'s' if self.ranks > 1 else ''}, {spec.steps:,} steps of {spec.batch} x {self.length} tokens"
         )
-        for event in ranks.train(spec):
-            rank = event["rank"]
-            match event["event"]:
-                case "begin" if rank == 0:
-                    self.worked = True
-                    if event["step"]:
-                        self.reporter.note(f"going on after step {event['step']}")
-                case "holds":
-                    self.memory[rank] = {name: event[name] for name in HELD if name in event}
-                    recorder.metrics({f"memory/{name}_bytes_rank{rank}": n for name, n in self.memory[rank].items()})
-                case "steps" if rank == 0:
-                    self._steps_told(event, spec, recorder)
-                case "evaluated" if rank == 0:
-                    self.evaluations[event["step"]] = event["loss"]
-                    recorder.metrics(
-                        {"eval/loss": event["loss"], "eval/perplexity": _perplexity(event["loss"])}, event["step"]
-                    )
-                    self.reporter.note(
-                        f"step {event['step']}/{spec.steps}   evaluated: loss {event['loss']:.4f}   "
-                        f"perplexity {_perplexity(event['loss']):,.2f}"
-                    )
-                case "saved" if rank == 0:
-                    self.directory.note("checkpoint", step=event["step"])
-                case "done":
-                    self.peaks[rank] = event["peak_memory"]
-                    if rank == 0:
-                        self.losses = dict(enumerate(event["losses"]))
+        with closing(ranks.train(spec)) as events:
+            for event in events:
+                self._hear(event, spec, recorder)
+
+    def _hear(self, event: dict[str, Any], spec: RetrainSpec, recorder: Recorder) -> None:
+        """One event of `stages.retrain.train`; of those of all ranks alike, rank 0's."""
+        rank, step = event["rank"], event.get("step", 0)
+        match event["event"]:
+            case "holds":
+                self.memory[rank] = {name: event[name] for name in HELD if name in event}
+                recorder.metrics({f"memory/{name}_bytes_rank{rank}": n for name, n in self.memory[rank].items()})
+            case "done":
+                self.peaks[rank] = event["peak_memory"]
+                self.losses = dict(enumerate(event["losses"]))
+            case _ if rank != 0:
+                pass
+            case "begin":
+                self.worked = True
+                if step:
+                    self.reporter.note(f"going on after step {step}")
+            case "steps":
+                self._steps_told(event, spec, recorder)
+            case "evaluated":
+                loss = self.evaluations[step] = event["loss"]
+                recorder.metrics({"eval/loss": loss, "eval/perplexity": _perplexity(loss)}, step)
+                self.reporter.note(
+                    f"step {step}/{spec.steps}   evaluated: loss {loss:.4f}   perplexity {_perplexity(loss):,.2f}"
+                )
+            case "saved":
+                self.directory.note("checkpoint", step=step)
 
     def _steps_told(self, event: dict[str, Any], spec: RetrainSpec, recorder: Recorder) -> None:
         losses, rates, first = event["losses"], event["rates"], event["first"]
         for step, (loss, rate) in enumerate(zip(losses, rates, strict=True), first + 1):
             recorder.metrics({"train/loss": loss, "train/learning_rate": rate}, step)
         done = first + len(losses)
-        recorder.metrics({"train/tokens_per_second": event["tokens_per_second"]}, done)
+        speed = event["tokens"] / event["seconds"]
+        recorder.metrics({"train/tokens_per_second": speed}, done)
         self.losses |= dict(enumerate(losses, first))
         self.seconds += event["seconds"]
         self.tokens += event["tokens"]
@@ -386,7 +289,7 @@ class _Run:
             left = event["seconds"] / max(1, len(losses)) * (spec.steps - done)
             self.reporter.note(
                 f"step {done}/{spec.steps}   loss {losses[-1]:.4f}   rate {rates[-1]:.1e}   "
-                f"{event['tokens_per_second']:,.0f} tokens/s" + (f"   eta {human_seconds(left)}" if left else "")
+                f"{speed:,.0f} tokens/s" + (f"   eta {human_seconds(left)}" if left else "")
             )
 
     # -- the end ---------------------------------------------------------------------------------------------------

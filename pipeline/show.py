@@ -119,8 +119,9 @@ def training_table(run: Mapping[str, Any]) -> Group:
         memory.add_row(str(rank), megabytes(held["parameters"]), megabytes(held["optimizer"]), megabytes(peak))
     spent = f"{run['tokens']:,} tokens in {human_seconds(run['seconds'])}"
     speed = f", {run['tokens_per_second']:,.0f} a second" if run["tokens_per_second"] else ""
+    curve: list[Table | str] = [table, ""] if run["evaluations"] else []
     return Group(
-        *([table, ""] if run["evaluations"] else []), memory, "", f"{spent}{speed}", "",
+        *curve, memory, "", f"{spent}{speed}", "",
         f"checkpoint  {run['output']}",
         f"compare     espalier compare {run['config']['experiment']}   or   {ui_command(run['tracking_uri'])}",
     )  # fmt: skip

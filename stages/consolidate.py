@@ -3,15 +3,13 @@
 import shutil
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from stages.retrain_model import load_model
-from stages.retrain_spec import RetrainSpec
+from stages.retrain_spec import DTYPES, RetrainSpec
 from stages.shadow_store import write_shadow
 from stages.zero_checkpoint import MASTER, StoredPieces
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IMPORTANCE = "importance"  # the kind of its pieces
 
 

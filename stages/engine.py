@@ -4,10 +4,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor, nn
 
-from stages.retrain_spec import RetrainSpec
+from stages.retrain_spec import DTYPES, RetrainSpec
 
 MOST_BUCKET = 50_000_000  # elements reduced or gathered at once; DeepSpeed sets such buffers aside
 
@@ -26,24 +27,33 @@ def join(backend: str, address: str, rank: int, ranks: int) -> None:
 
 def build_extensions(offload: bool) -> None:
     """Compile, or load if they are compiled, the C++ parts of DeepSpeed that a run will use on this machine."""
-    from deepspeed.accelerator import get_accelerator
-
     wanted = ["ShareMemCommBuilder"] if get_accelerator().device_name() == "cpu" else []
     for name in [*wanted, *(["CPUAdamBuilder"] if offload else [])]:
         get_accelerator().create_op_builder(name).load(verbose=False)
 
 
 def make_engine(model: nn.Module, spec: RetrainSpec, ranks: int) -> Any:
-    """The model under ZeRO, with Adam of decoupled decay. Vectors (biases, norm gains) do not decay."""
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=_optimizer(model, spec),
-        config=settings(spec, ranks, sum(parameter.numel() for parameter in model.parameters())),
-        dist_init_required=False,
-    )
+    """The model under ZeRO, with Adam of decoupled decay. Its learning rate is for the caller to set, at every step.
+
+    Vectors (biases, norm gains) do not decay.
+    """
+    config = settings(spec, ranks, sum(parameter.numel() for parameter in model.parameters()))
+    optimizer = _optimizer(model, spec)  # before stage 3 takes the parameters' shapes away
+    if spec.zero_stage == 3:
+        _partition(model.to(DTYPES[spec.dtype]), config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    # In 16 bits without ZeRO, DeepSpeed has stepped once already: on gradients of zero and, so far, at a rate of zero.
+    optimizer.state.clear()
     if spec.zero_stage == 3 and spec.dtype == "float32" and not spec.offload:
         _share_masters(engine.optimizer)
     return engine
+
+
+def _partition(model: nn.Module, config: dict[str, Any]) -> None:
+    """Cut each parameter among the ranks, one after the other: so no device ever holds the whole model."""
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(get_accelerator().current_device_name())
 
 
 def _share_masters(optimizer: Any) -> None:
@@ -66,8 +76,8 @@ def _optimizer(model: nn.Module, spec: RetrainSpec) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     betas = (0.9, spec.beta2)
     if spec.offload:
-        return DeepSpeedCPUAdam(groups, lr=spec.learning_rate, betas=betas, adamw_mode=True)
-    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=betas)
+        return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas)
 
 
 def settings(spec: RetrainSpec, ranks: int, elements: int) -> dict[str, Any]:

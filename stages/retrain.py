@@ -20,7 +20,7 @@ from stages.consolidate import IMPORTANCE, consolidate, consolidate_shadow
 from stages.engine import make_engine, new_state, updates_of
 from stages.meter import peak_bytes
 from stages.retrain_model import apply_mask, hold_zeros, load_model
-from stages.retrain_spec import RetrainSpec
+from stages.retrain_spec import DTYPES, RetrainSpec
 from stages.schedule import rate_at
 from stages.shadow import ShadowTracker, parameter_of
 from stages.zero_checkpoint import (
@@ -76,7 +76,7 @@ class Rank:
         """The engine, its state that of the newest checkpoint where there is one."""
         spec = self.spec
         source = Path(spec.model)
-        model = load_model(source, torch.float32, spec.seed, spec.trust_remote_code)
+        model = load_model(source, DTYPES[spec.dtype], spec.seed, spec.trust_remote_code)
         if spec.mask is not None:
             apply_mask(model, source, Path(spec.mask), spec.trust_remote_code)
         checkpoint = latest(self.home)
@@ -109,33 +109,32 @@ class Rank:
         gc.collect()
 
     def run(self) -> Iterator[Event]:
-        spec = self.spec
-        yield {"event": "begin", "rank": self.rank, "step": self.step}
-        saved = self.step if latest(self.home) is not None else -1
-        measured = False
+        """The whole run, or what is left of it."""
+        spec, first = self.spec, self.step
+        yield self._event("begin", step=first)
         while self.step < spec.steps:
             self._train_step()
             last = self.step == spec.steps
-            due = (
-                _due(self.step, spec.eval_every, last and self.eval is not None),
-                _due(self.step, spec.checkpoint_every, last),
-            )
-            if any(due) or self.step % TOLD_EVERY == 0:
+            evaluates = self.eval is not None and _due(self.step, spec.eval_every, last)
+            saves = _due(self.step, spec.checkpoint_every, last)
+            if evaluates or saves or self.step % TOLD_EVERY == 0:
                 yield self._told()
-            if not measured:  # Adam's state is there from the first step on
-                measured = True
-                shadow = {} if self.tracker is None else {"shadow": self.tracker.nbytes}
-                yield {"event": "holds", "rank": self.rank, **state_bytes(self.engine), **shadow}
-            if due[0] and self.eval is not None:
-                yield {"event": "evaluated", "rank": self.rank, "step": self.step, "loss": self._evaluate(self.eval)}
-            if due[1]:
+            if self.step == first + 1:  # from the first step on, Adam's state is there
+                yield self._event("holds", **self._bytes())
+            if evaluates:
+                yield self._event("evaluated", step=self.step, loss=self._evaluate())
+            if saves:
                 self._save()
-                saved = self.step
-                yield {"event": "saved", "rank": self.rank, "step": self.step}
-        if saved != self.step:
-            self._save()
+                yield self._event("saved", step=self.step)
         self._consolidate()
-        yield {"event": "done", "rank": self.rank, "losses": self.losses, "peak_memory": peak_bytes(str(self.device))}
+        yield self._event("done", losses=self.losses, peak_memory=peak_bytes(str(self.device)))
+
+    def _event(self, name: str, **values: Any) -> Event:
+        return {"event": name, "rank": self.rank, **values}
+
+    def _bytes(self) -> dict[str, int]:
+        shadow = {} if self.tracker is None else {"shadow": self.tracker.nbytes}
+        return state_bytes(self.engine) | shadow
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -157,7 +156,7 @@ class Rank:
         total /= spec.accumulation(self.ranks) * self.ranks
         dist.all_reduce(total)
         self.step += 1
-        if self.tracker is not None and self.step % spec.shadow.every == 0:
+        if self.tracker is not None and spec.shadow is not None and self.step % spec.shadow.every == 0:
             self.tracker.update()
         self.pending.append((total, rate))
         self.seconds += time.perf_counter() - started
@@ -184,22 +183,14 @@ class Rank:
         self.losses += losses
         tokens, seconds = self.tokens * self.ranks, self.seconds
         self.pending, self.tokens, self.seconds = [], 0, 0.0
-        return {
-            "event": "steps",
-            "rank": self.rank,
-            "first": first,
-            "losses": losses,
-            "rates": rates,
-            "tokens": tokens,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds if seconds else 0.0,
-        }
+        return self._event("steps", first=first, losses=losses, rates=rates, tokens=tokens, seconds=seconds)
 
     # -- between steps ---------------------------------------------------------------------------------------------
 
-    def _evaluate(self, source: Source) -> float:
-        """Mean loss in nats over all predicted tokens of `source`, its micro-batches shared out over the ranks."""
-        size = self.spec.microbatch
+    def _evaluate(self) -> float:
+        """Mean loss in nats over all predicted tokens to evaluate on, the micro-batches shared out over the ranks."""
+        source, size = self.eval, self.spec.microbatch
+        assert source is not None
         starts = list(range(0, len(source), size))
         rounds = -(-len(starts) // self.ranks)
         sums = torch.zeros(2, dtype=torch.float64)

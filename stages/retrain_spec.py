@@ -3,10 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from stages.shadow import ShadowSpec
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,6 +22,14 @@ class SourceSpec:
 
     factory: str
     options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """What to train and to evaluate on."""
+
+    data: SourceSpec
+    eval: SourceSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

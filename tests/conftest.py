@@ -6,10 +6,13 @@ import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from cluster.ranks import Ranks
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -18,23 +21,30 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 WINDOW = 6  # the sliding windows of the tiny models: shorter than the sequences that the tests run
 VOCABULARY = 128
 _shared_cluster = contextlib.ExitStack()  # empty, or with the cluster of those that ask for `one_cluster`
+_shared_ranks: "list[Ranks]" = []  # in that cluster, once something asks for `two_ranks`
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """First the tests that share the two raylets, then those that share one cluster, then the rest, file by file.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First those that share the two raylets, then those that share one cluster, then the rest: each starts once."""
 
-    So each cluster starts once, and with two workers (`make test`) the two that take longest start first.
-    """
-    rank = {"two_raylets": 0, "one_cluster": 1, "": 2}
+    def rank(item: pytest.Item) -> int:
+        names = getattr(item, "fixturenames", ())
+        return 0 if "two_raylets" in names else 1 if "one_cluster" in names else 2
 
-    def shared_by(item: pytest.Item) -> str:
-        return next((name for name in rank if name in getattr(item, "fixturenames", ())), "")
+    items.sort(key=rank)
 
-    items.sort(key=lambda item: rank[shared_by(item)])
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(shared_by(item) or item.path.stem))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers (`make test`), a room whose tests share a cluster stays in one of them, and every file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRoom(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            room, _, file = nodeid.partition("::")[0].rpartition("/")
+            return room if room.endswith(("cluster", "pipeline")) else file
+
+    return ByRoom(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,6 +79,17 @@ def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for module in ("pipeline.driver", "pipeline.evaluate"):
             patch.setattr(f"{module}.Fleet", WarmFleet)
         yield
+
+
+@pytest.fixture(scope="module")
+def two_ranks(one_cluster: None) -> "Iterator[Ranks]":
+    """Two ZeRO ranks in the shared cluster, for all modules that train: a rank imports DeepSpeed for seconds."""
+    from cluster.ranks import Ranks
+
+    if not _shared_ranks:
+        _shared_cluster.callback(_shared_ranks.clear)
+        _shared_ranks.append(_shared_cluster.enter_context(Ranks(2, offload=True)))
+    yield _shared_ranks[0]
 
 
 @pytest.fixture(autouse=True)
