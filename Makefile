@@ -13,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/espalier demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not ray and not slow"

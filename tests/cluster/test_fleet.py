@@ -5,27 +5,21 @@ Whole runs that lose a shard are in tests/pipeline/test_resume.py.
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from cluster.connect import local_cluster
-from cluster.fleet import FRUITLESS_RECOVERIES, Fleet, Stream
+from cluster import fleet as module
+from cluster.fleet import Fleet, Stream
 from stages.errors import Refusal
 from stages.recipe import Recipe, WorkOrder
 from stages.spec import ShardSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 LENGTH, MICROBATCHES = 16, 6
-
-
-@pytest.fixture(scope="module")
-def one_cluster() -> Iterator[None]:
-    with local_cluster(cpus=2, object_store_bytes=200 << 20):
-        yield
 
 
 @pytest.fixture
@@ -87,8 +81,9 @@ def test_losses_and_refusals_cross_the_fleet(one_cluster: None, specs: list[Shar
 
 
 def test_a_shard_that_cannot_be_brought_back_ends_the_run_in_one_line(
-    one_cluster: None, specs: list[ShardSpec], tokens: np.ndarray
+    one_cluster: None, specs: list[ShardSpec], tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "FRUITLESS_RECOVERIES", 1)  # of three: each is a process that imports torch
     events: list[str] = []
     with Fleet(specs[:1], 1, None, events.append) as fleet:
         pid = [fleet.open()[0].pid]
@@ -99,10 +94,10 @@ def test_a_shard_that_cannot_be_brought_back_ends_the_run_in_one_line(
                 os.kill(pid[0], signal.SIGKILL)
             return tokens[number : number + 1]
 
-        with pytest.raises(Refusal, match="a shard was lost 4 times with no block finished between") as caught:
+        with pytest.raises(Refusal, match="a shard was lost 2 times with no block finished between") as caught:
             fleet.calibrate(Stream(deadly, MICROBATCHES, 1), {0}, lambda _: None)
         assert "\n" not in str(caught.value) and "out of memory" in str(caught.value)
-        assert len(events) == FRUITLESS_RECOVERIES
+        assert len(events) == 1
 
 
 def test_a_node_that_does_not_see_the_run_says_so(one_cluster: None, specs: list[ShardSpec], tmp_path: Path) -> None:

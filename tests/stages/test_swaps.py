@@ -123,7 +123,7 @@ def test_zeros_stay_as_many_and_no_row_gets_worse(case, shortlist) -> None:
 
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
 def test_chunks_of_rows_do_not_show(pattern, monkeypatch) -> None:
-    weight, statistics = layer(75, 400)
+    weight, statistics = layer(20, 400)
     keep = start_of(weight, statistics, pattern)
     whole = swaps(weight, keep, statistics, pattern)
     assert not torch.equal(whole, keep)
