@@ -5,6 +5,7 @@ the same steps. Of what they say, rank 0 tells what concerns the run, and each t
 """
 
 import gc
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -211,20 +212,29 @@ class Rank:
 
     def _save(self) -> None:
         """All ranks' pieces as one checkpoint."""
-        directory = directory_of(self.home, self.step)
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = self._emptied(directory_of(self.home, self.step))
         write_state(directory, owned(self.engine), self.engine.basic_optimizer, self.rank, self.ranks)
+        if self.tracker is not None:
+            self.tracker.save(directory / f"shadow-{self.rank}-of-{self.ranks}.safetensors")
         dist.barrier()
         if self.rank == 0:
             state = {"step": self.step, "updates": updates_of(self.engine), "losses": self.losses, "ranks": self.ranks}
             finish(self.home, self.step, state)
         dist.barrier()
 
+    def _emptied(self, directory: Path) -> Path:
+        """A directory for all ranks' files, without those of an attempt that was cut short, on other ranks perhaps."""
+        if self.rank == 0:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+        dist.barrier()
+        return directory
+
     def _consolidate(self) -> None:
         """Plain checkpoints of the model and, if weights were averaged, of their importances. By rank 0, from files."""
         importances = self.home / "importances"
         if self.tracker is not None:
-            importances.mkdir(exist_ok=True)
+            self._emptied(importances)
             found = ((*parameter_of(name), q.view(-1)) for name, q in self.tracker.importance().items())
             write_pieces(importances, IMPORTANCE, found, self.rank, self.ranks)
             dist.barrier()

@@ -3,6 +3,7 @@
 HOME/checkpoint-00000100/state.json                        step, losses so far; written last
 HOME/checkpoint-00000100/master-0-of-2.safetensors         rank 0's pieces, each a flat float32 tensor `name@start`
 HOME/checkpoint-00000100/exp_avg-0-of-2.safetensors        and those of each moment
+HOME/checkpoint-00000100/shadow-0-of-2.safetensors         its tracker, if there is one
 
 DeepSpeed's own checkpoints are pickles, and are cut as the ranks were. A piece that says what it is a piece of can be
 read back in any other cut: on another number of ranks, in another stage, or whole.
@@ -99,7 +100,7 @@ def finish(home: Path, step: int, state: dict[str, Any]) -> Path:
     shutil.rmtree(final, ignore_errors=True)
     os.replace(gathering, final)
     sync_directory(home)
-    for older in home.glob("checkpoint-*"):
+    for older in [*home.glob("checkpoint-*"), *home.glob("gathering-*")]:
         if older != final:
             shutil.rmtree(older, ignore_errors=True)
     return final
