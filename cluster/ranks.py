@@ -6,7 +6,7 @@ goes on from the run's newest checkpoint.
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import ray
@@ -91,10 +91,11 @@ class Ranks:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
-    def train(self, spec: RetrainSpec) -> Iterator[Event]:
+    def train(self, spec: RetrainSpec) -> Generator[Event, None, None]:
         """What the ranks tell while they train as `spec` says (see `stages.retrain.train`).
 
-        After a death the run goes on from its newest checkpoint, so steps since then are told again.
+        After a death the run goes on from its newest checkpoint, so steps since then are told again. One that closes
+        this before its end ends the ranks too; the next run starts them anew.
         """
         fruitless = 0
         while True:

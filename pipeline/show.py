@@ -114,9 +114,10 @@ def training_table(run: Mapping[str, Any]) -> Group:
     table = _table("after step", "loss", "perplexity")
     for step, loss in run["evaluations"]:
         table.add_row(str(step), f"{loss:.4f}", perplexity(math.exp(loss) if loss < 700 else math.inf))
-    memory = _table("rank", "parameters", "optimizer state", "peak memory")
+    tracked = any("shadow" in held for held in run["memory"])
+    memory = _table("rank", "parameters", "optimizer state", *(["shadow"] if tracked else []), "peak memory")
     for rank, (held, peak) in enumerate(zip(run["memory"], run["peak_memory"]["ranks"], strict=True)):
-        memory.add_row(str(rank), megabytes(held["parameters"]), megabytes(held["optimizer"]), megabytes(peak))
+        memory.add_row(str(rank), *map(megabytes, held.values()), megabytes(peak))
     spent = f"{run['tokens']:,} tokens in {human_seconds(run['seconds'])}"
     speed = f", {run['tokens_per_second']:,.0f} a second" if run["tokens_per_second"] else ""
     curve: list[Table | str] = [table, ""] if run["evaluations"] else []

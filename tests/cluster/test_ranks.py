@@ -1,0 +1,91 @@
+"""Ranks without Ray: how many there may be, what is done when they die, where extensions are kept.
+
+Ranks that train, and one that is killed, are in tests/pipeline/test_zero_runs.py.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import extensions
+from cluster import ranks as module
+from cluster.connect import Node
+from cluster.ranks import FRUITLESS_RESTARTS, Ranks, check_devices
+from stages.errors import Refusal
+
+SPEC: Any = None  # no rank of these tests reads it
+
+
+def node(cpus: float, gpus: float) -> Node:
+    return Node(node_id="n", address="10.0.0.1", cpus=cpus, gpus=gpus, memory_bytes=0, object_store_bytes=0)
+
+
+def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "nodes", lambda: [node(5, 2), node(3, 1)])
+    check_devices(3, 1, "cuda")
+    check_devices(3, 2, "cpu")
+    with pytest.raises(Refusal, match="ranks 4: there are GPUs for 3; use --ranks 3"):
+        check_devices(4, 1, "cuda")
+    with pytest.raises(Refusal, match="ranks 4: there are CPUs, at 2 a rank, for 3"):
+        check_devices(4, 2, "cpu")
+
+
+class Dying(Ranks):
+    """Ranks that play what `plays` says: events, and "lost" where one of them dies."""
+
+    def __init__(self, plays: list[list[Any]]) -> None:
+        self.notes: list[str] = []
+        super().__init__(2, on_event=self.notes.append)
+        self.plays, self.starts = iter(plays), 0
+
+    def _start(self) -> None:
+        self._actors, self.starts = ["an actor"], self.starts + 1
+
+    def _stop(self) -> None:
+        self._actors = []
+
+    def _attempt(self, spec: Any) -> Iterator[dict[str, Any]]:
+        for act in next(self.plays):
+            if isinstance(act, Exception):
+                raise act
+            yield {"event": act, "rank": 0}
+
+
+def test_a_death_is_told_and_all_are_started_again() -> None:
+    ranks = Dying([["begin", "saved", module._Lost("killed")], ["begin", "done"]])
+    assert [event["event"] for event in ranks.train(SPEC)] == ["begin", "saved", "begin", "done"]
+    assert ranks.starts == 2 and ranks.notes == ["a rank was lost (killed); all go on from the newest checkpoint"]
+
+
+def test_deaths_without_a_checkpoint_between_them_end_the_run() -> None:
+    deaths = [["begin", module._Lost("killed")]] * (FRUITLESS_RESTARTS + 1)
+    with pytest.raises(Refusal, match=f"lost {FRUITLESS_RESTARTS + 1} times with no checkpoint between"):
+        list(Dying(deaths).train(SPEC))
+    saving = [["begin", "saved", module._Lost("killed")]] * (FRUITLESS_RESTARTS + 1)
+    assert list(Dying([*saving, ["done"]]).train(SPEC))[-1]["event"] == "done"
+
+
+def test_what_ends_before_its_end_ends_the_ranks() -> None:
+    ranks = Dying([["begin", "steps"], ["done"]])
+    events = ranks.train(SPEC)
+    next(events)
+    assert ranks._actors
+    events.close()
+    assert not ranks._actors
+    assert [event["event"] for event in ranks.train(SPEC)] == ["done"] and ranks.starts == 2
+
+
+def test_extensions_are_kept_by_version_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(extensions.DIRECTORY, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ours = extensions.directory()
+    assert ours.parent == tmp_path / "espalier" / "extensions" and "deepspeed" in ours.name and "torch" in ours.name
+    assert not extensions.is_built(offload=True, cpu=True) and extensions.is_built(offload=False, cpu=False)
+    library = ours / "cpu_adam" / "cpu_adam.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert extensions.is_built(offload=True, cpu=False) and not extensions.is_built(offload=True, cpu=True)
+    monkeypatch.setenv(extensions.DIRECTORY, str(tmp_path / "mine"))
+    assert extensions.directory() == tmp_path / "mine"
