@@ -36,7 +36,7 @@ VARIANTS = {
     "`--shadow-schedule uniform`": {"schedule": "uniform"},
     "`--shadow-schedule exponential`": {"schedule": "exponential"},
     "`--shadow-schedule exponential --shadow-decay 0.8`": {"schedule": "exponential", "decay": 0.8},
-    "`--shadow-signed false` in YAML": {"signed": False},
+    "`--no-shadow-signed`": {"signed": False},
     "`--shadow-window 5`": {"window": 5},
     "`--shadow-window 25`": {"window": 25},
     "`--shadow-dtype bf16`": {"dtype": "bf16"},

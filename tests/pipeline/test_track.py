@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ SMALL = {
     "shadow_every": 2,
     "sparsities": [0, 0.5],
     "finetune_steps": 3,
-    "ranks": 1,
 }
 
 
@@ -185,29 +183,21 @@ def test_the_report_shows_each_point_and_what_was_published_beside_it(small: dic
 # -- a whole experiment --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[Any]:
-    """A Ray cluster with one rank on it, for every experiment of this module."""
-    from cluster.connect import local_cluster
-    from cluster.ranks import Ranks
-
-    with local_cluster(cpus=3, object_store_bytes=200 << 20), Ranks(1) as ranks:
-        yield ranks
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 def test_an_interrupted_experiment_goes_on_from_what_is_finished(
-    small: dict[str, Any], tmp_path: Path, recorded: str, one_rank: Any, monkeypatch: pytest.MonkeyPatch
+    small: dict[str, Any], tmp_path: Path, recorded: str, two_ranks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trained, tracked, pruned at two thresholds and fine-tuned; interrupted between the two."""
     import mlflow
 
-    from pipeline import track as module
+    from pipeline.compare import compare
+    from pipeline.track import track
+    from pipeline.track_run import Experiment
 
     config = TrackConfig(**small)
     points: list[float] = []
-    one_point = module._Run._point
+    one_point = Experiment._point
 
     def until_the_second(run: Any, target: float, *others: Any) -> dict[str, Any]:
         points.append(target)
@@ -215,14 +205,14 @@ def test_an_interrupted_experiment_goes_on_from_what_is_finished(
             raise KeyboardInterrupt
         return one_point(run, target, *others)
 
-    monkeypatch.setattr(module._Run, "_point", until_the_second)
+    monkeypatch.setattr(Experiment, "_point", until_the_second)
     with pytest.raises(KeyboardInterrupt):
-        module.track(config, ranks=one_rank)
+        track(config, ranks=two_ranks)
     out = Path(config.output)
     before = (out / "trained" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(Refusal, match=r"finetune-steps 4: the experiment in .* was begun with 3"):
-        module.track(config.model_copy(update={"finetune_steps": 4}), ranks=one_rank)
-    result = module.track(config, ranks=one_rank)
+        track(config.model_copy(update={"finetune_steps": 4}), ranks=two_ranks)
+    result = track(config, ranks=two_ranks)
     assert points == [0, 0.5, 0.5] and (out / "trained" / "model.safetensors").stat().st_mtime_ns == before
 
     dense, half = result.points
@@ -235,15 +225,21 @@ def test_an_interrupted_experiment_goes_on_from_what_is_finished(
     experiment = client.get_experiment_by_name(config.experiment)
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    parent = next(run for run in runs if run.data.tags["espalier.command"] == "track")
-    children = {run.info.run_name for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
-    assert children == {
-        *("training", "sparsity 0 %: fine-tuning", "sparsity 50 %: pruning", "sparsity 50 %: fine-tuning")
+    tree = {run.info.run_id: (run.info.run_name, run.data.tags.get("mlflow.parentRunId")) for run in runs}
+    nested = {name: tree[parent][0] if parent else None for name, parent in tree.values()}
+    assert nested == {
+        "track linear": None,
+        **dict.fromkeys(("training", "sparsity 0 %", "sparsity 50 %"), "track linear"),
+        "sparsity 0 %: fine-tuning": "sparsity 0 %",
+        **dict.fromkeys(("sparsity 50 %: pruning", "sparsity 50 %: fine-tuning"), "sparsity 50 %"),
     }
+    parent = next(run for run in runs if run.info.run_name == "track linear")
+    (row,) = (row for row in compare([config.experiment]).rows if row["run"] == "sparsity 50 %")
+    assert (row["sparsity"], row["perplexity"]) == pytest.approx((half["sparsity"], math.exp(half["tuned"])))
     curve = client.get_metric_history(parent.info.run_id, "curve/tuned")
     assert [point.value for point in curve] == pytest.approx([dense["tuned"], half["tuned"]])
     with pytest.raises(Refusal, match="finished run"):
-        module.track(config, ranks=one_rank)
+        track(config, ranks=two_ranks)
 
 
 def zeros_of(checkpoint: Path) -> float:
