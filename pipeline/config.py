@@ -15,7 +15,6 @@ from stages.masks import check_sparsity, check_threshold, parse_pattern
 from stages.recipe import Rebuild, Recipe
 
 Count = Annotated[int, Field(ge=1)]
-CORRECTIONS = (0.3, 0.6)  # of the first sweep, and of all later ones
 
 
 class ClusterConfig(BaseModel):
@@ -109,8 +108,8 @@ class PruneConfig(ClusterConfig):
     )
     correction: Literal["auto", "foreseen"] | list[float] = Field(
         "auto",
-        description="Share of the accumulated error that a unit takes back in a sweep, one for all or C,C,...; auto: "
-        "0.3, then 0.6; foreseen: each unit is given the input that it will have once those before it did so.",
+        description="Share of the accumulated error that a unit takes back in a sweep, one for all or C,C,...; auto, "
+        "or foreseen: all that the units before it, refitted at the same time, are foreseen to leave.",
     )
     epochs: Count = Field(1, description="Passes over the calibration while refitting.")
     batch: Count = Field(2, description="Samples in one refitting step.")
@@ -257,10 +256,8 @@ class PruneConfig(ClusterConfig):
 
     @property
     def _corrections(self) -> tuple[float, ...]:
-        if self.correction == "foreseen":
+        if not isinstance(self.correction, list):
             return ()
-        if self.correction == "auto":
-            return tuple(CORRECTIONS[min(sweep, 1)] for sweep in range(self.sweeps))
         return tuple(self.correction) * (self.sweeps if len(self.correction) == 1 else 1)
 
     @property

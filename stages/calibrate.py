@@ -1,14 +1,15 @@
 """What the calibration stream leaves behind in one block: statistics per shared input, activations per unit."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from stages.blocks import Anatomy, Call, Weight
+from stages.blocks import Anatomy, Call, Weight, first
 from stages.errors import Refusal
-from stages.foresight import Foresight
+from stages.foresight import drawn
 from stages.observe import observing
 from stages.recipe import Recipe
 from stages.reconstruct import weight_rms
@@ -72,33 +73,39 @@ class BlockCalibration:
             yield
 
     @contextmanager
-    def watching_drift(self, block: nn.Module, foresight: Foresight | None = None) -> Iterator[None]:
-        """The same for the pruned block: only its units' inputs are kept, as they are or as they are foreseen."""
-        if foresight is None:
-            keepers = _appending(self._sources, self.drifted)
-        else:
-            keepers = {module: [self._foreseeing(names, foresight)] for module, names in self._read_by_module()}
-        with observing(block, self.anatomy, None, keepers):
+    def watching_drift(self, block: nn.Module, foresee: bool = False) -> Iterator[None]:
+        """The same for the pruned block: only its units' inputs are kept.
+
+        With `foresee`, each pass gives what the block will give once its units, and those before, have taken back their
+        share of the error; see `stages.foresight`.
+        """
+        keepers = _appending(self._sources, self.drifted)
+        with ExitStack() as drawing:
+            for names in self._reading_alike() if foresee else ():
+                keep, draw = self._drawing(names[-1])
+                keepers[self._sources[names[-1]]].append(keep)
+                last = next((unit.modules[-1] for unit in self.anatomy.units if unit.name == names[-1]), "")
+                drawing.callback(block.get_submodule(last).register_forward_hook(draw).remove)
+            drawing.enter_context(observing(block, self.anatomy, None, keepers))
             yield
 
-    def _read_by_module(self) -> list[tuple[str, list[str]]]:
-        """Units' first modules that read different tensors, each with the names of all that read the same."""
-        parallel = [name for name in self._sources if any(u.parallel and u.name == name for u in self.anatomy.units)]
-        together = [parallel] if parallel else []
-        together += [[name] for name in self._sources if name not in parallel]
-        return [(self._sources[names[0]], names) for names in together]
+    def _reading_alike(self) -> list[list[str]]:
+        """The units whose inputs are kept, those together that read one tensor and add to the stream side by side."""
+        parallel = [unit.name for unit in self.anatomy.units if unit.parallel and unit.name in self._sources]
+        return [*([parallel] if parallel else []), *([name] for name in self._sources if name not in parallel)]
 
-    def _foreseeing(self, names: list[str], foresight: Foresight) -> Callable[[Tensor], None]:
-        """What keeps the foreseen inputs of the units of those names, which read one tensor."""
-        dense, units = self.inputs[names[0]], self._components_in_unit
+    def _drawing(self, name: str) -> tuple[Callable[[Tensor], None], Callable[..., Any]]:
+        """What sees the input of the unit of that name, and the hook that then draws its output."""
+        seen: list[Tensor] = []
+        drifted, dense = self.drifted[name], self.inputs[name]
 
-        def keep(given: Tensor) -> None:
-            start = len(self.drifted[names[0]])
-            seen = foresight.at(given, dense.batch(list(range(start, start + len(given)))).to(given.device), units)
-            for name in names:
-                self.drifted[name].append(seen)
+        def draw(module: nn.Module, args: Any, output: Any) -> Any:
+            given, end = seen.pop(), len(drifted)
+            read = dense.batch(list(range(end - len(given), end))).to(given.device)
+            moved = drawn(first(output), given, read, self._components_in_unit)
+            return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
-        return keep
+        return seen.append, draw
 
     @property
     def _all(self) -> list[Spool]:

@@ -35,7 +35,8 @@ class Recipe:
     learning_rate: float = 0.4
     sweeps: int = 0  # further times that every unit is rebuilt, after the pruned model's activations
     corrections: tuple[float, ...] = ()  # of each sweep: the share of the accumulated error that a unit takes back;
-    # none: every unit is given the input that it would have if the units before it had taken back theirs
+    # none: every unit is given the input that it would have if the units before it had taken back theirs, and takes
+    # back all that is then left
     seed: int = 0
 
     def rule(self, block: int, layer: str, sparsity: float | None) -> LayerRule:

@@ -16,7 +16,7 @@ import functools
 import gc
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from stages.carry import Carry
 from stages.checkpoint import Checkpoint, grouped, resolve, write_tensors
 from stages.criteria import score_rows
 from stages.errors import OutOfStep
-from stages.foresight import Foresight, joined, parted
 from stages.measure import KeptStates, Measures, measure
 from stages.meter import Timeline, peak_bytes
 from stages.recipe import WorkOrder
@@ -127,16 +126,14 @@ class Shard:
 
     def embed(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Tokens (samples, length) int, or all that the model takes of samples with images -> the first block's input
-        (samples, length, hidden); twice the samples where what changes it travels along, which nothing does as yet.
+        (samples, length, hidden).
 
         What looks at images is in memory until the pass has embedded its last microbatch."""
         inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
         if "pixel_values" in inputs and not self.skeleton.sees:
             with self.timeline.phase("load"), torch.no_grad():
                 self.skeleton.open_eyes(self.checkpoint)
-        hidden = self.skeleton.embed(inputs)
-        foresees = self._sweep and self.spec.recipe is not None and self.spec.recipe.foresees
-        return joined(hidden, torch.zeros_like(hidden)) if foresees else hidden
+        return self.skeleton.embed(inputs)
 
     def forward(self, microbatch: int, hidden: Tensor) -> Tensor:
         """This shard's blocks applied to one microbatch (samples, length, hidden), all in memory."""
@@ -202,29 +199,19 @@ class Shard:
         phase = "stream" if self._collect else "evaluate"
         with self.timeline.phase(phase, index if self.spec.resident == "one" else None):
             block = self._hold([index])[index]
-            if self._sweep:
-                hidden, samples = self._drift(index, block, hidden)
-            else:
-                watched = index in self._collect
-                with self._calibration(index, block).watching(block) if watched else nullcontext():
-                    hidden, samples = self._run(index, block, hidden), len(hidden)
+            with self._watching(index, block) if index in self._collect else nullcontext():
+                hidden = self._run(index, block, hidden)
         tokens, seconds = self._streamed.get(index, (0, 0.0))
-        self._streamed[index] = tokens + samples * hidden.shape[1], seconds + time.perf_counter() - started
+        self._streamed[index] = tokens + hidden.shape[0] * hidden.shape[1], seconds + time.perf_counter() - started
         return hidden
 
-    def _drift(self, index: int, block: nn.Module, hidden: Tensor) -> tuple[Tensor, int]:
-        """A pruned block applied to the pruned model's activations, and to what travels with them where the recipe
-        foresees its units' inputs; and how many samples that were."""
+    def _watching(self, index: int, block: nn.Module) -> AbstractContextManager[None]:
+        """What gathers from the block's passes what the sweep under way needs of them."""
+        calibration = self._calibration(index, block)
+        if not self._sweep:
+            return calibration.watching(block)
         assert self.spec.recipe is not None
-        calibration = self._calibration(index, block) if index in self._collect else None
-        if not self.spec.recipe.foresees:
-            with calibration.watching_drift(block) if calibration else nullcontext():
-                return self._run(index, block, hidden), len(hidden)
-        hidden, change = parted(hidden.to(self.spec.device))
-        foresight = Foresight(change)
-        with calibration.watching_drift(block, foresight) if calibration else nullcontext():
-            hidden = self._run(index, block, hidden)
-        return joined(hidden, foresight.change), len(hidden)
+        return calibration.watching_drift(block, self.spec.recipe.foresees)
 
     def _next_call(self, index: int, samples: int, length: int) -> Call:
         """Block `index`'s call for so many samples, the next of the pass."""

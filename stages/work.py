@@ -38,8 +38,9 @@ class _Reached(Exception):
 class Work:
     """One piece of work. `modules` holds the blocks as they are so far.
 
-    `carried` is the pruned model's activations at the first block, where units are to read those; `spool` makes an
-    empty spool of a name. `importances` are what a shadow says of the blocks' tensors, by block and name inside it.
+    `carried` is the pruned model's activations at the first block, where units are to read those; a sweep may foresee
+    them. `spool` makes an empty spool of a name. `importances` are what a shadow says of the blocks' tensors, by block
+    and name inside it.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class Work:
     ) -> None:
         self.recipe, self.order, self.calibrations = recipe, order, calibrations
         self.skeleton, self.timeline, self._spool, self._carried = skeleton, timeline, spool, carried
+        if recipe.foresees and order.sweep:  # a unit after the first reads what those before it, rebuilt, make of it
+            self._carried = next(iter(calibrations[order.blocks[0]].drifted.values()))
         self._importances = importances
         self.modules = {index: skeleton.assembled(index, dict(block.state_dict())) for index, block in blocks.items()}
         self.groups = groups_of(
@@ -170,7 +173,8 @@ class Work:
         return self.calibrations[unit.first]
 
     def _captured(self, unit: FitUnit, captured: dict[str, Spool]) -> Spool:
-        """What reaches the unit when the pruned model's activations pass through the blocks as they are so far."""
+        """What reaches the unit when the first block's inputs, the pruned model's or foreseen, pass through the blocks
+        as they are so far."""
         assert self._carried is not None
         module, entry = unit.steps[0].module, self._entry(unit)
         if not module:
@@ -195,7 +199,7 @@ class Work:
         recipe, entry = self.recipe, self._entry(unit)
         outputs = self.calibrations[unit.last].outputs[unit.name]
         if self.order.sweep:
-            given = entry.drifted[unit.source]
+            given = self._captured(unit, captured) if recipe.foresees else entry.drifted[unit.source]
             correction = 1.0 if recipe.foresees else recipe.corrections[self.order.sweep - 1]
         elif recipe.sequential:
             given, correction = self._captured(unit, captured), 1.0

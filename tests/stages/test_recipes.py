@@ -13,8 +13,8 @@ from stages.allocation import Override
 from stages.errors import OutOfStep, Refusal
 from stages.foresight import SHARE
 from stages.recipe import Recipe, WorkOrder, pieces
-from stages.shard import Shard
 from stages.spec import block_file
+from stages.units import UnitModules, groups_of
 
 LENGTH, SAMPLES, BLOCKS = 16, 12, 4
 RECIPES = {
@@ -100,41 +100,36 @@ def test_overrides_and_ratios_of_blocks_reach_their_layers(
     }
 
 
-def test_foreseen_inputs_are_the_pruned_models_moved_by_what_the_units_before_take_back(
+def test_foreseen_inputs_are_the_pruned_models_drawn_to_the_dense_at_every_unit(
     tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., torch.Tensor], tmp_path: Path
 ) -> None:
-    tokens, gentle = tiny_tokens(SAMPLES, LENGTH), Recipe(sweeps=1, learning_rate=GENTLE)
-    (plain,) = make_shards(tiny_checkpoint(), tmp_path, 1, LENGTH, recipe=replace(gentle, corrections=(1.0,)))
-    (foreseeing,) = make_shards(tiny_checkpoint(), tmp_path, 1, LENGTH, recipe=gentle)
-    for shard in (plain, foreseeing):
-        stream([shard], tokens, range(BLOCKS))
+    tokens, everything = tiny_tokens(SAMPLES, LENGTH), list(range(SAMPLES))
+    (shard,) = make_shards(tiny_checkpoint(), tmp_path, 1, LENGTH, recipe=RECIPES["foreseeing sweeps"])
+    stream([shard], tokens, range(BLOCKS))
     for block in range(BLOCKS):
-        plain.work(WorkOrder(blocks=(block,)))
-    for shard in (plain, foreseeing):
-        shard.open(0)
-        stream([shard], tokens, range(BLOCKS), sweep=1)
+        shard.work(WorkOrder(blocks=(block,)))
+    shard.open(0)
+    stream([shard], tokens, range(BLOCKS), sweep=1)
+    foreseen, units = shard._calibrations[0].inputs["self_attn"].batch(everything), 0
+    for block, module in shard._hold(range(BLOCKS)).items():
+        kept = shard._calibrations[block]
+        for group in groups_of({block: kept.anatomy}, {block: kept.call}, "component"):
+            unit = group.whole
+            dense, given = (spools[unit.source].batch(everything) for spools in (kept.inputs, kept.drifted))
+            torch.testing.assert_close(given, foreseen)
+            calls = [step.call.at(everything) for step in unit.steps]
+            foreseen = given + UnitModules(unit, {block: module})(given, calls) + SHARE * (dense - given)
+            units += 1
+    assert units == 2 * BLOCKS and not torch.allclose(given, dense, atol=0.01)
 
-    def kept(shard: Shard, which: str) -> list[torch.Tensor]:
-        spools = [getattr(shard._calibrations[block], which) for block in range(BLOCKS)]
-        return [spool[unit].batch(list(range(SAMPLES))) for spool in spools for unit in ("self_attn", "mlp")]
 
-    change = torch.zeros(SAMPLES, LENGTH, plain.skeleton.hidden_size)
-    ways = zip(kept(plain, "inputs"), kept(plain, "drifted"), kept(foreseeing, "drifted"), strict=True)
-    for dense, given, foreseen in ways:
-        torch.testing.assert_close(foreseen, given - change)
-        change = (1 - SHARE) * change - SHARE * (dense - given)
-    assert change.abs().max() > 0.1
-
-
-def test_a_sweep_that_is_given_half_of_what_travels_is_out_of_step(
+def test_a_sweep_that_sees_part_of_the_samples_is_out_of_step(
     tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., torch.Tensor], tmp_path: Path
 ) -> None:
     (shard,) = make_shards(tiny_checkpoint(), tmp_path, 1, LENGTH, recipe=Recipe(sweeps=1))
     stream([shard], tokens := tiny_tokens(SAMPLES, LENGTH), range(BLOCKS))
-    hidden = shard.embed(tokens)  # as the dense pass takes it
-    shard.begin(1, range(BLOCKS), sweep=1)
     with pytest.raises(OutOfStep, match="kept part of the samples in sweep 1"):
-        shard.forward(0, hidden)
+        stream([shard], tokens[: SAMPLES // 2], range(BLOCKS), sweep=1)
 
 
 def test_work_out_of_order_is_out_of_step(
