@@ -4,7 +4,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from cluster.connect import connect
+from cluster.connect import connect, nodes
 from cluster.fleet import Fleet, Stream
 from pipeline.assemble import copy_companions, write_index
 from pipeline.config import PruneConfig, build_config
@@ -31,11 +31,13 @@ from pipeline.plan import (
 from pipeline.progress import Reporter, reporter_for
 from pipeline.report import write_report
 from pipeline.rundir import RunDirectory, check_free, disk_full_refused
+from pipeline.spending import Spending
 from pipeline.tracking import Recorder, block_metrics, recorded_run, total_metrics
 from stages.allocation import AMOUNTS, owl
 from stages.checkpoint import Checkpoint, resolve
 from stages.choose import EXPERT_TOKENS
 from stages.errors import Refusal
+from stages.flops import shapes_of
 from stages.images import ImageTable
 from stages.measure import Measures
 from stages.meter import peak_bytes
@@ -169,7 +171,8 @@ class _Run:
         self.length = window_length(facts, config.length)
         self.recipe = config.recipe
         self.started = time.time()
-        self.seconds: dict[str, float] = {}
+        self.spending = Spending()
+        self.nodes = 1
         self.warnings: list[str] = []
         self.worked = False  # whether there is anything to go on from
         self.scratch = Path(config.scratch) / run["run_id"] if config.scratch else directory.home / "scratch"
@@ -180,6 +183,7 @@ class _Run:
             held.enter_context(disk_full_refused(self.directory.output))
             held.callback(self.reporter.close)
             held.callback(shutil.rmtree, self.scratch, ignore_errors=True)
+            held.enter_context(self.spending)
             return self._recorded_run(*self._tokens())
 
     def _recorded_run(self, calibration: TokenTable | ImageTable, evaluation: TokenTable | None) -> PruneResult:
@@ -201,16 +205,8 @@ class _Run:
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
     def _tokens(self) -> tuple[TokenTable | ImageTable, TokenTable | None]:
-        with self._phase("tokens"):
+        with self.spending.phase("tokens"):
             config, home = self.config, self.directory.home
             calibration: TokenTable | ImageTable | None = image_table(config, self.length, home)
             if calibration is None:
@@ -221,7 +217,7 @@ class _Run:
 
     def _connected(self, held: ExitStack) -> ShardLayout:
         """Ray connected for as long as `held` is, and the shards laid out on what the cluster has."""
-        with self._phase("connect"):
+        with self.spending.phase("connect"):
             layout = self.layout
             held.enter_context(
                 connect(
@@ -231,6 +227,7 @@ class _Run:
                     object_store_bytes=layout.object_store_bytes,
                 )
             )
+            self.nodes = len(nodes())
             placed = layout.place(str(self.directory.output), str(self.scratch), self.recipe)
         shards = [{"index": spec.index, "first": spec.first, "last": spec.last - 1} for spec in placed.specs]
         self.run |= {"estimate": placed.estimate, "shards": shards}
@@ -245,15 +242,15 @@ class _Run:
         evaluation: TokenTable | None,
         recorder: Recorder,
     ) -> None:
-        with self._phase("load"):
+        with self.spending.phase("load"):
             facts = fleet.open()
         for shard, fact in zip(self.run["shards"], facts, strict=True):
             shard |= {"node": fact.node, "device": fact.device}
         self.reporter.note(self._headline(layout))
         self.run["dense_perplexity"] = self._dense_perplexity(fleet, evaluation)
-        finished = self._sweeps(fleet, layout, self._stream(calibration), recorder)
+        finished = self._sweeps(fleet, layout, self._stream(calibration), len(calibration), recorder)
         self.run["blocks"] = [finished[block] for block in sorted(finished)]
-        with self._phase("assemble"):
+        with self.spending.phase("assemble"):
             ends = self.directory.finished_ends()
             if ends is None:
                 self.directory.note_ends(ends := list(fleet.copy_ends()))
@@ -270,7 +267,7 @@ class _Run:
         ]
 
     def _sweeps(
-        self, fleet: Fleet, layout: ShardLayout, stream: Stream, recorder: Recorder
+        self, fleet: Fleet, layout: ShardLayout, stream: Stream, samples: int, recorder: Recorder
     ) -> dict[int, dict[str, Any]]:
         """Reports of the last sweep's blocks; what an earlier run of this directory finished is not done again."""
         last, everything = self.recipe.sweeps, set(range(self.facts.blocks))
@@ -288,11 +285,11 @@ class _Run:
                 if todo & set(blocks)
             ]
             if self.recipe.streams_dense:
-                with self._phase("stream"):
+                with self.spending.phase("stream", samples):
                     name = f"sweep {sweep}" if sweep else "calibrate"
                     fleet.calibrate(stream, todo, self.reporter.pass_begins(name, stream.microbatches), sweep)
             self.worked = True
-            with self._phase("work"):
+            with self.spending.phase("work"):
                 done[sweep] |= self._work_off(fleet, layout, stream, orders, len(done[sweep]), recorder)
             self.directory.drop_sweep(sweep - 1, last)
         return done[last]
@@ -329,7 +326,7 @@ class _Run:
         for entry in self.directory.noted("allocation"):
             return list(entry["sparsity"])
         blocks = range(self.facts.blocks)
-        with self._phase("stream"):
+        with self.spending.phase("stream"):
             shares = fleet.outlier_shares(stream, blocks)
         ratios = owl(shares, self.config.sparsity, weights=self.facts.prunable_by_block)
         self.directory.note("allocation", sparsity=ratios, outlier_shares=shares)
@@ -371,7 +368,7 @@ class _Run:
         self, fleet: Fleet, table: TokenTable, phase: str, source: int | None, wanted: Literal["kept", "compared"]
     ) -> Measures:
         stream = self._stream(table)
-        with self._phase(phase):
+        with self.spending.phase(phase, len(table)):
             step = self.reporter.pass_begins("evaluate", stream.microbatches)
             return fleet.measure(stream, step, source, wanted)
 
@@ -407,11 +404,9 @@ class _Run:
     def _finish(self, recorder: Recorder) -> None:
         run, layers = self.run, [layer for block in self.run["blocks"] for layer in block["layers"].values()]
         run["sparsity"] = sum(layer["zeros"] for layer in layers) / sum(layer["weights"] for layer in layers)
-        run["peak_memory"] = {
-            "driver": peak_bytes(),
-            **run["peak_memory"],
-        }
-        run["seconds"] = {**self.seconds, "total": time.time() - self.started}
+        run["peak_memory"] = {"driver": peak_bytes(), **run["peak_memory"]}
+        shapes = shapes_of(self.facts.linears, read_config(resolve(self.config.model), self.config.trust_remote_code))
+        run |= self.spending.record(self.nodes, shapes, self.length, run["blocks"])
         run["versions"] = {name: version(name) for name in PACKAGES}
         run["status"], run["warnings"] = "finished", self.warnings
         run["tracking_uri"], run["mlflow_run_id"] = recorder.tracking_uri, recorder.wait_for_run_id(5)

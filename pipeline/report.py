@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pipeline.figures import component_title, draw_errors, draw_timeline, unit_names
+from stages.energy import described
 
 PHASES = {
     "plan": "plan",
@@ -111,8 +112,13 @@ def _zeros(run: Mapping[str, Any]) -> tuple[int, int]:
 def _times(run: Mapping[str, Any]) -> str:
     seconds = run.get("seconds", {})
     order = [*(phase for phase in PHASES if phase in seconds and phase != "total"), *(seconds.keys() - PHASES.keys())]
-    rows = [[PHASES.get(phase, phase), duration(seconds[phase])] for phase in [*order, "total"] if phase in seconds]
-    return table(["phase", "time"], rows)
+    energy, flops = run.get("energy", {}), run.get("flops", {})
+    rows = [
+        [PHASES.get(phase, phase), duration(seconds[phase]), described(energy.get(phase)), operations(flops.get(phase))]
+        for phase in [*order, "total"]
+        if phase in seconds
+    ]
+    return table(["phase", "time", "energy of the machine", "floating-point operations"], rows)
 
 
 def _memory(run: Mapping[str, Any]) -> str:
@@ -248,6 +254,14 @@ def count(value: int | None) -> str:
         return "an unknown number of"
     scale, letter = next(((s, u) for s, u in ((1e9, " B"), (1e6, " M"), (1e3, " k")) if value >= s), (1, ""))
     return f"{value / scale:.3g}{letter}"
+
+
+def operations(value: float | None) -> str:
+    """Floating-point operations: 1.2 TFLOP."""
+    if not value:
+        return ""
+    scale, letter = next(((s, u) for s, u in ((1e15, "P"), (1e12, "T"), (1e9, "G")) if value >= s), (1e6, "M"))
+    return f"{value / scale:.3g} {letter}FLOP"
 
 
 def size(value: float | None) -> str:

@@ -66,6 +66,9 @@ def total_metrics(run: Mapping[str, Any]) -> dict[str, float]:
     """MLflow metrics of a whole run.json, logged once at the end. Peak memory in MB (1e6 bytes)."""
     values = {name: run.get(name) for name in ("sparsity", "perplexity", "dense_perplexity", "kl", "top1_agreement")}
     values |= {f"seconds/{phase}": seconds for phase, seconds in run.get("seconds", {}).items()}
+    values |= {f"flops/{phase}": flops for phase, flops in run.get("flops", {}).items()}
+    for phase, joules in run.get("energy", {}).items():
+        values |= {f"joules/{phase}/{source}": value for source, value in joules.items()}
     peak = run.get("peak_memory", {})
     values["peak_memory_mb/driver"] = _megabytes(peak.get("driver"))
     values["peak_memory_mb/shard_max"] = _megabytes(max(peak.get("shards") or [None]))

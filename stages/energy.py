@@ -30,6 +30,9 @@ class Energy:
         counted = [part for part in (self.cpu, self.gpu) if part is not None]
         return sum(counted) if counted else None
 
+    def __add__(self, other: "Energy") -> "Energy":
+        return Energy(_sum_of(self.cpu, other.cpu), _sum_of(self.gpu, other.gpu))
+
     def __sub__(self, earlier: "Energy") -> "Energy":
         return Energy(_difference(self.cpu, earlier.cpu), _difference(self.gpu, earlier.gpu))
 
@@ -44,6 +47,10 @@ class Energy:
 def described(joules: Mapping[str, float | None] | None) -> str:
     """The same words for what a report holds: `{"cpu": …, "gpu": …}`, or None."""
     return str(Energy(**joules)) if joules else NOT_MEASURED
+
+
+def _sum_of(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
 
 
 def _difference(now: float | None, before: float | None) -> float | None:

@@ -4,9 +4,9 @@ Matrix products only; norms, activations and softmax are a per cent or so of the
 counted by `stages.reconstruct.fit` itself.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +35,15 @@ def training_flops(shapes: Shapes, tokens: int, length: int) -> float:
     return 3.0 * forward_flops(shapes, tokens, length)
 
 
-def shapes_of(model: nn.Module) -> Shapes:
-    """The shapes of a Hugging Face language model, which may stand on the meta device.
+def shapes_of(matrices: Iterable[tuple[str, int, int]], config: Any) -> Shapes:
+    """The shapes of a decoder: its blocks' matrices as (name on disk, out, in), and its Hugging Face configuration.
 
-    Counts every weight matrix but the look-ups; a head tied to the embedding counts once. Of fused experts
-    (three-dimensional weights) those that a token is routed to.
+    Of experts the share counts that a token is routed to; the head counts, tied to the embedding or not.
     """
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    routed = getattr(config, "num_experts_per_tok", None)
-    parameters = head.weight.numel() if head is not None and id(head.weight) in looked_up else 0
-    for weight in model.parameters():
-        if weight.dim() == 3 and routed:
-            parameters += weight.numel() // weight.shape[0] * routed
-        elif weight.dim() == 2 and id(weight) not in looked_up:
-            parameters += weight.numel()
-    heads = config.num_attention_heads
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Shapes(parameters, config.num_hidden_layers, heads * head_width)
+    text = config.get_text_config()
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+    share = text.num_experts_per_tok / experts if experts else 1.0
+    inside = sum(out * into * (share if ".experts." in name else 1.0) for name, out, into in matrices)
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Shapes(round(inside) + text.hidden_size * text.vocab_size, text.num_hidden_layers, heads * head_width)

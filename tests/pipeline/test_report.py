@@ -12,6 +12,7 @@ from matplotlib.image import imread
 from pipeline.config import PruneConfig, build_config
 from pipeline.figures import _lanes
 from pipeline.report import duration, number, size, write_report
+from pipeline.tracking import total_metrics
 
 
 def unit(name: str, before: float, after: float, improved: bool = True) -> dict[str, Any]:
@@ -170,3 +171,14 @@ def test_quantities_read_well() -> None:
     ]  # fmt: skip
     assert [size(value) for value in (None, 512, 410e6, 1.25e9)] == ["–", "512 B", "410 MB", "1.25 GB"]
     assert [number(value) for value in (None, 6.2, 12345.6, 1e-7)] == ["–", "6.2", "12,346", "1.000e-07"]
+
+
+def test_energy_and_operations_stand_beside_each_phase_and_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    run = a_run()
+    write_report(run, tmp_path)
+    assert "| score, mask and rebuild | 12.0 s | not measured |  |" in (tmp_path / "report.md").read_text()
+    run |= {"energy": {"work": {"cpu": 1234.0, "gpu": None}}, "flops": {"work": 5.6e12}}
+    write_report(run, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| score, mask and rebuild | 12.0 s | CPU 1.23 kJ | 5.6 TFLOP |" in text
+    assert total_metrics(run) | {"joules/work/cpu": 1234.0, "flops/work": 5.6e12} == total_metrics(run)
