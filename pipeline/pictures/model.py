@@ -23,14 +23,17 @@ def write_model(values: Mapping[str, Any], directory: Path) -> Path:
     if (kind := values.pop("model_type", None)) != "llava":
         raise Refusal(f"model: model_type {kind!r} reads no pictures; write llava, or name a multimodal checkpoint")
     tokenizer = _tokenizer()
-    ids = {
-        name: tokenizer.convert_tokens_to_ids(token)
-        for name, token in (("image", IMAGE), ("end", END), ("pad", PADDING))
+    decided = {
+        "vocab_size": len(tokenizer),
+        "use_cache": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }
-    ends = {"bos_token_id": None, "eos_token_id": ids["end"], "pad_token_id": ids["pad"]}
-    values["text_config"] = values.get("text_config", {}) | {"vocab_size": len(tokenizer), "use_cache": False} | ends
-    config = LlavaConfig(**values, image_token_index=ids["image"], pad_token_id=ids["pad"])
-    side, patch = config.vision_config.image_size, config.vision_config.patch_size
+    values["text_config"] = values.get("text_config", {}) | decided
+    config = LlavaConfig(**values, image_token_index=tokenizer.convert_tokens_to_ids(IMAGE))
+    vision: Any = config.vision_config
+    side = vision.image_size
     images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     processor = LlavaProcessor(
         images,

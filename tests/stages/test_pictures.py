@@ -89,6 +89,7 @@ class Asked(list[SimpleNamespace]):
 
     tokenizer = SimpleNamespace(
         pad_token_id=PADDING,
+        eos_token_id=2,
         batch_decode=lambda ids, skip_special_tokens: ["".join(map(chr, row)) for row in ids.tolist()],
     )
 
