@@ -29,7 +29,7 @@ def track(
     """
     from pipeline.track_config import load_config
 
-    request = load_config(recipe, {"output": f"track-{Path(recipe).stem}"} | given(values | {"model": model}))
+    request = load_config(recipe, given(values | {"model": model}))
     from pipeline.track import track as run
 
     with stdout_kept():

@@ -33,7 +33,9 @@ PANELS = {
 }
 ORDER = ("What", "Masks", "Reconstruction", "Training", "Shadow", "Text", "Where and how it runs", "Record")
 # Of the names that several commands have, which panel they are shown in where it is another one.
-PANELS_OF = {"RetrainConfig": dict.fromkeys(("epochs", "batch", "learning_rate"), "Training")}
+PANELS_OF = {
+    name: dict.fromkeys(("epochs", "batch", "learning_rate"), "Training") for name in ("RetrainConfig", "TrackConfig")
+}
 
 
 def options_of(config: "type[BaseModel]") -> list[inspect.Parameter]:

@@ -27,13 +27,13 @@ class TrackConfig(BaseModel):
         description="A checkpoint to go on from, or what a config.json says, to begin from random weights."
     )
     data: str = Field(description="What to train on: a text file, or whatever the recipe's kind of data asks for.")
-    output: str = Field(description="Directory of the experiment; given again, it goes on where it was interrupted.")
+    output: str = Field("tracked", description="Directory of the experiment; given again, it goes on.")
     data_kind: str = Field("characters", description=f"How the data is read: {', '.join(DATA_KINDS)}.")
     data_options: dict[str, Any] = Field({}, description="An option of the kind of data; may be given again.")
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of the data, at its end, that is evaluated on.")
     length: int = Field(256, ge=2, description="Tokens in a window.")
 
-    steps: Count = Field(description="Optimizer steps of the training that is tracked.")
+    steps: Count = Field(5000, description="Optimizer steps of the training that is tracked.")
     batch: Count = Field(64, description="Windows in an optimizer step, over all ranks.")
     microbatch: Count | Literal["auto"] = Field("auto", description="Windows in a forward pass on one rank.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak, of Adam with decoupled decay.")
