@@ -50,7 +50,7 @@ class RetrainResult:
     loss: float | None  # nats a token on the evaluation text after the last step
     losses: list[float]  # of every step, nats a token, before it
     evaluations: list[tuple[int, float]]  # (steps done, loss)
-    seconds: float  # of the steps alone
+    seconds: float  # of the steps alone, since the run was last resumed
     run_id: str | None  # in MLflow
     run: dict[str, Any]
 
@@ -89,16 +89,17 @@ def retrain(
         "fingerprint": fingerprint,
         "output": config.output,
     }
-    single = _Run(config, facts, run, reporter, ranks, sources)
-    single.directory = RunDirectory.claim(Path(config.output), run)
+    place = devices(config, facts.dtype, ranks)
+    directory = RunDirectory.claim(Path(config.output), run)
+    single = _Run(config, facts, place, directory, run, reporter, ranks, sources)
     try:
         return single.go()
     except Refusal:
-        if not single.worked:
-            single.directory.discard()
+        if not single.worked:  # nothing in it that a resumed run could use: the same command may be given again
+            directory.discard()
         raise
     finally:
-        single.directory.release()
+        directory.release()
 
 
 def resume(
@@ -120,9 +121,8 @@ def resume(
             raise Refusal(
                 f"{config.model}: not the checkpoint that this run began with; put that one back, or start anew"
             )
-        single = _Run(config, facts, run, reporter, ranks, sources)
-        single.directory = directory
-        return single.go()
+        place = devices(config, facts.dtype, ranks)
+        return _Run(config, facts, place, directory, run, reporter, ranks, sources).go()
     finally:
         directory.release()
 
@@ -140,25 +140,26 @@ def _located(config: RetrainConfig) -> RetrainConfig:
 class _Run:
     """One run from tokens to the finished checkpoint. `run` grows into run.json."""
 
-    directory: RunDirectory
-
     def __init__(
         self,
         config: RetrainConfig,
         facts: ModelFacts,
+        place: tuple[str, int],
+        directory: RunDirectory,
         run: dict[str, Any],
         reporter: Reporter | None,
         ranks: Ranks | None,
         sources: Sources | None,
     ) -> None:
-        self.config, self.facts, self.run, self.given, self.sources = config, facts, run, ranks, sources
+        self.config, self.facts, self.directory, self.run = config, facts, directory, run
+        self.given, self.sources = ranks, sources
         self.reporter = reporter or reporter_for(Console(stderr=True))
         self.length = window_length(facts, config.length)
-        self.device, self.ranks = devices(config, facts.dtype, ranks)
-        self.worked = False
+        self.device, self.ranks = place
+        self.worked = False  # whether there is anything to go on from
         self.warnings: list[str] = []
         self.losses: dict[int, float] = {}
-        self.evaluations: dict[int, float] = {}
+        self.evaluations: dict[int, float] = {entry["step"]: entry["loss"] for entry in directory.noted("evaluated")}
         self.memory: dict[int, dict[str, int]] = {}
         self.peaks: dict[int, int] = {}
         self.seconds = 0.0  # of the steps that were told
@@ -265,6 +266,7 @@ class _Run:
                 self._steps_told(event, spec, recorder)
             case "evaluated":
                 loss = self.evaluations[step] = event["loss"]
+                self.directory.note("evaluated", step=step, loss=loss)
                 recorder.metrics({"eval/loss": loss, "eval/perplexity": _perplexity(loss)}, step)
                 self.reporter.note(
                     f"step {step}/{spec.steps}   evaluated: loss {loss:.4f}   perplexity {_perplexity(loss):,.2f}"

@@ -58,7 +58,8 @@ class RunDirectory:
         if run is None:
             raise Refusal(f"{output}: no run to resume in it (no {HOME}/run.json); start one with `espalier prune`")
         if run["status"] == "finished":
-            raise Refusal(f"{output}: this run is finished; see {directory.home / 'report.md'}")
+            reports = [directory.home / name for name in ("report.md", "run.json")]
+            raise Refusal(f"{output}: this run is finished; see {next(path for path in reports if path.exists())}")
         directory._hold()
         for leftover in [*output.glob(".*.tmp"), *directory.home.glob(".*.tmp")]:
             leftover.unlink()

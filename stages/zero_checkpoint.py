@@ -100,9 +100,9 @@ def finish(home: Path, step: int, state: dict[str, Any]) -> Path:
     shutil.rmtree(final, ignore_errors=True)
     os.replace(gathering, final)
     sync_directory(home)
-    for older in [*home.glob("checkpoint-*"), *home.glob("gathering-*")]:
-        if older != final:
-            shutil.rmtree(older, ignore_errors=True)
+    for found in [*home.glob("checkpoint-*"), *home.glob("gathering-*")]:
+        if int(found.name.rpartition("-")[2]) < step:
+            shutil.rmtree(found, ignore_errors=True)
     return final
 
 

@@ -1,6 +1,6 @@
 """Retraining against reconstruction: perplexity, seconds and memory at equal tokens, and at ten times as many.
 
-    python tests/benchmarks/retrain.py [--model DIR] [--scratch DIR] [--zero-stage 1] [--rates 3e-4 1e-3]
+    python tests/benchmarks/retrain.py [--model DIR] [--scratch DIR] [--zero-stage 1] [--rates 1e-4 3e-4 1e-3]
 
 A model is pruned by Wanda at 50 % and 2:4; once left so, once rebuilt (component by component, one epoch, with and
 without swaps before it), on two shards of one thread. Each bare pruned model is then retrained under ZeRO with its
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=64, help="windows of --length tokens to evaluate on")
     parser.add_argument("--zero-stage", type=int, default=1)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "espalier-retrain")
     settings = parser.parse_args()
     settings.scratch = settings.scratch.absolute()

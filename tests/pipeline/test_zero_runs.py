@@ -251,5 +251,6 @@ def test_a_run_goes_on_with_other_ranks_in_another_stage(
     assert any(note.startswith("going on after step 10") for note in listener.notes)
     assert result.losses[:10] == uninterrupted.losses[:10]
     assert largest_gap(result.losses, uninterrupted.losses) < 1e-3
+    assert [step for step, _ in result.evaluations] == [5, 10, 15, 20]
     assert_zeros_are_those_of(pruned, result.output)
     assert len(weights(result.output / "shadow")) == len(weights(pruned))
