@@ -26,8 +26,10 @@ def environment() -> dict[str, str]:
     return {DIRECTORY: str(directory()), "PATH": _path()}
 
 
-def check_compiler() -> None:
-    """Raises Refusal, naming the package to install, where there is no C++ compiler or no ninja."""
+def check_compiler(offload: bool, cpu: bool) -> None:
+    """Raises Refusal, naming the package to install, where extensions are wanted and a C++ compiler or ninja lacks."""
+    if not wanted(offload, cpu):
+        return
     compiler = os.environ.get("CXX", "c++")
     for what, program, package in (("C++ compiler", compiler, "g++"), ("ninja", "ninja", "ninja-build")):
         if shutil.which(program, path=_path()) is None:
@@ -37,17 +39,21 @@ def check_compiler() -> None:
             )
 
 
+def wanted(offload: bool, cpu: bool) -> list[str]:
+    """The extensions that ranks use: on CPUs to reduce through shared memory, for offloading Adam on the CPU."""
+    return [*(["deepspeed_shm_comm"] if cpu else []), *(["cpu_adam"] if offload else [])]
+
+
 def is_built(offload: bool, cpu: bool) -> bool:
     """Whether an earlier run compiled what is wanted."""
-    wanted = [*(["deepspeed_shm_comm"] if cpu else []), *(["cpu_adam"] if offload else [])]
-    return all((directory() / name / f"{name}.so").exists() for name in wanted)
+    return all((directory() / name / f"{name}.so").exists() for name in wanted(offload, cpu))
 
 
-def build(offload: bool) -> float:
+def build(offload: bool, cpu: bool) -> float:
     """Compile what is not compiled yet, and load it; the seconds that took. In a process with `environment`."""
     from stages.engine import build_extensions
 
-    check_compiler()
+    check_compiler(offload, cpu)
     directory().mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     build_extensions(offload)

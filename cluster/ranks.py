@@ -49,7 +49,7 @@ class RankWorker:
         return extensions.is_built(offload, self._device == "cpu")
 
     def build(self, offload: bool) -> float:
-        return extensions.build(offload)
+        return extensions.build(offload, self._device == "cpu")
 
     def join(self, address: str, rank: int, ranks: int) -> None:
         from stages.engine import join

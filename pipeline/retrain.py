@@ -77,8 +77,9 @@ def retrain(
     config = _located(config)
     check_free(Path(config.output))
     facts, fingerprint = inspect(config)
+    place = devices(config, facts.dtype, ranks)
     if ranks is None:
-        check_compiler()
+        check_compiler(config.offload, place[0] == "cpu")
     run = {
         "run_id": uuid.uuid4().hex[:12],
         "command": "retrain",
@@ -89,7 +90,6 @@ def retrain(
         "fingerprint": fingerprint,
         "output": config.output,
     }
-    place = devices(config, facts.dtype, ranks)
     directory = RunDirectory.claim(Path(config.output), run)
     single = _Run(config, facts, place, directory, run, reporter, ranks, sources)
     try:

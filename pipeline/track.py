@@ -58,7 +58,7 @@ def track(config: TrackConfig, reporter: Reporter | None = None, ranks: Ranks | 
         return resume(output, reporter, ranks, config)
     check_free(output)
     if ranks is None:
-        check_compiler()
+        check_compiler(config.offload, config.device != "cuda")
     run = {
         "run_id": uuid.uuid4().hex[:12],
         "command": "track",

@@ -72,7 +72,9 @@ def test_ninja_beside_python_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
-    extensions.check_compiler()
+    extensions.check_compiler(offload=True, cpu=True)
+    monkeypatch.setenv("PATH", "/nowhere")
+    extensions.check_compiler(offload=False, cpu=False)  # GPUs without offload compile nothing
 
 
 def test_an_output_that_is_not_empty(refused: Callable[..., str], tmp_path: Path) -> None:
