@@ -99,6 +99,7 @@ class Experiment:
         self.reporter = reporter or reporter_for(Console(stderr=True))
         self.output = directory.output
         self.started = time.time()
+        self.shard_threads = config.threads
 
     def go(self) -> None:
         """The whole experiment. On any failure the directory stays as the next call wants it."""
@@ -126,7 +127,9 @@ class Experiment:
         room = gpus or max(1, cores() // config.threads)
         # `auto` takes as many as the batch can be divided among.
         count = max(n for n in range(1, room + 1) if config.batch % n == 0) if config.ranks == "auto" else config.ranks
-        cpus = (count + 1) * config.threads
+        if gpus and config.address is None:  # the processor has nothing else to do while a shard prunes and evaluates
+            self.shard_threads = cores()
+        cpus = count * config.threads + self.shard_threads
         held.enter_context(
             connect(config.address, cpus=cpus, gpus=count if gpus else 0, object_store_bytes=STORE_BYTES)
         )
@@ -239,6 +242,7 @@ class Experiment:
             "samples": 1,
             "length": self.config.length,
             "shards": 1,
+            "threads": self.shard_threads,
             "device": "cpu",  # the GPUs, if there are any, are the ranks'
             "seed": self.config.seed,
             "experiment": self.config.experiment,
