@@ -159,7 +159,7 @@ def test_a_shard_killed_in_the_stream_and_one_at_work_cost_a_warning_each_and_no
 
 # -- sweeps and pruned inputs ------------------------------------------------------------------------------------------
 
-SWEEPS = {"sweeps": 2, "correction": [0.3, 0.6], "reconstruct": "block", "refine": "r2-dsnot"}
+SWEEPS = {"sweeps": 2, "reconstruct": "block", "refine": "r2-dsnot"}
 IN_ORDER = {"inputs": "pruned", "reconstruct": "window:2", "criterion": "sparsegpt", "refine": "none"}
 
 
