@@ -31,7 +31,7 @@ def pictures(config: TrackConfig, home: Path) -> Material:
     if unknown := sorted(config.data_options.keys() - set(OPTIONS)):
         raise Refusal(f"data-option {unknown[0]}: unknown for pictures; there are {', '.join(OPTIONS)}")
     checkpoint = config.model if isinstance(config.model, str) else None
-    model = resolve(checkpoint) if checkpoint else write_model(dict(config.model), home / "begin")
+    model = write_model(config.model, home / "begin") if isinstance(config.model, dict) else resolve(config.model)
     told: dict[str, Any] = {
         "folder": str(_folder(config, home)),
         "processor": str(model),

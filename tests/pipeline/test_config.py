@@ -87,6 +87,7 @@ def test_every_field_is_a_flag_and_gets_there(asked: Any) -> None:
         "seed": 9,
         "experiment": "x",
         "run_name": "n",
+        "parent_run": "p",
     }
     written = options | {"correction": "0.3,0.6"}
     flags = [part for name, value in written.items() for part in (f"--{name.replace('_', '-')}", value)]
