@@ -53,10 +53,10 @@ def cells(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         [
             percent(point["sparsity"], places=2),
             f"{point['rate']:.3f}",
-            number(point["pruned"]),
-            number(point["tuned"]),
-            f"{point['tuned'] - run['trained']:+.4f}",
-            *(number(_near(curve, point["sparsity"])) for curve in beside.values()),
+            _figure(point["pruned"]),
+            _figure(point["tuned"]),
+            f"{point['tuned'] - run['trained']:+.3f}",
+            *(_figure(_near(curve, point["sparsity"])) for curve in beside.values()),
             duration(point["seconds"]),
         ]
         for point in run["points"]
@@ -78,6 +78,11 @@ def track_table(run: Mapping[str, Any]) -> Group:
         f"report      {run['report']}",
         f"runs        {ui_command(run['tracking_uri'])}   (experiment {run['config']['experiment']})",
     )  # fmt: skip
+
+
+def _figure(value: float | None) -> str:
+    """Three places, as losses are published; large figures to four digits."""
+    return number(value) if value is None or not abs(value) < 100 else f"{value:.3f}"
 
 
 def _near(curve: list[tuple[float, float]], sparsity: float) -> float | None:
