@@ -145,9 +145,11 @@ class Experiment:
         done = {entry["target"]: entry for entry in self.directory.noted("point")}
         points = []
         for index, (target, rate) in enumerate(self._rates(trained)):
-            point = done.get(target) or self._point(target, rate, trained)
+            point = done.get(target)
+            if point is None:
+                point = self._point(target, rate, trained)
+                self.recorder.metrics({f"curve/{name}": point[name] for name in FIGURES}, step=index)
             points.append({name: value for name, value in point.items() if name != "event"})
-            self.recorder.metrics({f"curve/{name}": point[name] for name in FIGURES}, step=index)
         return points
 
     def _trained(self) -> Path:

@@ -171,7 +171,7 @@ def test_the_report_shows_each_point_and_what_was_published_beside_it(small: dic
     report, picture = write_report(run, tmp_path)
     header, rows = cells(run)
     column = header.index("paper")
-    assert [row[column] for row in rows] == ["1.9", "–", "1.656", "–"]
+    assert [row[column] for row in rows] == ["1.900", "–", "1.656", "–"]
     said = report.read_text()
     assert all(row[0] in said for row in rows) and "30.0 % zeros" in said and "curve.png" in said
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
