@@ -248,6 +248,7 @@ def refusal(output: Path, **options: Any) -> str:
 def test_a_finished_run_is_not_resumed(interrupted: tuple[Path, dict[str, Any]]) -> None:
     output, run = interrupted
     (output / "espalier" / "run.json").write_text(json.dumps(run | {"status": "finished"}))
+    (output / "espalier" / "report.md").touch()
     assert "finished" in refusal(output) and "report.md" in refusal(output)
 
 
