@@ -89,7 +89,7 @@ Job = tuple[str, str, int]  # recipe, target, seed
 
 
 def jobs() -> list[Job]:
-    """All of them, the most telling first; of those a seed after the other, and in each the usual ratios first."""
+    """All of them, the most telling first, of those the usual ratios; and in each a seed after the other."""
     everything = [
         (recipe, target, seed)
         for recipe in RECIPES
@@ -98,7 +98,7 @@ def jobs() -> list[Job]:
         if not ("scope" in RECIPES[recipe] and "pattern" in TARGETS[target])  # N:M compares within groups
     ]
     usual = list(TARGETS)[:2]
-    return sorted(everything, key=lambda job: (job[0] not in TELLING, job[2], job[1] not in usual))
+    return sorted(everything, key=lambda job: (job[0] not in TELLING, job[1] not in usual, job[2]))
 
 
 class WarmWorker(ShardWorker):
