@@ -23,7 +23,7 @@ def directory() -> Path:
 
 def environment() -> dict[str, str]:
     """What a process needs in order to find the extensions, and the ninja that pip installed beside its Python."""
-    return {DIRECTORY: str(directory()), "PATH": _path()}
+    return {DIRECTORY: str(directory()), "PATH": search_path()}
 
 
 def check_compiler(offload: bool, cpu: bool) -> None:
@@ -32,7 +32,7 @@ def check_compiler(offload: bool, cpu: bool) -> None:
         return
     compiler = os.environ.get("CXX", "c++")
     for what, program, package in (("C++ compiler", compiler, "g++"), ("ninja", "ninja", "ninja-build")):
-        if shutil.which(program, path=_path()) is None:
+        if shutil.which(program, path=search_path()) is None:
             raise Refusal(
                 f"no {what} ({program}) on this machine: DeepSpeed compiles its extensions with it; "
                 f"apt-get install {package}, or your system's package of that name"
@@ -60,5 +60,6 @@ def build(offload: bool, cpu: bool) -> float:
     return time.perf_counter() - started
 
 
-def _path() -> str:
+def search_path() -> str:
+    """Where compilers are looked for: PATH, and beside this Python, where pip puts ninja."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])

@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.authentication import DEFAULT_TOKEN_PATH, TOKEN, TOKEN_PATH, find_credentials
+from cluster.extensions import search_path
 from pipeline import machine
 from pipeline.mlflow_client import default_tracking_uri, sqlite_path
 from stages.errors import Refusal
@@ -238,11 +239,8 @@ def _compiler() -> list[Finding]:
     compiler = os.environ.get("CXX", "c++")
     for name, program, package in (("C++ compiler", compiler, "g++"), ("ninja", "ninja", "ninja-build")):
         remedy = f"only needed for retraining: apt-get install {package}, or your system's package of that name"
-        path = shutil.which(program)
+        path = shutil.which(program, path=search_path())
         if path is None:
-            beside = Path(sys.executable).parent / program
-            if beside.exists():
-                remedy = f"only needed for retraining: put {beside.parent} on PATH (activate it), or install {package}"
             findings.append(Finding(name, f"no {program} on PATH", "missing", remedy))
             continue
         run = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=5, check=False)
