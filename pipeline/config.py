@@ -291,6 +291,18 @@ class PruneConfig(ClusterConfig):
 Config = TypeVar("Config", bound=BaseModel)
 
 
+def located(config: Config, *names: str) -> Config:
+    """`config` with its output, and those of the options `names` that name something here, as absolute paths: so the
+    run can be gone on with from any directory."""
+    given: dict[str, Any] = {name: getattr(config, name) for name in ("output", *names)}
+    paths = {
+        name: str(Path(value).expanduser().absolute())
+        for name, value in given.items()
+        if name == "output" or (isinstance(value, str) and value and Path(value).expanduser().exists())
+    }
+    return config.model_copy(update=paths)
+
+
 def parse_rebuild(text: str) -> tuple[Rebuild, int]:
     """`window:4` as ("window", 4), `component` as ("component", 1). Raises Refusal for anything else."""
     name, colon, number = text.partition(":")

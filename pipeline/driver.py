@@ -2,11 +2,9 @@
 
 import shutil
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +14,7 @@ from rich.console import Console
 from cluster.connect import connect, nodes
 from cluster.fleet import Fleet, Stream
 from pipeline.assemble import copy_companions, write_index
-from pipeline.config import PruneConfig, build_config
+from pipeline.config import PruneConfig, build_config, located
 from pipeline.inputs import check_calibration, image_file, image_table, stream_of, token_table
 from pipeline.layout import Layout, Load, ShardLayout, arrange, check_disk
 from pipeline.plan import (
@@ -30,13 +28,12 @@ from pipeline.plan import (
 )
 from pipeline.progress import Reporter, reporter_for
 from pipeline.report import write_report
-from pipeline.rundir import RunDirectory, check_free, disk_full_refused
+from pipeline.rundir import RunDirectory, check_free, check_same_model, disk_full_refused
 from pipeline.spending import Spending
 from pipeline.tracking import Recorder, block_metrics, recorded_run, total_metrics
 from stages.allocation import AMOUNTS, owl
 from stages.checkpoint import Checkpoint, resolve
 from stages.choose import EXPERT_TOKENS
-from stages.errors import Refusal
 from stages.flops import shapes_of
 from stages.images import ImageTable
 from stages.measure import Measures
@@ -83,26 +80,11 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     config = settled(config, facts)
     layout = arrange(config, facts, Load.of_pruning(config))
     check_disk(output, facts)
-    run = {
-        "run_id": uuid.uuid4().hex[:12],
-        "command": "prune",
-        "status": "running",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": config.model_dump(mode="json"),
-        "model": facts.summary(),
-        "fingerprint": fingerprint,
-        "output": str(output),
-    }
-    directory = RunDirectory.claim(output, run)
+    asked = config.model_dump(mode="json")
+    directory, run = RunDirectory.begin(output, "prune", asked, model=facts.summary(), fingerprint=fingerprint)
     single = _Run(config, facts, layout, directory, run, reporter)
-    try:
+    with directory.at_work(lambda: single.worked):
         return single.go()
-    except Refusal:
-        if not single.worked:  # nothing in it that a resumed run could use: the same command may be given again
-            directory.discard()
-        raise
-    finally:
-        directory.release()
 
 
 def resume(output: Path, shards: int | None = None, reporter: Reporter | None = None) -> PruneResult:
@@ -111,26 +93,17 @@ def resume(output: Path, shards: int | None = None, reporter: Reporter | None = 
     Raises Refusal if there is no run to go on with, or the model is not the one it began with.
     """
     directory, run = RunDirectory.reopen(output.expanduser().absolute())
-    try:
+    with directory.at_work():
         config = build_config(_request(run["config"], shards), PruneConfig)
         facts, fingerprint = _inspect(config)
-        if fingerprint != run["fingerprint"]:
-            raise Refusal(
-                f"{config.model}: not the checkpoint that this run began with; put that one back, or start anew"
-            )
+        check_same_model(run, fingerprint)
         return _Run(config, facts, arrange(config, facts, Load.of_pruning(config)), directory, run, reporter).go()
-    finally:
-        directory.release()
 
 
 def _located(config: PruneConfig) -> PruneConfig:
-    """`config` with its local paths absolute, so that the run can be resumed from any directory."""
-    paths: dict[str, Any] = {"output": str(Path(config.output).expanduser().absolute())}
-    for name in ("model", "calibration", "eval", "scratch", "shadow"):
-        value = getattr(config, name)
-        if isinstance(value, str) and value and (name == "scratch" or Path(value).expanduser().exists()):
-            paths[name] = str(Path(value).expanduser().absolute())
-    return config.model_copy(update=paths)
+    """`config` with its paths absolute; scratch is one although it may not be there yet."""
+    scratch = str(Path(config.scratch).expanduser().absolute()) if config.scratch else config.scratch
+    return located(config, "model", "calibration", "eval", "shadow").model_copy(update={"scratch": scratch})
 
 
 def _request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
@@ -144,13 +117,13 @@ def _request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
 
 def _inspect(config: PruneConfig) -> tuple[ModelFacts, str]:
     model = resolve(config.model)
-    checkpoint = Checkpoint(model)
-    facts = model_facts(read_config(model, config.trust_remote_code), config.model, config.dtype, checkpoint)
+    checkpoint, settings = Checkpoint(model), read_config(model, config.trust_remote_code)
+    facts = model_facts(settings, config.model, config.dtype, checkpoint)
     check_recipe_fits(facts, config.recipe)
     check_calibration(config, facts)
     fingerprint = check_headers(facts, checkpoint)
     if config.shadow is not None:
-        fingerprint += check_shadow(Path(config.shadow), read_config(model, config.trust_remote_code))
+        fingerprint += check_shadow(Path(config.shadow), settings)
     return facts, fingerprint
 
 

@@ -4,11 +4,9 @@ import math
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,13 @@ from cluster.connect import connect, nodes
 from cluster.extensions import check_compiler
 from cluster.ranks import Ranks
 from pipeline.assemble import copy_companions
-from pipeline.config import build_config
+from pipeline.config import build_config, located
 from pipeline.inputs import load_tokenizer
 from pipeline.plan import ModelFacts, window_length
 from pipeline.progress import Reporter, human_seconds, reporter_for
 from pipeline.retrain_config import RetrainConfig
 from pipeline.retrain_plan import devices, inspect, spec_of
-from pipeline.rundir import RunDirectory, check_free, disk_full_refused
+from pipeline.rundir import RunDirectory, check_free, check_same_model, disk_full_refused
 from pipeline.tracking import Recorder, recorded_run
 from stages.checkpoint import INDEX
 from stages.errors import Refusal
@@ -74,32 +72,19 @@ def retrain(
     `ranks`: ranks that are running, to use one set for several runs; else the run starts its own. Raises Refusal,
     before anything is written, for what cannot work.
     """
-    config = _located(config)
+    config = located(config, "model", "data", "eval", "mask")
     check_free(Path(config.output))
     facts, fingerprint = inspect(config)
     place = devices(config, facts.dtype, ranks)
     if ranks is None:
         check_compiler(config.offload, place[0] == "cpu")
-    run = {
-        "run_id": uuid.uuid4().hex[:12],
-        "command": "retrain",
-        "status": "running",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": config.model_dump(mode="json"),
-        "model": facts.summary(),
-        "fingerprint": fingerprint,
-        "output": config.output,
-    }
-    directory = RunDirectory.claim(Path(config.output), run)
+    asked = config.model_dump(mode="json")
+    directory, run = RunDirectory.begin(
+        Path(config.output), "retrain", asked, model=facts.summary(), fingerprint=fingerprint
+    )
     single = _Run(config, facts, place, directory, run, reporter, ranks, sources)
-    try:
+    with directory.at_work(lambda: single.worked):
         return single.go()
-    except Refusal:
-        if not single.worked:  # nothing in it that a resumed run could use: the same command may be given again
-            directory.discard()
-        raise
-    finally:
-        directory.release()
 
 
 def resume(
@@ -114,27 +99,12 @@ def resume(
     Raises Refusal if there is no run to go on with, or the model is not the one it began with.
     """
     directory, run = RunDirectory.reopen(output.expanduser().absolute())
-    try:
+    with directory.at_work():
         config = build_config(run["config"] | dict(changes or {}), RetrainConfig)
         facts, fingerprint = inspect(config)
-        if fingerprint != run["fingerprint"]:
-            raise Refusal(
-                f"{config.model}: not the checkpoint that this run began with; put that one back, or start anew"
-            )
+        check_same_model(run, fingerprint)
         place = devices(config, facts.dtype, ranks)
         return _Run(config, facts, place, directory, run, reporter, ranks, sources).go()
-    finally:
-        directory.release()
-
-
-def _located(config: RetrainConfig) -> RetrainConfig:
-    """`config` with its local paths absolute, so that the run can be resumed from any directory."""
-    paths: dict[str, Any] = {"output": str(Path(config.output).expanduser().absolute())}
-    for name in ("model", "data", "eval", "mask"):
-        value = getattr(config, name)
-        if isinstance(value, str) and Path(value).expanduser().exists():
-            paths[name] = str(Path(value).expanduser().absolute())
-    return config.model_copy(update=paths)
 
 
 class _Run:

@@ -12,7 +12,9 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +24,7 @@ from stages.spec import HOME, sweep_directory
 
 
 class RunDirectory:
-    """The files of one run. Make one with `claim` (a new run) or `reopen` (one to go on with), and `release` it."""
+    """The files of one run. Make one with `begin` (a new run) or `reopen` (one to go on with), and `release` it."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -31,6 +33,25 @@ class RunDirectory:
         self._journal = self.home / "journal.jsonl"
         self._made: list[Path] = []  # directories that were not there before
         self._lock: IO[str] | None = None
+
+    @classmethod
+    def begin(
+        cls, output: Path, command: str, config: dict[str, Any], **facts: Any
+    ) -> tuple["RunDirectory", dict[str, Any]]:
+        """A new run's directory and the run.json that it begins with: what was asked, and `facts` of the model.
+
+        Raises Refusal as `claim` does.
+        """
+        run = {
+            "run_id": uuid.uuid4().hex[:12],
+            "command": command,
+            "status": "running",
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "config": config,
+            **facts,
+            "output": str(output),
+        }
+        return cls.claim(output, run), run
 
     @classmethod
     def claim(cls, output: Path, run: dict[str, Any]) -> "RunDirectory":
@@ -54,7 +75,7 @@ class RunDirectory:
         Raises Refusal if there is none, if it is finished, or if another process is at work on it.
         """
         directory = cls(output)
-        run = _recorded(directory.run_file)
+        run = recorded(output)
         if run is None:
             raise Refusal(f"{output}: no run to resume in it (no {HOME}/run.json); start one with `espalier prune`")
         if run["status"] == "finished":
@@ -65,6 +86,22 @@ class RunDirectory:
             leftover.unlink()
         directory._end_torn_line()
         return directory, run
+
+    @contextlib.contextmanager
+    def at_work(self, worked: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Within it the run is made, or gone on with; then it is let go.
+
+        A Refusal of a run that has not `worked`, so that nothing in it is of use to a resumed one, takes the directory
+        back: the same command may be given again.
+        """
+        try:
+            yield
+        except Refusal:
+            if not worked():
+                self.discard()
+            raise
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Let another process go on from here."""
@@ -152,7 +189,7 @@ def check_free(output: Path) -> None:
         raise Refusal(f"output {output}: a file; give a directory that is new or empty")
     if not output.is_dir() or not any(output.iterdir()):
         return
-    run = _recorded(output / HOME / "run.json")
+    run = recorded(output)
     if run is None:
         raise Refusal(f"output {output}: not empty; give a directory that is new or empty")
     if run["status"] == "finished":
@@ -162,18 +199,26 @@ def check_free(output: Path) -> None:
 
 def command_of(output: Path) -> str | None:
     """The command whose run is in `output`; None if there is none."""
-    run = _recorded(output / HOME / "run.json")
+    run = recorded(output)
     return None if run is None else run.get("command")
+
+
+def check_same_model(run: dict[str, Any], fingerprint: str) -> None:
+    """Raises Refusal unless the model that a resumed run finds is the one that it began with."""
+    if fingerprint != run["fingerprint"]:
+        raise Refusal(
+            f"{run['config']['model']}: not the checkpoint that this run began with; put that one back, or start anew"
+        )
 
 
 def _is_whole(path: Path, digest: str) -> bool:
     return path.is_file() and file_digest(path) == digest
 
 
-def _recorded(run_file: Path) -> dict[str, Any] | None:
-    """What a run.json holds; None where there is none, or one that Espalier did not write."""
+def recorded(output: Path) -> dict[str, Any] | None:
+    """The run.json in `output`; None where there is none, or one that Espalier did not write."""
     try:
-        run = json.loads(run_file.read_text())
+        run = json.loads((output / HOME / "run.json").read_text())
     except (OSError, ValueError):
         return None
     return run if isinstance(run, dict) and {"status", "config", "fingerprint"} <= run.keys() else None

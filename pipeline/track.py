@@ -9,15 +9,13 @@ OUTPUT/report.md, curve.png  and run.json in OUTPUT/espalier
 Each of these is a finished directory or is made again, so an interrupted experiment goes on from what is there.
 """
 
-import uuid
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cluster.extensions import check_compiler
 from cluster.ranks import Ranks
-from pipeline.config import build_config
+from pipeline.config import build_config, located
 from pipeline.progress import Reporter
 from pipeline.rundir import RunDirectory, check_free, command_of
 from pipeline.track_config import TrackConfig
@@ -52,31 +50,16 @@ def track(config: TrackConfig, reporter: Reporter | None = None, ranks: Ranks | 
     `ranks`: ranks that are running, to use one set for several experiments; else it starts its own. Raises Refusal for
     what cannot work, and for an output that holds something else.
     """
-    config = _located(config)
+    config = located(config, "data", "model")
     output = Path(config.output)
     if command_of(output) == "track" and finished_run(output) is None:
         return resume(output, reporter, ranks, config)
     check_free(output)
     if ranks is None:
         check_compiler(config.offload, config.device != "cuda")
-    run = {
-        "run_id": uuid.uuid4().hex[:12],
-        "command": "track",
-        "status": "running",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": config.model_dump(mode="json"),
-        "fingerprint": None,
-        "output": str(output),
-    }
-    directory = RunDirectory.claim(output, run)
-    try:
+    directory, run = RunDirectory.begin(output, "track", config.model_dump(mode="json"), fingerprint=None)
+    with directory.at_work(lambda: (output / "trained").exists()):
         return _result(Experiment(config, directory, run, reporter, ranks))
-    except Refusal:
-        if not (output / "trained").exists():  # nothing to go on from: the same command may be given again
-            directory.discard()
-        raise
-    finally:
-        directory.release()
 
 
 def resume(
@@ -87,7 +70,7 @@ def resume(
     Raises Refusal if there is none, if it is finished, or if it was asked for something else.
     """
     directory, run = RunDirectory.reopen(output.expanduser().absolute())
-    try:
+    with directory.at_work():
         recorded = build_config({k: v for k, v in run["config"].items() if v is not None}, TrackConfig)
         for name, was in recorded.model_dump().items():
             if config is not None and name not in WHERE and getattr(config, name) != was:
@@ -96,18 +79,6 @@ def resume(
                     f"{was}; give that, or another --output"
                 )
         return _result(Experiment(config or recorded, directory, run, reporter, ranks))
-    finally:
-        directory.release()
-
-
-def _located(config: TrackConfig) -> TrackConfig:
-    """`config` with its local paths absolute, so that it can be resumed from any directory."""
-    paths: dict[str, Any] = {"output": str(Path(config.output).expanduser().absolute())}
-    for name in ("data", "model"):
-        value = getattr(config, name)
-        if isinstance(value, str) and Path(value).expanduser().exists():
-            paths[name] = str(Path(value).expanduser().absolute())
-    return config.model_copy(update=paths)
 
 
 def _result(experiment: Experiment) -> TrackResult:

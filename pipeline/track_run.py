@@ -3,7 +3,6 @@
 Each part is a finished directory or is made again, so an interrupted experiment goes on from what is there.
 """
 
-import json
 import math
 import shutil
 import time
@@ -22,7 +21,7 @@ from pipeline.machine import cores
 from pipeline.plan import model_facts
 from pipeline.progress import Reporter, reporter_for
 from pipeline.retrain_config import RetrainConfig
-from pipeline.rundir import RunDirectory, disk_full_refused
+from pipeline.rundir import RunDirectory, disk_full_refused, recorded
 from pipeline.track_config import TrackConfig
 from pipeline.track_data import Material, prepare
 from pipeline.track_report import write_report
@@ -31,7 +30,6 @@ from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
 from stages.landing import landing_rates
 from stages.skeleton import read_config
-from stages.spec import HOME
 
 STORE_BYTES = 256 << 20  # of Ray's object store: a prune of one window passes through it
 SHARED = (  # what an experiment and its training runs are asked for under one name
@@ -44,24 +42,15 @@ FIGURES = ("rate", "sparsity", "pruned", "tuned")  # of a point of the curve
 RECORD_SECONDS = 60.0  # that a run waits, at most, to be told its parent's name in MLflow
 
 
-def _recorded(output: Path) -> dict[str, Any] | None:
-    """The run.json in `output`, if there is one."""
-    try:
-        run: dict[str, Any] = json.loads((output / HOME / "run.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return run
-
-
 def finished_run(output: Path) -> dict[str, Any] | None:
     """The run.json in `output` if that run is finished."""
-    run = _recorded(output)
-    return run if run is not None and run.get("status") == "finished" else None
+    run = recorded(output)
+    return run if run is not None and run["status"] == "finished" else None
 
 
 def _stage(output: Path, begin: Callable[[], Any], go_on: Callable[[], Any]) -> dict[str, Any]:
     """The run.json of the part of an experiment in `output`: as it is, gone on with, or begun."""
-    run = _recorded(output)
+    run = recorded(output)
     if run is None:
         shutil.rmtree(output, ignore_errors=True)  # made by a call that was killed before it wrote anything down
         begin()
