@@ -171,7 +171,7 @@ class _Run:
             self._finish(recorder)
             image_file(self.directory.home).unlink(missing_ok=True)
         except BaseException as failure:
-            recorder.close("KILLED" if isinstance(failure, KeyboardInterrupt) else "FAILED", timeout_seconds=5)
+            recorder.abandon(failure)
             raise
         names = ("sparsity", "perplexity", "dense_perplexity", "kl", "top1_agreement")
         return PruneResult(Path(self.run["output"]), **{name: self.run[name] for name in names}, run=self.run)
@@ -355,10 +355,10 @@ class _Run:
             params=config.model_dump(mode="json", exclude={"calibration"})
             | {"calibration": config.calibration if isinstance(config.calibration, str) else "a list"}
             | {"length": self.length, "blocks": self.facts.blocks, "family": self.facts.family},
-            tags={"espalier.run_id": self.run["run_id"], "espalier.command": "prune"}
-            | ({"mlflow.parentRunId": config.parent_run} if config.parent_run else {}),
+            tags={"espalier.run_id": self.run["run_id"], "espalier.command": "prune"},
             directory=self.directory.home,
             run_id=recorded_run(self.directory.home),
+            parent=config.parent_run,
         )
 
     def _headline(self, layout: ShardLayout) -> str:

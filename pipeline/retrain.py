@@ -152,7 +152,7 @@ class _Run:
                 self._publish(spec)
                 self._finish(spec, recorder)
             except BaseException as failure:
-                recorder.close("KILLED" if isinstance(failure, KeyboardInterrupt) else "FAILED", timeout_seconds=5)
+                recorder.abandon(failure)
                 raise
         losses = [self.losses[step] for step in sorted(self.losses)]
         evaluations = sorted(self.evaluations.items())
@@ -312,9 +312,6 @@ class _Run:
 
     def _recorder(self, spec: RetrainSpec) -> Recorder:
         config = self.config
-        tags = {"espalier.run_id": self.run["run_id"], "espalier.command": "retrain"}
-        if config.parent_run is not None:
-            tags["mlflow.parentRunId"] = config.parent_run
         return Recorder(
             experiment=config.experiment,
             run_name=config.name(),
@@ -322,9 +319,10 @@ class _Run:
             | {"data": config.data if isinstance(config.data, str) else "a list"}
             | {"length": self.length, "ranks": self.ranks, "microbatch": spec.microbatch, "total_steps": spec.steps}
             | {"dtype": spec.dtype, "family": self.facts.family},
-            tags=tags,
+            tags={"espalier.run_id": self.run["run_id"], "espalier.command": "retrain"},
             directory=self.directory.home,
             run_id=recorded_run(self.directory.home),
+            parent=config.parent_run,
         )
 
 

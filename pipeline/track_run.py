@@ -101,8 +101,7 @@ class Experiment:
                 self.ranks = self.given or self._ranks(held)
                 self._finish(self._sweep())
             except BaseException as failure:
-                interrupted = isinstance(failure, KeyboardInterrupt)
-                self.recorder.close("KILLED" if interrupted else "FAILED", timeout_seconds=5)
+                self.recorder.abandon(failure)
                 raise
 
     def _ranks(self, held: ExitStack) -> Ranks:
@@ -277,17 +276,16 @@ class Experiment:
 
     def _point_recorder(self, title: str, rate: float, home: Path) -> Recorder:
         """The record of one threshold, under names that `espalier compare` looks for."""
-        parent = self.recorder.wait_for_run_id(RECORD_SECONDS)
         done = {"criterion": f"temporal: {self.config.name}", "refine": f"{self._finetune_steps} steps of fine-tuning"}
         model = str(self.config.model) if isinstance(self.config.model, str) else self.config.model.get("model_type")
         return Recorder(
             experiment=self.config.experiment,
             run_name=title,
             params=done | {"rate": rate, "seed": self.config.seed, "model": model, "score": self.config.score},
-            tags={"espalier.run_id": f"{self.run['run_id']}-{home.name}", "espalier.command": "track"}
-            | ({"mlflow.parentRunId": parent} if parent else {}),
+            tags={"espalier.run_id": f"{self.run['run_id']}-{home.name}", "espalier.command": "track"},
             directory=home,
             run_id=recorded_run(home),
+            parent=self.recorder.wait_for_run_id(RECORD_SECONDS),
         )
 
     def _finish(self, points: list[dict[str, Any]]) -> None:

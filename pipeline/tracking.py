@@ -103,8 +103,9 @@ _Item = _Point | Path | _End
 class Recorder:
     """One MLflow run, and its local copy `directory/metrics.jsonl`: a line with the time for each call of `metrics`.
 
-    With `run_id` that MLflow run goes on (a resumed run). Lines that the directory already holds are sent again, so
-    what a killed driver had not sent is not lost; MLflow drops exact repeats. No method raises for the tracker's sake.
+    With `run_id` that MLflow run goes on (a resumed run); with `parent` it is shown within that one. Lines that the
+    directory already holds are sent again, so what a killed driver had not sent is not lost; MLflow drops exact
+    repeats. No method raises for the tracker's sake.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Recorder:
         directory: Path,
         tracking_uri: str | None = None,
         run_id: str | None = None,
+        parent: str | None = None,
     ) -> None:
         self.tracking_uri = tracking_uri or default_tracking_uri()
         self.run_id: str | None = None
@@ -124,7 +126,8 @@ class Recorder:
         self._params = {_key(name): str(value)[:PARAM_LENGTH] for name, value in params.items()}
         # Whether a run was made although the answer got lost can be told by this tag.
         self._token = uuid.uuid4().hex
-        self._tags = {_key(name): str(value)[:TAG_LENGTH] for name, value in tags.items()}
+        nested = {"mlflow.parentRunId": parent} if parent else {}
+        self._tags = {_key(name): str(value)[:TAG_LENGTH] for name, value in {**tags, **nested}.items()}
         self._directory = directory.absolute()
         self._client: MlflowClient | None = None
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
@@ -190,6 +193,10 @@ class Recorder:
         self._closing.set()
         self._thread.join(timeout_seconds)
         self._unfinished = self._thread.is_alive()
+
+    def abandon(self, failure: BaseException) -> None:
+        """End the run as what `failure` makes of it: KILLED by Ctrl-C, else FAILED."""
+        self.close("KILLED" if isinstance(failure, KeyboardInterrupt) else "FAILED", timeout_seconds=5)
 
     def _write_line(self, record: Mapping[str, object]) -> None:
         try:
