@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
-from stages.blocks import layout_of
 from stages.checkpoint import INDEX, PICKLES, Checkpoint
 from stages.errors import Refusal
-from stages.skeleton import Skeleton, read_config
+from stages.skeleton import Skeleton, auto_class, read_config
 
 
 def has_weights(directory: Path) -> bool:
@@ -28,7 +27,7 @@ def load_model(directory: Path, dtype: torch.dtype, seed: int, trust_remote_code
     Raises Refusal for pickles, for a checkpoint that lacks tensors, and for weights that are NaN or infinite.
     """
     config = read_config(directory, trust_remote_code)
-    auto: Any = AutoModelForImageTextToText if layout_of(config.model_type).images else AutoModelForCausalLM
+    auto = auto_class(config)
     if not has_weights(directory):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)

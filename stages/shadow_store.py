@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from stages.blocks import layout_of
 from stages.checkpoint import Checkpoint, file_digest
 from stages.errors import Refusal
 from stages.shadow import ShadowSpec
-from stages.skeleton import Skeleton, read_config, tied_names
+from stages.skeleton import Skeleton, empty_model, read_config, tied_names
 
 RECORD = "shadow.json"
 
@@ -37,15 +34,14 @@ def write_shadow(
 
     Raises Refusal if one is missing or of another shape than the model's.
     """
-    model = _meta_model(config)
-    tied = tied_names(model)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name not in tied}
+    model = empty_model(config, torch.float32)
+    shapes = _untied_shapes(model)
     for name, shape in shapes.items():
         if name not in importances or importances[name].shape != shape:
             found = tuple(importances[name].shape) if name in importances else "not there"
             raise Refusal(f"shadow: {name} is {found}, the model's {tuple(shape)}; track all of this model")
     tensors = {name: importances[name].detach().float().cpu() for name in shapes}
-    tensors |= {name: tensors[partner] for name, partner in tied.items() if partner in tensors}
+    tensors |= {name: tensors[partner] for name, partner in tied_names(model).items() if partner in tensors}
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
     model.save_pretrained(directory)
@@ -54,11 +50,9 @@ def write_shadow(
     (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model in float32 without memory for its parameters."""
-    auto = AutoModelForImageTextToText if layout_of(config.model_type).images else AutoModelForCausalLM
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        return auto.from_config(config, dtype=torch.float32)
+def _untied_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    tied = tied_names(model)
+    return {name: parameter.shape for name, parameter in model.named_parameters() if name not in tied}
 
 
 def digest(shapes: Mapping[str, Iterable[int]]) -> str:
@@ -83,10 +77,7 @@ def read_record(directory: Path) -> dict[str, Any]:
 def check_shadow(directory: Path, config: PreTrainedConfig) -> str:
     """A digest that tells this shadow from others. Raises Refusal unless it is one of a model of `config`."""
     record = read_record(directory)
-    model = _meta_model(config)
-    tied = tied_names(model)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name not in tied}
-    if record["digest"] != digest(shapes):
+    if record["digest"] != digest(_untied_shapes(empty_model(config, torch.float32))):
         theirs = read_config(directory)
         raise Refusal(
             f"shadow {directory}: of another model ({_sizes(theirs)}), not of this one ({_sizes(config)}); "

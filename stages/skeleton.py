@@ -70,6 +70,17 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedC
     return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The transformers class that makes a whole model of `config`, head included."""
+    return AutoModelForImageTextToText if layout_of(config.model_type).images else AutoModelForCausalLM
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of `config` without memory for its parameters; its buffers hold what they should."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        return auto_class(config).from_config(config, dtype=dtype)
+
+
 VARYING = ("position_ids", "token_type_ids")  # inputs of a sample with an image that shape how layers are called
 
 
@@ -84,9 +95,7 @@ class Skeleton:
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self.layout: BlockLayout = layout_of(config.model_type)
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            auto = AutoModelForImageTextToText if self.layout.images else AutoModelForCausalLM
-            self.model = auto.from_config(config, dtype=dtype).eval()
+        self.model = empty_model(config, dtype).eval()
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         self.storage = Storage(self.model, shapes, None if checkpoint is None else checkpoint.entries)
         holder, _, attribute = self.layout.blocks.rpartition(".")
