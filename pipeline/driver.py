@@ -15,7 +15,7 @@ from cluster.connect import connect, nodes
 from cluster.fleet import Fleet, Stream
 from pipeline.assemble import copy_companions, write_index
 from pipeline.config import PruneConfig, build_config, located
-from pipeline.inputs import check_calibration, image_file, image_table, stream_of, token_table
+from pipeline.inputs import Purpose, check_calibration, image_file, image_table, stream_of, token_table
 from pipeline.layout import Layout, Load, ShardLayout, arrange, check_disk
 from pipeline.plan import (
     ModelFacts,
@@ -183,10 +183,12 @@ class _Run:
             config, home = self.config, self.directory.home
             calibration: TokenTable | ImageTable | None = image_table(config, self.length, home)
             if calibration is None:
-                calibration = token_table("calibration", config, self.facts, self.length, home)
-            if config.eval is None:
-                return calibration, None
-            return calibration, token_table("evaluation", config, self.facts, self.length, home)
+                calibration = self._text("calibration", config.calibration, config.samples)
+            return calibration, None if config.eval is None else self._text("evaluation", config.eval)
+
+    def _text(self, purpose: Purpose, source: Any, samples: int | None = None) -> TokenTable:
+        home, vocabulary = self.directory.home, self.facts.vocabulary
+        return token_table(purpose, source, self.config, vocabulary, self.length, home, samples)
 
     def _connected(self, held: ExitStack) -> ShardLayout:
         """Ray connected for as long as `held` is, and the shards laid out on what the cluster has."""

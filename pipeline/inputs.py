@@ -1,12 +1,15 @@
 """What streams through a run: windows of text, or images with captions, in tables in the run's own directory."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.fleet import Stream
 from pipeline.config import PruneConfig
 from pipeline.plan import ModelFacts
+from pipeline.retrain_config import RetrainConfig
 from stages.blocks import layout_of
 from stages.captions import holds_images
 from stages.checkpoint import resolve
@@ -15,6 +18,8 @@ from stages.images import ImageTable, build_image_table, load_processor
 from stages.shard import compute_dtype
 from stages.skeleton import Skeleton, read_config
 from stages.tokens import TokenTable, build_token_table
+
+Purpose = Literal["calibration", "evaluation", "training"]
 
 
 def image_file(home: Path) -> Path:
@@ -51,26 +56,36 @@ def image_table(config: PruneConfig, length: int, home: Path) -> ImageTable | No
 
 
 def token_table(
-    purpose: Literal["calibration", "evaluation"], config: PruneConfig, facts: ModelFacts, length: int, home: Path
+    purpose: Purpose,
+    source: Any,
+    config: PruneConfig | RetrainConfig,
+    vocabulary: int,
+    length: int,
+    home: Path,
+    samples: int | None = None,
 ) -> TokenTable:
-    """The text to calibrate or to evaluate on, the same again when the run is resumed."""
-    path = home / f"tokens-{purpose}.arrow"
-    if path.exists():
-        return TokenTable.open(path)
-    source: Any = config.calibration if purpose == "calibration" else config.eval
-    tokenizer = None
-    if isinstance(source, str) or (source and isinstance(source[0], str)):
-        tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    return build_token_table(
+    """Windows of `source` for that purpose, the same again when the run is resumed; `samples` of them, or all."""
+    reads = isinstance(source, str) or (source and isinstance(source[0], str))
+    return kept_table(
+        home / f"tokens-{purpose}.arrow",
         source,
-        tokenizer,
+        partial(load_tokenizer, config.model, config.trust_remote_code) if reads else lambda: None,
         length=length,
-        samples=config.samples if purpose == "calibration" else None,
+        samples=samples,
         seed=config.seed,
-        path=path,
-        vocab_size=facts.vocabulary,
+        vocab_size=vocabulary,
         purpose=purpose,
     )
+
+
+def kept_table(path: Path, source: Any, tokenizer: Callable[[], Any], **options: Any) -> TokenTable:
+    """The token table in `path`, built there first if there is none, by the tokenizer that is then called for.
+
+    `options`: those of `build_token_table`.
+    """
+    if path.exists():
+        return TokenTable.open(path)
+    return build_token_table(source, tokenizer(), path=path, **options)
 
 
 def stream_of(table: TokenTable | ImageTable, microbatch: int, window: int) -> Stream:

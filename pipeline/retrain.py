@@ -17,7 +17,7 @@ from cluster.extensions import check_compiler
 from cluster.ranks import Ranks
 from pipeline.assemble import copy_companions
 from pipeline.config import build_config, located
-from pipeline.inputs import load_tokenizer
+from pipeline.inputs import Purpose, token_table
 from pipeline.plan import ModelFacts, window_length
 from pipeline.progress import Reporter, human_seconds, reporter_for
 from pipeline.retrain_config import RetrainConfig
@@ -26,9 +26,10 @@ from pipeline.rundir import RunDirectory, check_free, check_same_model, disk_ful
 from pipeline.tracking import Recorder, recorded_run
 from stages.checkpoint import INDEX
 from stages.errors import Refusal
+from stages.measure import perplexity_of
 from stages.meter import peak_bytes
 from stages.retrain_spec import RetrainSpec, Sources, SourceSpec
-from stages.tokens import TokenTable, build_token_table
+from stages.tokens import TokenTable
 
 STORE_BYTES = 128 << 20  # of Ray's object store: nothing large passes through it
 TOLD_SECONDS = 5.0  # between two lines about steps
@@ -54,7 +55,7 @@ class RetrainResult:
 
     @property
     def perplexity(self) -> float | None:
-        return None if self.loss is None else _perplexity(self.loss)
+        return None if self.loss is None else perplexity_of(self.loss)
 
     def summary(self) -> dict[str, Any]:
         """The object that `retrain --json` prints."""
@@ -187,22 +188,9 @@ class _Run:
         evaluation = None if config.eval is None else self._table("evaluation", config.eval)
         return Sources(data=_windows(table), eval=None if evaluation is None else _windows(evaluation))
 
-    def _table(self, purpose: str, source: Any) -> TokenTable:
-        """The text in windows, the same again when the run is resumed."""
-        path = self.directory.home / f"tokens-{purpose}.arrow"
-        if path.exists():
-            return TokenTable.open(path)
-        reads = isinstance(source, str) or (source and isinstance(source[0], str))
-        return build_token_table(
-            source,
-            load_tokenizer(self.config.model, self.config.trust_remote_code) if reads else None,
-            length=self.length,
-            samples=None,
-            seed=self.config.seed,
-            path=path,
-            vocab_size=self.facts.vocabulary,
-            purpose=purpose,
-        )
+    def _table(self, purpose: Purpose, source: Any) -> TokenTable:
+        """The text in windows."""
+        return token_table(purpose, source, self.config, self.facts.vocabulary, self.length, self.directory.home)
 
     # -- what the ranks tell ---------------------------------------------------------------------------------------
 
@@ -237,9 +225,9 @@ class _Run:
             case "evaluated":
                 loss = self.evaluations[step] = event["loss"]
                 self.directory.note("evaluated", step=step, loss=loss)
-                recorder.metrics({"eval/loss": loss, "eval/perplexity": _perplexity(loss)}, step)
+                recorder.metrics({"eval/loss": loss, "eval/perplexity": perplexity_of(loss)}, step)
                 self.reporter.note(
-                    f"step {step}/{spec.steps}   evaluated: loss {loss:.4f}   perplexity {_perplexity(loss):,.2f}"
+                    f"step {step}/{spec.steps}   evaluated: loss {loss:.4f}   perplexity {perplexity_of(loss):,.2f}"
                 )
             case "saved":
                 self.directory.note("checkpoint", step=step)
@@ -283,7 +271,7 @@ class _Run:
         run |= {
             "config": self.config.model_dump(mode="json"),
             "loss": loss,
-            "perplexity": None if loss is None else _perplexity(loss),
+            "perplexity": None if loss is None else perplexity_of(loss),
             "evaluations": sorted(self.evaluations.items()),
             "steps": spec.steps,
             "tokens": spec.steps * spec.batch * self.length,
@@ -328,10 +316,3 @@ class _Run:
 
 def _windows(table: TokenTable) -> SourceSpec:
     return SourceSpec(factory="stages.batches:TokenWindows", options={"path": str(table.path)})
-
-
-def _perplexity(loss: float) -> float:
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf

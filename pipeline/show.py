@@ -1,6 +1,5 @@
 """What commands print for a person: rich tables."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,9 +110,11 @@ def demo_tables(result: Mapping[str, Any]) -> Group:
 
 def training_table(run: Mapping[str, Any]) -> Group:
     """One finished training run: the curve's ends, what each rank held, where everything is."""
+    from stages.measure import perplexity_of
+
     table = _table("after step", "loss", "perplexity")
     for step, loss in run["evaluations"]:
-        table.add_row(str(step), f"{loss:.4f}", perplexity(math.exp(loss) if loss < 700 else math.inf))
+        table.add_row(str(step), f"{loss:.4f}", perplexity(perplexity_of(loss)))
     tracked = any("shadow" in held for held in run["memory"])
     memory = _table("rank", "parameters", "optimizer state", *(["shadow"] if tracked else []), "peak memory")
     for rank, (held, peak) in enumerate(zip(run["memory"], run["peak_memory"]["ranks"], strict=True)):

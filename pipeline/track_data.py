@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.inputs import load_tokenizer
+from pipeline.inputs import kept_table, load_tokenizer
 from pipeline.retrain import Sources
 from pipeline.track_config import DATA_KINDS, TrackConfig
 from stages.characters import character_tokenizer, split_text
@@ -17,7 +17,6 @@ from stages.checkpoint import resolve
 from stages.errors import Refusal
 from stages.retrain_spec import SourceSpec
 from stages.skeleton import read_config
-from stages.tokens import TokenTable, build_token_table
 
 Curve = Sequence[tuple[float, float]]  # (sparsity, metric)
 Measure = Callable[[Path], Mapping[str, float]]  # a checkpoint's directory -> figures of it
@@ -80,7 +79,16 @@ def _text_material(
 ) -> Material:
     vocabulary = read_config(resolve(model)).get_text_config().vocab_size
     tables = [
-        _table(part, tokenizer, config, vocabulary, home / f"tokens-{purpose}.arrow", purpose)
+        kept_table(
+            home / f"tokens-{purpose}.arrow",
+            [part],
+            lambda: tokenizer,
+            length=config.length,
+            samples=None,
+            seed=config.seed,
+            vocab_size=vocabulary,
+            purpose=purpose,
+        )
         for part, purpose in ((training, "training"), (evaluation, "evaluation"))
     ]
     learned, held_out = tables
@@ -96,21 +104,6 @@ def _text_material(
         epoch=len(learned),
         calibration=held_out.rows(0, 1).tolist(),
         evaluation=str(file),
-    )
-
-
-def _table(content: str, tokenizer: Any, config: TrackConfig, vocabulary: int, path: Path, purpose: str) -> TokenTable:
-    if path.exists():
-        return TokenTable.open(path)
-    return build_token_table(
-        [content],
-        tokenizer,
-        length=config.length,
-        samples=None,
-        seed=config.seed,
-        path=path,
-        vocab_size=vocabulary,
-        purpose=purpose,
     )
 
 

@@ -29,6 +29,7 @@ from pipeline.tracking import Recorder, recorded_run
 from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
 from stages.landing import landing_rates
+from stages.measure import perplexity_of
 from stages.skeleton import read_config
 
 STORE_BYTES = 256 << 20  # of Ray's object store: a prune of one window passes through it
@@ -63,10 +64,6 @@ def _stage(output: Path, begin: Callable[[], Any], go_on: Callable[[], Any]) -> 
 
 def _log(perplexity: float | None) -> float | None:
     return None if perplexity is None else math.log(perplexity)
-
-
-def _exp(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
 
 
 class Experiment:
@@ -176,7 +173,8 @@ class Experiment:
             raise
         recorder.metrics({name: point[name] for name in FIGURES} | {"seconds/total": point["seconds"]})
         if self.material.measure is None:
-            recorder.metrics({"perplexity": _exp(point["tuned"]), "dense_perplexity": _exp(self.run["trained"])})
+            losses = {"perplexity": point["tuned"], "dense_perplexity": self.run["trained"]}
+            recorder.metrics({name: perplexity_of(loss) for name, loss in losses.items()})
         recorder.close()
         point |= {"target": target, "mlflow_run_id": recorder.run_id}
         self.directory.note("point", **point)

@@ -24,6 +24,14 @@ COMPARED_POSITIONS = 32  # of these, compared at a time: that takes half a dozen
 Head = Callable[[Tensor], Tensor]  # last block's output (1, P, D) -> logits (1, P, V)
 
 
+def perplexity_of(loss: float) -> float:
+    """exp(loss) for a loss in nats a token; infinite where that is beyond a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class Measures:
     """Sums over predicted tokens, which add up over microbatches."""
@@ -45,10 +53,7 @@ class Measures:
 
     @property
     def perplexity(self) -> float:
-        try:
-            return math.exp(self.nats / self.tokens)
-        except OverflowError:
-            return math.inf
+        return perplexity_of(self.nats / self.tokens)
 
     @property
     def kl(self) -> float | None:
