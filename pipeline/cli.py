@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from pipeline import cli_retrain, cli_track
-from pipeline.flags import Json, given, show, stdout_kept, with_options
+from pipeline.flags import Json, given, request_of, show, stdout_kept, with_options
 from pipeline.rundir import command_of
 from stages.errors import Refusal
 
@@ -49,7 +49,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Prune large language models on a Ray cluster, and see which recipe was best.",
 )
-AMOUNTS = {"sparsity", "pattern", "threshold"}
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -66,12 +65,9 @@ def prune(
 
     Example: espalier prune ./llama --output ./llama-50 --calibration text.txt --eval held-out.txt --sparsity 0.5
     """
-    from pipeline.config import PruneConfig, build_config, read_yaml
+    from pipeline.config import PruneConfig
 
-    wanted = (read_yaml(config) if config else {}) | given(values) | ({"model": model} if model else {})
-    if flagged := AMOUNTS & given(values).keys():  # a flag overrides the other ways in which the YAML says how much
-        wanted = {name: value for name, value in wanted.items() if name in flagged or name not in AMOUNTS}
-    request = build_config(wanted, PruneConfig)
+    request = request_of(PruneConfig, config, model, values)
     from pipeline.driver import prune as run
 
     with stdout_kept():

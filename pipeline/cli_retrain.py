@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.flags import Json, given, show, stdout_kept, with_options
+from pipeline.flags import Json, request_of, show, stdout_kept, with_options
 from stages.errors import Refusal
 
 if TYPE_CHECKING:
@@ -26,11 +26,9 @@ def retrain(
 
     Example: espalier retrain ./llama-50 --output ./llama-50-trained --data text.txt --eval held-out.txt --masked
     """
-    from pipeline.config import build_config, read_yaml
     from pipeline.retrain_config import RetrainConfig
 
-    wanted = (read_yaml(config) if config else {}) | given(values) | ({"model": model} if model else {})
-    request = build_config(wanted, RetrainConfig)
+    request = request_of(RetrainConfig, config, model, values)
     from pipeline.retrain import retrain as run
 
     with stdout_kept():

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from stages.allocation import Override, resolve_overrides
 from stages.criteria import CRITERIA, check_criterion, check_options
@@ -17,13 +26,22 @@ from stages.recipe import Rebuild, Recipe
 Count = Annotated[int, Field(ge=1)]
 
 
+def _window(value: int | str) -> int | str:
+    if isinstance(value, int) and value < 2:
+        raise Refusal(f"length {value}: a window must have at least 2 tokens")
+    return value
+
+
+Length = Annotated[int | Literal["auto"], AfterValidator(_window)]
+
+
 class ClusterConfig(BaseModel):
     """What every command that runs a model on shards needs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(description="Checkpoint directory (safetensors) or hub id.")
-    length: int | Literal["auto"] = Field(
+    length: Length = Field(
         "auto", description="Tokens in a window; auto: 2048, or the model's context if that is shorter."
     )
     shards: Count | Literal["auto"] = Field(
@@ -45,13 +63,6 @@ class ClusterConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where shards work; auto: GPUs if there are.")
     address: str | None = Field(None, description="An existing Ray cluster (host:port); default: one of its own.")
     trust_remote_code: bool = Field(False, description="Let the checkpoint's own Python code run.")
-
-    @field_validator("length")
-    @classmethod
-    def _length(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 2:
-            raise Refusal(f"length {value}: a window must have at least 2 tokens")
-        return value
 
 
 class EvalConfig(ClusterConfig):

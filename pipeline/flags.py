@@ -6,7 +6,8 @@ import json
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -14,10 +15,12 @@ from rich.console import Console
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    M = TypeVar("M", bound=BaseModel)
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 PANELS = {
     **dict.fromkeys(("sparsity", "pattern", "threshold", "criterion", "criterion_options"), "Masks"),
-    **dict.fromkeys(("shadow", "scope", "allocation", "refine"), "Masks"),
+    **dict.fromkeys(("scope", "allocation", "refine"), "Masks"),
     **dict.fromkeys(("reconstruct", "inputs", "sweeps", "correction"), "Reconstruction"),
     **dict.fromkeys(("epochs", "batch", "learning_rate"), "Reconstruction"),
     **dict.fromkeys(("samples", "length", "eval", "seed"), "Text"),
@@ -92,6 +95,21 @@ def with_options(where: str) -> Callable[[Callable[..., None]], Callable[..., No
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """The options that were written on the command line."""
     return {name: value for name, value in values.items() if value is not None and value != []}
+
+
+def request_of(kind: "type[M]", file: Path | None, model: str | None, values: dict[str, Any]) -> "M":
+    """What a command was asked for: the YAML `file`'s values, over them the flags, over these the argument.
+
+    A flag that says how much to prune overrides the other ways in which the file says it. Raises Refusal.
+    """
+    from pipeline.config import build_config, read_yaml
+    from stages.allocation import AMOUNTS
+
+    flags = given(values)
+    wanted = (read_yaml(file) if file else {}) | flags | ({"model": model} if model else {})
+    if flagged := flags.keys() & AMOUNTS:
+        wanted = {name: value for name, value in wanted.items() if name in flagged or name not in AMOUNTS}
+    return build_config(wanted, kind)
 
 
 def stdout_kept() -> contextlib.AbstractContextManager[Any]:

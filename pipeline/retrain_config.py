@@ -1,11 +1,12 @@
 """What a training run was asked for: the same names on the command line, in YAML and in Python."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.config import Count
+from pipeline.config import Count, Length
 from stages.errors import Refusal
 from stages.shadow import ShadowSpec
 
@@ -38,7 +39,7 @@ class RetrainConfig(BaseModel):
     microbatch: Count | Literal["auto"] = Field(
         "auto", description="Windows in a forward pass on one rank; auto: about 8192 tokens that divide the batch."
     )
-    length: int | Literal["auto"] = Field(
+    length: Length = Field(
         "auto", description="Tokens in a window; auto: 2048, or the model's context if that is shorter."
     )
     learning_rate: float = Field(1e-4, gt=0, description="Peak, of Adam with decoupled decay.")
@@ -85,13 +86,6 @@ class RetrainConfig(BaseModel):
             raise Refusal(f"zero-stage {value}: ZeRO has stages 0, 1, 2 and 3; choose one of them")
         return value
 
-    @field_validator("length")
-    @classmethod
-    def _length(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 2:
-            raise Refusal(f"length {value}: a window must have at least 2 tokens")
-        return value
-
     @model_validator(mode="after")
     def _together(self) -> "RetrainConfig":
         """What fits each by itself and not all together."""
@@ -108,15 +102,7 @@ class RetrainConfig(BaseModel):
         """How weights are averaged; None where they are not."""
         if not self.shadow:
             return None
-        return ShadowSpec(
-            schedule=self.shadow_schedule,
-            decay=self.shadow_decay,
-            signed=self.shadow_signed,
-            window=self.shadow_window,
-            dtype=self.shadow_dtype,
-            rounding=self.shadow_rounding,
-            every=self.shadow_every,
-        )
+        return ShadowSpec(**{field.name: getattr(self, f"shadow_{field.name}") for field in fields(ShadowSpec)})
 
     @property
     def holds_zeros(self) -> bool:
