@@ -11,6 +11,7 @@ from whole_runs import write_text
 from cluster import extensions
 from pipeline.cli import main
 from pipeline.machine import cores
+from stages.errors import Refusal
 
 
 @pytest.fixture
@@ -68,13 +69,21 @@ def test_no_compiler_names_the_package(
 def test_ninja_beside_python_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "c++").symlink_to("/bin/true")
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "ninja").symlink_to("/bin/true")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    with pytest.raises(Refusal, match="ninja"):
+        extensions.check_compiler(offload=True, cpu=True)
+    (tmp_path / "bin" / "ninja").symlink_to("/bin/true")
     extensions.check_compiler(offload=True, cpu=True)
+
+
+def test_gpus_without_offload_need_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    extensions.check_compiler(offload=False, cpu=False)  # GPUs without offload compile nothing
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(Refusal):
+        extensions.check_compiler(offload=True, cpu=False)
+    extensions.check_compiler(offload=False, cpu=False)
 
 
 def test_an_output_that_is_not_empty(refused: Callable[..., str], tmp_path: Path) -> None:
