@@ -17,26 +17,22 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
-from transformers import AutoTokenizer
+import trained_model
+from trained_model import Quiet, commit, texts_for
 
 from cluster.actor import ShardWorker
 from cluster.connect import local_cluster
 from cluster.fleet import Fleet
 from pipeline import PruneConfig, driver, prune
-from pipeline.demo import sources
-from pipeline.progress import Reporter
 from stages.meter import release_memory
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared"
 SHARDS, SEEDS = 2, (0, 1, 2)
 TARGETS: dict[str, dict[str, Any]] = {
     "50 %": {"sparsity": 0.5},
@@ -133,26 +129,6 @@ class WarmFleet(Fleet):
         pass
 
 
-class Quiet(Reporter):
-    """Says nothing of a run but what went wrong."""
-
-    def __init__(self) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        if text.startswith("warning"):
-            print(f"  {text}")
-
-    def pass_begins(self, name: str, microbatches: int) -> Callable[[int], None]:
-        return lambda done: None
-
-    def work_begins(self, blocks_by_shard: Any, finished: int) -> None:
-        pass
-
-    def block_done(self, report: Any, recipe: str, blocks: int) -> None:
-        pass
-
-
 def run(job: Job, texts: tuple[Path, Path], settings: argparse.Namespace) -> dict[str, Any]:
     """One run's line of the record; its checkpoint is deleted."""
     recipe, target, seed = job
@@ -191,33 +167,6 @@ def run(job: Job, texts: tuple[Path, Path], settings: argparse.Namespace) -> dic
         "mlflow_run_id": result.run["mlflow_run_id"],
         "commit": commit(),
     }
-
-
-def commit() -> str:
-    """What code this is, as git says it."""
-    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return asked.stdout.strip() or "unknown"
-
-
-def texts_for(settings: argparse.Namespace) -> tuple[Path, Path]:
-    """Calibration text, and as much of the evaluation text as makes `windows` windows, which spares every run the rest
-    of it."""
-    calibration, evaluation = settings.calibration, settings.eval
-    if calibration is None or evaluation is None:
-        calibration, evaluation = SHARED / "data" / "pystdlib-calib.txt", SHARED / "data" / "pystdlib-valid.txt"
-        if not (calibration.exists() and evaluation.exists()):
-            calibration, evaluation = settings.scratch / "calibration.txt", settings.scratch / "held-out.txt"
-            calibration.write_text(sources.calibration_text())
-            evaluation.write_text(sources.held_out_text())
-    excerpt = settings.scratch / f"evaluation-{settings.windows}x{settings.length}.txt"
-    if not excerpt.exists():
-        text = evaluation.read_text()
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ends = [end for _, end in tokens["offset_mapping"]]
-        # One token more: cut off there, the last one may be tokenised otherwise.
-        excerpt.write_text(text[: ends[min(settings.windows * settings.length, len(ends) - 1)]])
-    return calibration, excerpt
 
 
 def read(record: Path) -> list[dict[str, Any]]:
@@ -287,24 +236,12 @@ def _mean(values: Iterable[float], places: int = 2) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    trained = SHARED / "models" / "pystdlib-5m"
-    parser.add_argument(
-        "--model", type=Path, default=trained if trained.exists() else ROOT / "pipeline" / "demo" / "model"
-    )
-    parser.add_argument("--calibration", type=Path, help="text file; with --eval")
-    parser.add_argument("--eval", type=Path, help="text file")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=64, help="windows of --length tokens to evaluate on")
+    parser = trained_model.parser(__doc__, "espalier-quality")
     parser.add_argument("--limit", type=int, help="runs to finish before it ends; default: all")
     parser.add_argument("--only", action="append", metavar="RECIPE", help="may be given again")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "espalier-quality")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and end")
-    settings = parser.parse_args()
-    settings.scratch = settings.scratch.absolute()
-    settings.scratch.mkdir(parents=True, exist_ok=True)
+    settings = trained_model.parsed(parser)
     record = settings.scratch / "quality.jsonl"
     if settings.table:
         print(table(read(record)))

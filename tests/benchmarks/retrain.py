@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quality import ROOT, SHARED, Quiet, commit, texts_for
+import trained_model
+from trained_model import Quiet, commit, texts_for
 
 from cluster.connect import local_cluster
 from cluster.ranks import Ranks
@@ -152,22 +153,10 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    trained = SHARED / "models" / "pystdlib-5m"
-    parser.add_argument(
-        "--model", type=Path, default=trained if trained.exists() else ROOT / "pipeline" / "demo" / "model"
-    )
-    parser.add_argument("--calibration", type=Path, help="text file; with --eval")
-    parser.add_argument("--eval", type=Path, help="text file")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=64, help="windows of --length tokens to evaluate on")
+    parser = trained_model.parser(__doc__, "espalier-retrain")
     parser.add_argument("--zero-stage", type=int, default=1)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "espalier-retrain")
-    settings = parser.parse_args()
-    settings.scratch = settings.scratch.absolute()
-    settings.scratch.mkdir(parents=True, exist_ok=True)
+    settings = trained_model.parsed(parser)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{settings.scratch / 'mlflow.db'}"
     print(table(measure(settings)))
 
