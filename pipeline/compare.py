@@ -203,7 +203,7 @@ def _row(run: "Run") -> dict[str, Any]:
     sparsity, threshold = param("sparsity"), param("threshold")
     return {
         "run": run.info.run_name or run.info.run_id,
-        "criterion": param("criterion"),
+        "criterion": param("criterion") or run.data.tags.get("espalier.command"),  # training has none
         "target": param("pattern") or (f"{threshold} σ" if threshold else _share(sparsity) if sparsity else None),
         "refine": param("refine"),
         "reconstruct": rebuilt,

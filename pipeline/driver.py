@@ -381,7 +381,8 @@ class _Run:
         run["sparsity"] = sum(layer["zeros"] for layer in layers) / sum(layer["weights"] for layer in layers)
         run["peak_memory"] = {"driver": peak_bytes(), **run["peak_memory"]}
         shapes = shapes_of(self.facts.linears, read_config(resolve(self.config.model), self.config.trust_remote_code))
-        run |= self.spending.record(self.nodes, shapes, self.length, run["blocks"])
+        rebuilt = sum(unit["flops"] for block in run["blocks"] for unit in block["units"])
+        run |= self.spending.record(self.nodes, shapes, self.length, {"work": rebuilt})
         run["versions"] = {name: version(name) for name in PACKAGES}
         run["status"], run["warnings"] = "finished", self.warnings
         run["tracking_uri"], run["mlflow_run_id"] = recorder.tracking_uri, recorder.wait_for_run_id(5)

@@ -15,7 +15,7 @@ from cluster.fleet import Fleet
 from pipeline.config import EvalConfig
 from pipeline.inputs import load_tokenizer, stream_of
 from pipeline.layout import Layout, Load, arrange
-from pipeline.plan import ModelFacts, check_headers, microbatch_size, model_facts
+from pipeline.plan import check_headers, microbatch_size, model_facts
 from pipeline.progress import Reporter, reporter_for
 from stages.checkpoint import Checkpoint, resolve
 from stages.errors import Refusal
@@ -71,7 +71,7 @@ def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, 
         "tokens": measures.tokens,
         "windows": len(table),
         "length": length,
-        "sparsity": sparsity_of(resolve(config.model), layouts[0].facts),
+        "sparsity": sparsity_of(resolve(config.model), config.trust_remote_code),
     }
     if others:
         result |= {
@@ -107,10 +107,10 @@ def _measures(
         return fleet.measure(stream, step, wanted=wanted)
 
 
-def sparsity_of(directory: Path, facts: ModelFacts) -> float:
+def sparsity_of(directory: Path, trust_remote_code: bool = False) -> float:
     """Counted zeros / counted weights over the prunable matrices, read one matrix at a time."""
-    checkpoint = Checkpoint(directory)
-    zeros = 0
+    checkpoint, zeros = Checkpoint(directory), 0
+    facts = model_facts(read_config(directory, trust_remote_code), str(directory), "auto", checkpoint)
     for name, _, _ in facts.linears:
         zeros += int((checkpoint.load([name])[name] == 0).sum())
     return zeros / facts.prunable

@@ -181,6 +181,21 @@ def draw_perplexity(
     return _save(figure, path)
 
 
+def draw_losses(losses: Sequence[float], evaluations: Sequence[tuple[int, float]], path: Path) -> Path:
+    """The loss of every step, and after some of them that on the evaluation text, as (step, loss)."""
+    figure = _figure(width=8.4, height=4.4)
+    axes = figure.subplots()
+    axes.plot(range(1, len(losses) + 1), losses, "-", color=SKY, linewidth=1.0, label="training, each step")
+    if evaluations:
+        steps, held_out = zip(*evaluations, strict=True)
+        axes.plot(steps, held_out, "-o", color=VERMILLION, markersize=5, label="evaluation text")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(True, which="major", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
 def draw_track(
     points: Sequence[Mapping[str, Any]],
     trained: float,

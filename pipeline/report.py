@@ -18,6 +18,9 @@ PHASES = {
     "load": "start the shards and load their blocks",
     "stream": "stream the calibration through the shards",
     "work": "score, mask and rebuild",
+    "train": "train: the ranks' models, steps, evaluations, checkpoints",
+    "steps": "of this, optimizer steps",
+    "track": "of these, the shadow",
     "assemble": "assemble and verify the checkpoint",
     "evaluate_dense": "evaluate the dense model",
     "evaluate": "evaluate the pruned model",
@@ -41,15 +44,15 @@ def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
     sections = [
         f"# {run['model'].get('family', 'model')} pruned to {percent(run.get('sparsity'))} zeros",
         sentence(run),
-        _warnings(run),
+        warnings(run),
         "## Results\n\n" + _results(run),
-        "## Time\n\n" + _times(run),
+        "## Time\n\n" + times(run),
         "## Memory: estimate and actual\n\n" + _memory(run),
         "## Blocks\n\n" + _blocks(run),
         *(f"![{title}]({path.name})" for title, path in drawn.items()),
-        "## Load it\n\n" + _loading(run),
-        "## Do it again\n\n" + _recipe(run),
-        "## Where it ran\n\n" + _surroundings(run),
+        "## Load it\n\n" + loading(run),
+        "## Do it again\n\n" + recipe(run),
+        "## Where it ran\n\n" + surroundings(run),
     ]
     report.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
     return [report, *drawn.values()]
@@ -86,7 +89,7 @@ def _unit_of_reconstruction(rebuilt: str) -> str:
     return named.get(kind, f"{size or 'some'} blocks at a time" if kind == "window" else str(rebuilt))
 
 
-def _warnings(run: Mapping[str, Any]) -> str:
+def warnings(run: Mapping[str, Any]) -> str:
     return "\n".join(f"> **Warning.** {warning}\n>" for warning in run.get("warnings", ())).removesuffix("\n>")
 
 
@@ -109,7 +112,7 @@ def _zeros(run: Mapping[str, Any]) -> tuple[int, int]:
     return sum(layer["zeros"] for layer in layers), sum(layer["weights"] for layer in layers)
 
 
-def _times(run: Mapping[str, Any]) -> str:
+def times(run: Mapping[str, Any]) -> str:
     seconds = run.get("seconds", {})
     order = [*(phase for phase in PHASES if phase in seconds and phase != "total"), *(seconds.keys() - PHASES.keys())]
     energy, flops = run.get("energy", {}), run.get("flops", {})
@@ -174,7 +177,7 @@ def _error_cell(unit: Mapping[str, Any] | None) -> str:
     return f"{number(unit['error_before'], 3)} → {number(unit.get('error_after'), 3)}"
 
 
-def _loading(run: Mapping[str, Any]) -> str:
+def loading(run: Mapping[str, Any]) -> str:
     output = str(run["output"])
     return (
         "A plain checkpoint with exact zeros:\n\n```python\n"
@@ -184,7 +187,7 @@ def _loading(run: Mapping[str, Any]) -> str:
     )
 
 
-def _recipe(run: Mapping[str, Any]) -> str:
+def recipe(run: Mapping[str, Any]) -> str:
     config = {name: value for name, value in run.get("config", {}).items() if value is not None}
     for name in ("model", "output", "config"):  # given on the command line
         config.pop(name, None)
@@ -192,8 +195,9 @@ def _recipe(run: Mapping[str, Any]) -> str:
         config.pop("sparsity", None)
     if "threshold" in config:
         config.pop("scope", None)
-    if isinstance(config.get("calibration"), (list, tuple)):  # texts or token ids given in Python, possibly millions
-        config["calibration"] = "CALIBRATION_TEXT"
+    for name in ("calibration", "data", "eval"):
+        if isinstance(config.get(name), (list, tuple)):  # texts or token ids given in Python, possibly millions
+            config[name] = f"{name.upper()}_TEXT"
     command = run.get("command", "prune")
     command = "prune" if command in ("resume", "demo") else command
     model = shlex.quote(str(run["model"]["path"]))
@@ -204,13 +208,14 @@ def _recipe(run: Mapping[str, Any]) -> str:
     )
 
 
-def _surroundings(run: Mapping[str, Any]) -> str:
+def surroundings(run: Mapping[str, Any]) -> str:
     rows = [
         [f"shard {shard['index']}", f"blocks {shard['first']}–{shard['last']} on {shard['device']}, {shard['node']}"]
         for shard in run.get("shards", ())
     ]
     hardware = run.get("hardware", {})
-    rows.append(["hardware", f"{hardware.get('cpus', '?')} CPUs; {', '.join(map(str, hardware.get('devices', ())))}"])
+    if hardware:
+        rows.append(["hardware", f"{hardware['cpus']} CPUs; {', '.join(map(str, hardware['devices']))}"])
     rows += [[name, str(version)] for name, version in run.get("versions", {}).items()]
     rows += [["run", str(run.get("run_id"))], ["MLflow run", str(run.get("mlflow_run_id") or "none")]]
     rows.append(["MLflow", str(run.get("tracking_uri"))])

@@ -17,18 +17,23 @@ from cluster.extensions import check_compiler
 from cluster.ranks import Ranks
 from pipeline.assemble import copy_companions
 from pipeline.config import build_config, located
+from pipeline.evaluate import sparsity_of
 from pipeline.inputs import Purpose, token_table
 from pipeline.plan import ModelFacts, window_length
 from pipeline.progress import Reporter, human_seconds, reporter_for
 from pipeline.retrain_config import RetrainConfig
 from pipeline.retrain_plan import devices, inspect, spec_of
+from pipeline.retrain_report import write_report
 from pipeline.rundir import RunDirectory, check_free, check_same_model, disk_full_refused
-from pipeline.tracking import Recorder, recorded_run
-from stages.checkpoint import INDEX
+from pipeline.spending import Spending
+from pipeline.tracking import Recorder, recorded_run, total_metrics
+from stages.checkpoint import INDEX, resolve
 from stages.errors import Refusal
+from stages.flops import shapes_of, tracking_flops, training_flops
 from stages.measure import perplexity_of
 from stages.meter import peak_bytes
 from stages.retrain_spec import RetrainSpec, Sources, SourceSpec
+from stages.skeleton import read_config
 from stages.tokens import TokenTable
 
 STORE_BYTES = 128 << 20  # of Ray's object store: nothing large passes through it
@@ -36,8 +41,8 @@ TOLD_SECONDS = 5.0  # between two lines about steps
 GATHERED = ("consolidated", "importances", "shadow")  # what the ranks leave beside the checkpoints
 HELD = ("parameters", "optimizer", "shadow")  # what a rank says how many bytes it keeps of
 SUMMARY = (
-    *("output", "loss", "perplexity", "evaluations", "steps", "tokens", "seconds", "tokens_per_second", "ranks"),
-    *("memory", "peak_memory", "mlflow_run_id", "tracking_uri", "warnings"),
+    *("output", "loss", "perplexity", "sparsity", "evaluations", "steps", "tokens", "seconds", "tokens_per_second"),
+    *("ranks", "memory", "peak_memory", "mlflow_run_id", "tracking_uri", "warnings"),
 )
 
 
@@ -133,8 +138,10 @@ class _Run:
         self.evaluations: dict[int, float] = {entry["step"]: entry["loss"] for entry in directory.noted("evaluated")}
         self.memory: dict[int, dict[str, int]] = {}
         self.peaks: dict[int, int] = {}
-        self.seconds = 0.0  # of the steps that were told
-        self.tokens = 0
+        self.spending = Spending()
+        self.nodes = 1
+        self.seconds = self.tracking = 0.0  # of the steps that were told, and of these what the shadow took
+        self.tokens = self.snapshots = 0
         self.told = 0.0
 
     # -- phases ----------------------------------------------------------------------------------------------------
@@ -143,14 +150,19 @@ class _Run:
         """The whole run. On any failure the directory stays as `espalier resume` wants it."""
         with ExitStack() as held:
             held.enter_context(disk_full_refused(self.directory.output))
+            held.enter_context(self.spending)
             held.callback(self.reporter.close)
-            sources = self.sources or self._token_sources()
+            with self.spending.phase("tokens"):
+                sources = self.sources or self._token_sources()
             spec = spec_of(self.config, self.facts.dtype, self.length, self.ranks, self.directory.home, sources)
             recorder = self._recorder(spec)
             try:
-                ranks = held.enter_context(self._connected())
-                self._train(ranks, spec, recorder)
-                self._publish(spec)
+                with self.spending.phase("connect"):
+                    ranks = held.enter_context(self._connected())
+                with self.spending.phase("train"):
+                    self._train(ranks, spec, recorder)
+                with self.spending.phase("assemble"):
+                    self._publish(spec)
                 self._finish(spec, recorder)
             except BaseException as failure:
                 recorder.abandon(failure)
@@ -171,7 +183,8 @@ class _Run:
         cpus = self.ranks * config.threads
         gpus = self.ranks if self.device == "cuda" else 0
         with connect(config.address, cpus=cpus, gpus=gpus, object_store_bytes=STORE_BYTES):
-            if len(nodes()) > 1:
+            self.nodes = len(nodes())
+            if self.nodes > 1:
                 self.reporter.note("several nodes: --output must lie on storage that all of them share")
             with Ranks(
                 self.ranks,
@@ -241,7 +254,10 @@ class _Run:
         recorder.metrics({"train/tokens_per_second": speed}, done)
         self.losses |= dict(enumerate(losses, first))
         self.seconds += event["seconds"]
+        self.tracking += event["tracking"]
         self.tokens += event["tokens"]
+        if spec.shadow is not None:
+            self.snapshots += done // spec.shadow.every - first // spec.shadow.every
         if not all(math.isfinite(loss) for loss in losses):
             raise Refusal(f"step {done}: the loss is not finite; lower --learning-rate, or set --clip")
         if time.monotonic() - self.told > TOLD_SECONDS or done == spec.steps:
@@ -275,7 +291,7 @@ class _Run:
             "evaluations": sorted(self.evaluations.items()),
             "steps": spec.steps,
             "tokens": spec.steps * spec.batch * self.length,
-            "seconds": self.seconds,
+            "sparsity": sparsity_of(self.directory.output),
             "tokens_per_second": self.tokens / self.seconds if self.seconds else None,
             "ranks": self.ranks,
             "memory": [self.memory[rank] for rank in sorted(self.memory)],
@@ -284,12 +300,15 @@ class _Run:
             "warnings": self.warnings,
             "tracking_uri": recorder.tracking_uri,
             "mlflow_run_id": recorder.wait_for_run_id(5),
+            "report": str(self.directory.home / "report.md"),
         }
-        totals = {"perplexity": run["perplexity"], "loss": loss, "seconds/train": self.seconds}
-        totals |= {f"peak_memory_mb/rank{rank}": peak / 1e6 for rank, peak in self.peaks.items()}
-        recorder.metrics({name: value for name, value in totals.items() if value is not None})
+        run |= self._spent(spec)
+        totals = total_metrics(run) | ({} if loss is None else {"loss": loss})
+        recorder.metrics(totals | {f"peak_memory_mb/rank{rank}": peak / 1e6 for rank, peak in self.peaks.items()})
         self.directory.write(run)
-        recorder.artifact(self.directory.run_file)
+        losses = [self.losses[step] for step in sorted(self.losses)]
+        for path in [self.directory.run_file, *write_report(run, losses, self.directory.home)]:
+            recorder.artifact(path)
         recorder.close()
         if recorder.warning:
             self.warnings.append(recorder.warning)
@@ -297,6 +316,15 @@ class _Run:
             self.directory.write(run)
         for leftover in [*self.directory.home.glob("checkpoint-*"), *(self.directory.home / name for name in GATHERED)]:
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def _spent(self, spec: RetrainSpec) -> dict[str, Any]:
+        """seconds, energy and flops by phase, since the run was last resumed."""
+        shapes = shapes_of(self.facts.linears, read_config(resolve(self.config.model), self.config.trust_remote_code))
+        flops, seconds = {"steps": training_flops(shapes, self.tokens, self.length)}, {"steps": self.seconds}
+        if spec.shadow is not None:
+            flops["track"], seconds["track"] = tracking_flops(self.facts.parameters, self.snapshots), self.tracking
+        spent = self.spending.record(self.nodes, shapes, self.length, flops)
+        return spent | {"seconds": seconds | spent["seconds"]}
 
     def _recorder(self, spec: RetrainSpec) -> Recorder:
         config = self.config

@@ -119,11 +119,12 @@ def training_table(run: Mapping[str, Any]) -> Group:
     memory = _table("rank", "parameters", "optimizer state", *(["shadow"] if tracked else []), "peak memory")
     for rank, (held, peak) in enumerate(zip(run["memory"], run["peak_memory"]["ranks"], strict=True)):
         memory.add_row(str(rank), *map(megabytes, held.values()), megabytes(peak))
-    spent = f"{run['tokens']:,} tokens in {human_seconds(run['seconds'])}"
+    spent = f"{run['tokens']:,} tokens in {human_seconds(run['seconds']['steps'])}"
     speed = f", {run['tokens_per_second']:,.0f} a second" if run["tokens_per_second"] else ""
     curve: list[Table | str] = [table, ""] if run["evaluations"] else []
     return Group(
         *curve, memory, "", f"{spent}{speed}", "",
         f"checkpoint  {run['output']}",
+        f"report      {run['report']}",
         f"compare     espalier compare {run['config']['experiment']}   or   {ui_command(run['tracking_uri'])}",
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """What the phases of a run took: seconds, joules of this machine, floating-point operations."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Self
@@ -40,16 +40,15 @@ class Spending:
             if samples:
                 self._samples[name] = self._samples.get(name, 0) + samples
 
-    def record(self, nodes: int, shapes: Shapes, length: int, blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """seconds, energy and flops by phase, as run.json holds them. `blocks`: reports of what was rebuilt.
+    def record(self, nodes: int, shapes: Shapes, length: int, others: Mapping[str, float]) -> dict[str, Any]:
+        """seconds, energy and flops by phase, as run.json holds them. `others`: operations that were counted elsewhere.
 
         Energy is empty, which is not measured, where the run was spread over more than this one of so many `nodes`.
         """
         flops = {phase: forward_flops(shapes, samples * length, length) for phase, samples in self._samples.items()}
-        flops["work"] = sum(unit["flops"] for block in blocks for unit in block["units"])
         energy = {**self._energy, "total": self._meter.read()} if nodes == 1 else {}
         return {
             "seconds": {**self.seconds, "total": time.time() - self._started},
             "energy": {phase: asdict(joules) for phase, joules in energy.items()},
-            "flops": flops,
+            "flops": {**flops, **others},
         }

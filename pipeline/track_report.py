@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Group
+from rich.console import Group, JustifyMethod
 from rich.table import Table
 
 from pipeline.figures import draw_track
 from pipeline.mlflow_client import ui_command
-from pipeline.report import count, duration, number, percent, plain, table
+from pipeline.report import count, duration, number, operations, percent, plain, table
+from stages.energy import described
 
 SAME_SPARSITY = 0.015  # a published point this near, in shares, is shown in the row
 
@@ -25,6 +26,7 @@ def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
         sentence(run),
         table(header, rows),
         f"![{run['metric']} against sparsity]({picture.name})",
+        "## What it took\n\n" + table(*costs(run)),
         "## Do it again\n\n```yaml\n" + _recipe(config) + "```",
     ]
     report = directory / "report.md"
@@ -64,20 +66,37 @@ def cells(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def costs(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): a row for each kind of work. The machine's joules while training are those of tracking, too."""
+    header = ["work", "time", "energy of the machine", "floating-point operations"]
+    rows = [
+        [kind, duration(cost["seconds"]), _energy(kind, cost), operations(cost["flops"])]
+        for kind, cost in run["cost"].items()
+    ]
+    return header, rows
+
+
+def _energy(kind: str, cost: Mapping[str, Any]) -> str:
+    return "with dense training" if kind == "tracking" else described(cost["energy"])
+
+
 def track_table(run: Mapping[str, Any]) -> Group:
     """The finished experiment on a terminal."""
-    header, rows = cells(run)
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for name in header:
-        shown.add_column(name, justify="right")
-    for row in rows:
-        shown.add_row(*row)
     return Group(
-        sentence(run), "", shown, "",
+        sentence(run), "", _shown(*cells(run), "right"), "", _shown(*costs(run), "left"), "",
         f"curve       {run['picture']}",
         f"report      {run['report']}",
         f"runs        {ui_command(run['tracking_uri'])}   (experiment {run['config']['experiment']})",
     )  # fmt: skip
+
+
+def _shown(header: list[str], rows: list[list[str]], justify: JustifyMethod) -> Table:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for name in header:
+        shown.add_column(name, justify=justify)
+    for row in rows:
+        shown.add_row(*row)
+    return shown
 
 
 def _figure(value: float | None) -> str:

@@ -6,7 +6,7 @@ Each part is a finished directory or is made again, so an interrupted experiment
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pipeline.progress import Reporter, reporter_for
 from pipeline.retrain_config import RetrainConfig
 from pipeline.rundir import RunDirectory, disk_full_refused, recorded
 from pipeline.track_config import TrackConfig
+from pipeline.track_cost import cost_of, cost_of_tracking, summed
 from pipeline.track_data import Material, prepare
 from pipeline.track_report import write_report
 from pipeline.tracking import Recorder, recorded_run
@@ -60,6 +61,11 @@ def _stage(output: Path, begin: Callable[[], Any], go_on: Callable[[], Any]) -> 
     finished = finished_run(output)
     assert finished is not None
     return finished
+
+
+def _cost_of_points(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    kinds = dict.fromkeys(kind for point in points for kind in point["cost"])
+    return {kind: summed(point["cost"][kind] for point in points if kind in point["cost"]) for kind in kinds}
 
 
 def _log(perplexity: float | None) -> float | None:
@@ -147,6 +153,7 @@ class Experiment:
         if "trained" not in self.run:
             self.run |= {"trained": self._measured(output, run["loss"]), "metric": self.material.metric}
             self.run |= {"model": run["model"], "ranks": run["ranks"]}
+            self.run["cost"] = {"dense training": cost_of(run, without="track"), "tracking": cost_of_tracking(run)}
             self.directory.write(self.run)
         return output
 
@@ -198,6 +205,7 @@ class Experiment:
             "masked": True,
         }
         tuned = self._train(home / "tuned", str(source), f"{title}: fine-tuning", parent, own)
+        cost = ({"pruning": cost_of(pruned)} if pruned else {}) | {"fine-tuning": cost_of(tuned)}
         return {
             "rate": rate,
             "sparsity": pruned["sparsity"] if pruned else 0.0,
@@ -206,6 +214,7 @@ class Experiment:
             "steps": steps,
             "seconds": time.perf_counter() - started,
             "checkpoint": str(home / "tuned"),
+            "cost": cost,
         }
 
     @property
@@ -290,6 +299,7 @@ class Experiment:
         run, recorder = self.run, self.recorder
         run |= {
             "points": points,
+            "cost": self.run["cost"] | _cost_of_points(points),
             "unit": self.material.unit,
             "beside": self.config.published | dict(self.material.beside),
             "seconds": time.time() - self.started,
@@ -301,6 +311,8 @@ class Experiment:
         best = min(points, key=lambda point: point["tuned"])
         recorder.metrics({"trained": run["trained"], "best": best["tuned"], "best_sparsity": best["sparsity"]})
         recorder.metrics({"seconds/total": run["seconds"]})
+        recorder.metrics({f"flops/{kind}": cost["flops"] for kind, cost in run["cost"].items()})
+        recorder.metrics({f"seconds/{kind}": cost["seconds"] for kind, cost in run["cost"].items()})
         self.directory.write(run)
         for path in [self.directory.run_file, *write_report(run, self.output)]:
             recorder.artifact(path)

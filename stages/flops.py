@@ -1,7 +1,7 @@
 """Floating-point operations from shapes: a multiplication and an addition count two.
 
-Matrix products only; norms, activations and softmax are a per cent or so of them. What a reconstruction takes is
-counted by `stages.reconstruct.fit` itself.
+Matrix products and shadows only; norms, activations and softmax are a per cent or so of them. What a reconstruction
+takes is counted by `stages.reconstruct.fit` itself.
 """
 
 from collections.abc import Iterable
@@ -33,6 +33,11 @@ def forward_flops(shapes: Shapes, tokens: int, length: int) -> float:
 def training_flops(shapes: Shapes, tokens: int, length: int) -> float:
     """A forward and a backward pass, which costs two: 6·P·tokens and attention's share, without recomputation."""
     return 3.0 * forward_flops(shapes, tokens, length)
+
+
+def tracking_flops(weights: int, snapshots: int) -> float:
+    """A multiplication and an addition for every weight and snapshot that a shadow takes in."""
+    return 2.0 * weights * snapshots
 
 
 def shapes_of(matrices: Iterable[tuple[str, int, int]], config: Any) -> Shapes:

@@ -45,7 +45,8 @@ def train(spec: RetrainSpec, device: str) -> Iterator[Event]:
     """Train as `spec` says, from its newest checkpoint if there is one, in a process that has joined its group.
 
     Every event has its rank. By their "event": `begin` (step), `holds` (bytes on this rank of parameters, of optimizer
-    state and of the shadow), `steps` (first, losses, rates, tokens, seconds), `evaluated` (step, loss), `saved` (step),
+    state and of the shadow), `steps` (first, losses, rates, tokens, seconds, of
+    these those that `tracking` took), `evaluated` (step, loss), `saved` (step),
     `done` (losses of all steps, peak memory of this rank in bytes).
     At the end HOME/consolidated holds a plain checkpoint, and HOME/shadow one of importances if they were tracked.
     """
@@ -71,7 +72,7 @@ class Rank:
         self.tracker: ShadowTracker | None = None
         self.engine: Any = self._open()
         self.pending: list[tuple[Tensor, float]] = []  # losses not told yet, and their learning rates
-        self.tokens, self.seconds = 0, 0.0  # since they were last told
+        self.tokens, self.seconds, self.tracking = 0, 0.0, 0.0  # since they were last told
 
     def _open(self) -> Any:
         """The engine, its state that of the newest checkpoint where there is one."""
@@ -158,7 +159,9 @@ class Rank:
         dist.all_reduce(total)
         self.step += 1
         if self.tracker is not None and spec.shadow is not None and self.step % spec.shadow.every == 0:
+            began = time.perf_counter()
             self.tracker.update()
+            self.tracking += time.perf_counter() - began
         self.pending.append((total, rate))
         self.seconds += time.perf_counter() - started
 
@@ -182,9 +185,9 @@ class Rank:
         rates = [rate for _, rate in self.pending]
         first = self.step - len(losses)
         self.losses += losses
-        tokens, seconds = self.tokens * self.ranks, self.seconds
-        self.pending, self.tokens, self.seconds = [], 0, 0.0
-        return self._event("steps", first=first, losses=losses, rates=rates, tokens=tokens, seconds=seconds)
+        spent = {"tokens": self.tokens * self.ranks, "seconds": self.seconds, "tracking": self.tracking}
+        self.pending, self.tokens, self.seconds, self.tracking = [], 0, 0.0, 0.0
+        return self._event("steps", first=first, losses=losses, rates=rates, **spent)
 
     # -- between steps ---------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ def test_a_phase_that_comes_again_adds_up_and_samples_become_operations(monkeypa
             with spending.phase("stream", samples=3):
                 counter.joules += joules
         counter.joules += 1.0
-        record = spending.record(1, SHAPES, 8, [{"units": [{"flops": 10.0}, {"flops": 5.0}]}])
+        record = spending.record(1, SHAPES, 8, {"work": 15.0})
     assert record["energy"] == {"stream": {"cpu": 12.0, "gpu": None}, "total": {"cpu": 13.0, "gpu": None}}
     assert record["flops"] == {"stream": forward_flops(SHAPES, 48, 8), "work": 15.0}
     assert 0 <= record["seconds"]["stream"] <= record["seconds"]["total"]
@@ -33,4 +33,4 @@ def test_a_phase_that_comes_again_adds_up_and_samples_become_operations(monkeypa
 def test_a_run_on_several_nodes_claims_no_energy() -> None:
     with Spending() as spending, spending.phase("work"):
         pass
-    assert spending.record(2, SHAPES, 8, [])["energy"] == {}
+    assert spending.record(2, SHAPES, 8, {})["energy"] == {}

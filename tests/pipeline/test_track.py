@@ -153,6 +153,11 @@ def finished_run(config: TrackConfig) -> dict[str, Any]:
         "model": {"family": "gpt2", "parameters": 810_000, "blocks": 4},
         "trained": 1.55,
         "points": points,
+        "cost": {
+            "dense training": {"seconds": 100.0, "flops": 3e12, "energy": {"cpu": 4200.0, "gpu": None}},
+            "tracking": {"seconds": 2.0, "flops": 1e9, "energy": None},
+            "fine-tuning": {"seconds": 120.0, "flops": 2e12, "energy": None},
+        },
         "metric": "loss",
         "unit": "nats a token",
         "beside": config.published,
@@ -174,10 +179,27 @@ def test_the_report_shows_each_point_and_what_was_published_beside_it(small: dic
     assert [row[column] for row in rows] == ["1.900", "–", "1.656", "–"]
     said = report.read_text()
     assert all(row[0] in said for row in rows) and "30.0 % zeros" in said and "curve.png" in said
+    assert "| dense training | 1.7 min | CPU 4.2 kJ | 3 TFLOP |" in said
+    assert "| tracking | 2 s | with dense training | 1 GFLOP |" in said and "| 2.0 min | not measured |" in said
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
     again = tmp_path / "again.yaml"
     again.write_text(said.partition("```yaml\n")[2].partition("```")[0])
     assert load_config(str(again), {"output": config.output}) == config
+
+
+def test_costs_add_up_and_joules_only_where_all_were_measured() -> None:
+    from pipeline.track_cost import cost_of, cost_of_tracking, summed
+
+    run = {
+        "seconds": {"steps": 8.0, "track": 1.0, "total": 10.0},
+        "flops": {"steps": 100.0, "track": 3.0},
+        "energy": {"total": {"cpu": 5.0, "gpu": None}},
+    }
+    dense = cost_of(run, without="track")
+    assert dense == {"seconds": 9.0, "flops": 100.0, "energy": {"cpu": 5.0, "gpu": None}}
+    assert cost_of_tracking(run) == {"seconds": 1.0, "flops": 3.0, "energy": None}
+    assert summed([dense, dense]) == {"seconds": 18.0, "flops": 200.0, "energy": {"cpu": 10.0, "gpu": None}}
+    assert summed([dense, cost_of(run | {"energy": {}})])["energy"] is None
 
 
 # -- a whole experiment --------------------------------------------------------------------------------------------
@@ -219,6 +241,9 @@ def test_an_interrupted_experiment_goes_on_from_what_is_finished(
     assert dense["sparsity"] == 0 and half["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert dense["pruned"] == result.trained < math.log(66) and half["rate"] > 0
     assert zeros_of(out / "sparsity-50" / "tuned") == pytest.approx(half["sparsity"], abs=1e-6)
+    cost = json.loads((out / "espalier" / "run.json").read_text())["cost"]
+    assert list(cost) == ["dense training", "tracking", "fine-tuning", "pruning"]
+    assert all(spent["flops"] > 0 and spent["seconds"] > 0 for kind, spent in cost.items() if kind != "pruning")
     assert (out / "curve.png").exists() and "50" in (out / "report.md").read_text()
 
     client = mlflow.MlflowClient(recorded)
@@ -245,11 +270,8 @@ def test_an_interrupted_experiment_goes_on_from_what_is_finished(
 def zeros_of(checkpoint: Path) -> float:
     """Share of zeros among the prunable weights of a checkpoint."""
     from pipeline.evaluate import sparsity_of
-    from pipeline.plan import model_facts
-    from stages.checkpoint import Checkpoint
-    from stages.skeleton import read_config
 
-    return sparsity_of(checkpoint, model_facts(read_config(checkpoint), "out", "auto", Checkpoint(checkpoint)))
+    return sparsity_of(checkpoint)
 
 
 def test_data_that_is_not_there_is_refused_before_anything_is_made(small: dict[str, Any], tmp_path: Path) -> None:

@@ -165,6 +165,19 @@ def test_the_result_is_a_plain_checkpoint_whose_loss_is_what_was_said(run_in: Ca
     assert not list((result.output / "espalier").glob("checkpoint-*"))
 
 
+def test_what_it_took_is_told_by_phase_and_the_report_can_be_read(run_in: Callable[..., RetrainResult]) -> None:
+    run = run_in(2).run
+    seconds, flops = run["seconds"], run["flops"]
+    assert 0 < seconds["steps"] <= seconds["train"] <= seconds["total"] and "track" not in seconds
+    facts = run["model"]
+    weights_a_token = facts["prunable"] + 128 * 32  # and the head, vocabulary x width
+    assert flops == {"steps": pytest.approx(6 * run["tokens"] * weights_a_token, rel=0.2)}  # attention is the rest
+    report = Path(run["report"]).read_text()
+    assert f"{run['loss']:.4f}" in report and "ZeRO stage 2 on 2 ranks" in report and "optimizer steps" in report
+    assert run["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert (Path(run["report"]).parent / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_curve_is_in_mlflow(run_in: Callable[..., RetrainResult]) -> None:
     from pipeline.mlflow_client import open_client
 

@@ -1,0 +1,60 @@
+"""report.md of a training run and its picture, from the dictionary that run.json holds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.figures import draw_losses
+from pipeline.report import count, duration, loading, number, recipe, size, surroundings, table, times, warnings
+from stages.measure import perplexity_of
+
+HELD = {"parameters": "parameters", "optimizer": "optimizer state", "shadow": "shadow"}
+
+
+def write_report(run: Mapping[str, Any], losses: Sequence[float], directory: Path) -> list[Path]:
+    """report.md and losses.png in `directory`, as the list of those written; `losses` are those of every step."""
+    picture = draw_losses(losses, run["evaluations"], directory / "losses.png")
+    sections = [
+        f"# {run['model']['family']} trained",
+        sentence(run),
+        warnings(run),
+        "## Results\n\n" + _evaluations(run) if run["evaluations"] else "",
+        f"![Loss of every step, and on the evaluation text]({picture.name})",
+        "## Time\n\n" + times(run),
+        "## Memory of each rank\n\n" + _memory(run),
+        "## Load it\n\n" + loading(run),
+        "## Do it again\n\n" + recipe(run),
+        "## Where it ran\n\n" + surroundings(run),
+    ]
+    report = directory / "report.md"
+    report.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    return [report, picture]
+
+
+def sentence(run: Mapping[str, Any]) -> str:
+    """The model, how it was trained, and what came out."""
+    config, model = run["config"], run["model"]
+    held = ", its zeros held" if config["masked"] or config["mask"] else ""
+    text = (
+        f"`{model['path']}` ({model['blocks']} blocks, {count(model['parameters'])} parameters) was trained for "
+        f"{run['steps']:,} steps on {run['tokens']:,} tokens{held}, under ZeRO stage {config['zero_stage']}"
+        f"{' with offload' * config['offload']} on {run['ranks']} rank{'s' * (run['ranks'] != 1)}, in "
+        f"{duration(run['seconds']['steps'])}"
+    )
+    if run["loss"] is not None:
+        text += f": loss {number(run['loss'])} nats a token, perplexity {number(run['perplexity'])}"
+    return text + ". Times and operations are those since the run was last resumed."
+
+
+def _evaluations(run: Mapping[str, Any]) -> str:
+    rows = [[f"{step:,}", f"{loss:.4f}", number(perplexity_of(loss))] for step, loss in run["evaluations"]]
+    return table(["after step", "loss (nats per token)", "perplexity"], rows)
+
+
+def _memory(run: Mapping[str, Any]) -> str:
+    named = {name: title for name, title in HELD.items() if any(name in held for held in run["memory"])}
+    rows = [
+        [str(rank), *(size(held.get(name)) for name in named), size(peak)]
+        for rank, (held, peak) in enumerate(zip(run["memory"], run["peak_memory"]["ranks"], strict=True))
+    ]
+    return table(["rank", *named.values(), "peak"], rows)
