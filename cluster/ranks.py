@@ -15,7 +15,6 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster import extensions
 from cluster.connect import nodes
 from stages.errors import Refusal
 from stages.retrain_spec import RetrainSpec
@@ -45,12 +44,6 @@ class RankWorker:
             port = listener.getsockname()[1]
         return {"node": ray.util.get_node_ip_address(), "pid": os.getpid(), "port": port}
 
-    def is_built(self, offload: bool) -> bool:
-        return extensions.is_built(offload, self._device == "cpu")
-
-    def build(self, offload: bool) -> float:
-        return extensions.build(offload, self._device == "cpu")
-
     def join(self, address: str, rank: int, ranks: int) -> None:
         from stages.engine import join
 
@@ -65,7 +58,7 @@ class RankWorker:
 class Ranks:
     """So many ranks on the connected cluster. A context manager: on leaving, they are ended.
 
-    Raises Refusal, on entering, for more ranks than there are devices, and where there is no compiler.
+    Raises Refusal, on entering, for more ranks than there are devices.
     """
 
     def __init__(
@@ -74,10 +67,9 @@ class Ranks:
         *,
         threads: int = 1,
         device: str = "cpu",
-        offload: bool = False,
         on_event: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.ranks, self.threads, self.device, self._offload = ranks, threads, device, offload
+        self.ranks, self.threads, self.device = ranks, threads, device
         self.on_event = on_event
         self._actors: list[Any] = []
         self._group: Any = None
@@ -155,8 +147,8 @@ class Ranks:
         if not self._group.wait(PLACED_SECONDS):
             self._stop()
             raise Refusal(f"ranks {self.ranks}: the cluster has no room for them now; try again, or use fewer --ranks")
-        variables = extensions.environment() | {"LOCAL_RANK": "0"}  # a rank sees no GPU but its own
-        variables |= {"DS_ACCELERATOR": self.device, "OMP_NUM_THREADS": str(self.threads)}
+        variables = {"DS_ACCELERATOR": self.device, "OMP_NUM_THREADS": str(self.threads)}
+        variables |= {"LOCAL_RANK": "0"}  # a rank sees no GPU but its own
         self._actors = [
             ray.remote(RankWorker)
             .options(
@@ -170,7 +162,6 @@ class Ranks:
         ]
         try:
             self.facts = ray.get([actor.facts.remote() for actor in self._actors])
-            self._build()
             address = f"tcp://{self.facts[0]['node']}:{self.facts[0]['port']}"
             ray.get([actor.join.remote(address, rank, self.ranks) for rank, actor in enumerate(self._actors)])
         except BaseException as error:
@@ -178,22 +169,6 @@ class Ranks:
             if isinstance(error, RayTaskError) and isinstance(error.cause, Refusal):
                 raise error.cause from None
             raise
-
-    def _build(self) -> None:
-        """Extensions compiled on every node, by the first of its ranks."""
-        builders = {fact["node"]: actor for fact, actor in reversed(list(zip(self.facts, self._actors, strict=True)))}
-        missing = [
-            node
-            for node, built in zip(
-                builders, ray.get([actor.is_built.remote(self._offload) for actor in builders.values()]), strict=True
-            )
-            if not built
-        ]
-        if missing:
-            self.on_event("building DeepSpeed's extensions, once: about two minutes")
-        seconds = ray.get([actor.build.remote(self._offload) for actor in builders.values()])
-        if missing:
-            self.on_event(f"built in {max(seconds):.0f} s, into {extensions.directory()}")
 
     def _stop(self) -> None:
         for actor in self._actors:

@@ -25,7 +25,6 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.authentication import DEFAULT_TOKEN_PATH, TOKEN, TOKEN_PATH, find_credentials
-from cluster.extensions import search_path
 from pipeline import machine
 from pipeline.mlflow_client import default_tracking_uri, sqlite_path
 from stages.errors import Refusal
@@ -234,22 +233,17 @@ def _ray() -> list[Finding]:
 
 
 def _compiler() -> list[Finding]:
-    """DeepSpeed builds its CPU extensions when `retrain` first starts; pruning needs neither."""
-    findings = []
-    compiler = os.environ.get("CXX", "c++")
-    for name, program, package in (("C++ compiler", compiler, "g++"), ("ninja", "ninja", "ninja-build")):
-        remedy = f"only needed for retraining: apt-get install {package}, or your system's package of that name"
-        path = shutil.which(program, path=search_path())
-        if path is None:
-            findings.append(Finding(name, f"no {program} on PATH", "missing", remedy))
-            continue
-        run = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=5, check=False)
-        version = (run.stdout or run.stderr).partition("\n")[0]
-        if run.returncode:
-            findings.append(Finding(name, f"{path} does not run: {version}", "missing", remedy))
-        else:
-            findings.append(Finding(name, f"{path}: {version}"))
-    return findings
+    """What torch.compile builds its kernels with; no command compiles anything."""
+    name, program = "C++ compiler", os.environ.get("CXX", "c++")
+    remedy = "only needed to train the demo's model anew: apt-get install g++, or your system's package of that name"
+    path = shutil.which(program)
+    if path is None:
+        return [Finding(name, f"no {program} on PATH", "missing", remedy)]
+    run = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=5, check=False)
+    version = (run.stdout or run.stderr).partition("\n")[0]
+    if run.returncode:
+        return [Finding(name, f"{path} does not run: {version}", "missing", remedy)]
+    return [Finding(name, f"{path}: {version}")]
 
 
 def _tracking() -> list[Finding]:

@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 
 from cluster.connect import connect, nodes
-from cluster.extensions import check_compiler
 from cluster.ranks import Ranks
 from pipeline.assemble import copy_companions
 from pipeline.config import build_config, located
@@ -82,8 +81,6 @@ def retrain(
     check_free(Path(config.output))
     facts, fingerprint = inspect(config)
     place = devices(config, facts.dtype, ranks)
-    if ranks is None:
-        check_compiler(config.offload, place[0] == "cpu")
     asked = config.model_dump(mode="json")
     directory, run = RunDirectory.begin(
         Path(config.output), "retrain", asked, model=facts.summary(), fingerprint=fingerprint
@@ -186,13 +183,7 @@ class _Run:
             self.nodes = len(nodes())
             if self.nodes > 1:
                 self.reporter.note("several nodes: --output must lie on storage that all of them share")
-            with Ranks(
-                self.ranks,
-                threads=config.threads,
-                device=self.device,
-                offload=config.offload,
-                on_event=self.reporter.note,
-            ) as ranks:
+            with Ranks(self.ranks, threads=config.threads, device=self.device, on_event=self.reporter.note) as ranks:
                 yield ranks
 
     def _token_sources(self) -> Sources:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.extensions import check_compiler
 from cluster.ranks import Ranks
 from pipeline.config import build_config, located
 from pipeline.progress import Reporter
@@ -55,8 +54,6 @@ def track(config: TrackConfig, reporter: Reporter | None = None, ranks: Ranks | 
     if command_of(output) == "track" and finished_run(output) is None:
         return resume(output, reporter, ranks, config)
     check_free(output)
-    if ranks is None:
-        check_compiler(config.offload, config.device != "cuda")
     directory, run = RunDirectory.begin(output, "track", config.model_dump(mode="json"), fingerprint=None)
     with directory.at_work(lambda: (output / "trained").exists()):
         return _result(Experiment(config, directory, run, reporter, ranks))

@@ -125,9 +125,7 @@ class Experiment:
             connect(config.address, cpus=cpus, gpus=count if gpus else 0, object_store_bytes=STORE_BYTES)
         )
         device = "cuda" if gpus else "cpu"
-        return held.enter_context(
-            Ranks(count, threads=config.threads, device=device, offload=config.offload, on_event=self.reporter.note)
-        )
+        return held.enter_context(Ranks(count, threads=config.threads, device=device, on_event=self.reporter.note))
 
     # -- training, pruning, fine-tuning --------------------------------------------------------------------------------
 

@@ -94,7 +94,7 @@ class Rank:
                 checkpoint,
                 held(engine),
                 engine.basic_optimizer,
-                lambda home: new_state(engine, home, state["updates"]),
+                lambda home: new_state(home, state["updates"]),
             )
         if spec.shadow is not None:
             named = [(f"{name}@{start}", view) for name, start, view in pieces(engine)]

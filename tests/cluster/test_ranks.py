@@ -1,15 +1,13 @@
-"""Ranks without Ray: how many there may be, what is done when they die, where extensions are kept.
+"""Ranks without Ray: how many there may be, what is done when they die.
 
 Ranks that train, and one that is killed, are in tests/pipeline/test_zero_runs.py.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster import extensions
 from cluster import ranks as module
 from cluster.connect import Node
 from cluster.ranks import FRUITLESS_RESTARTS, Ranks, check_devices
@@ -75,17 +73,3 @@ def test_what_ends_before_its_end_ends_the_ranks() -> None:
     events.close()
     assert not ranks._actors
     assert [event["event"] for event in ranks.train(SPEC)] == ["done"] and ranks.starts == 2
-
-
-def test_extensions_are_kept_by_version_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(extensions.DIRECTORY, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    ours = extensions.directory()
-    assert ours.parent == tmp_path / "espalier" / "extensions" and "deepspeed" in ours.name and "torch" in ours.name
-    assert not extensions.is_built(offload=True, cpu=True) and extensions.is_built(offload=False, cpu=False)
-    library = ours / "cpu_adam" / "cpu_adam.so"
-    library.parent.mkdir(parents=True)
-    library.touch()
-    assert extensions.is_built(offload=True, cpu=False) and not extensions.is_built(offload=True, cpu=True)
-    monkeypatch.setenv(extensions.DIRECTORY, str(tmp_path / "mine"))
-    assert extensions.directory() == tmp_path / "mine"

@@ -52,14 +52,12 @@ def test_nothing_required_is_missing_where_the_tests_run():
     assert all(finding.name in shown for finding in findings)
 
 
-def test_missing_compiler_is_reported_with_the_package_to_install(monkeypatch, tmp_path):
+def test_missing_compiler_is_reported_with_the_package_to_install(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))  # pip's ninja lies beside the real one
     findings = doctor._compiler()
-    for name, package in (("C++ compiler", "g++"), ("ninja", "ninja-build")):
-        assert one(findings, name).state == "missing"
-        assert package in (one(findings, name).remedy or "")
-    assert exit_code(findings) == 0, "pruning needs no compiler"
+    assert one(findings, "C++ compiler").state == "missing"
+    assert "g++" in (one(findings, "C++ compiler").remedy or "")
+    assert exit_code(findings) == 0, "no command needs a compiler"
 
 
 def test_compiler_that_does_not_run_is_missing(monkeypatch, tmp_path):

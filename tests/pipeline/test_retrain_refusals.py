@@ -1,17 +1,14 @@
 """What `espalier retrain` does not do: exit code 2, one line that names the thing, nothing under the output."""
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from whole_runs import write_text
 
-from cluster import extensions
 from pipeline.cli import main
 from pipeline.machine import cores
-from stages.errors import Refusal
 
 
 @pytest.fixture
@@ -56,34 +53,6 @@ def test_a_mask_of_another_shape(
     said = refused("--mask", tiny_checkpoint(hidden=64))
     assert "q_proj.weight is (64, 64), the model's is (32, 32)" in said
     assert not (tmp_path / "out").exists()
-
-
-def test_no_compiler_names_the_package(
-    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert "apt-get install g++" in refused("--device", "cpu", "--ranks", 1)
-    assert not (tmp_path / "out").exists()
-
-
-def test_ninja_beside_python_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "c++").symlink_to("/bin/true")
-    (tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
-    with pytest.raises(Refusal, match="ninja"):
-        extensions.check_compiler(offload=True, cpu=True)
-    (tmp_path / "bin" / "ninja").symlink_to("/bin/true")
-    extensions.check_compiler(offload=True, cpu=True)
-
-
-def test_gpus_without_offload_need_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(Refusal):
-        extensions.check_compiler(offload=True, cpu=False)
-    extensions.check_compiler(offload=False, cpu=False)
 
 
 def test_an_output_that_is_not_empty(refused: Callable[..., str], tmp_path: Path) -> None:
