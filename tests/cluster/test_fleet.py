@@ -83,7 +83,7 @@ def test_losses_and_refusals_cross_the_fleet(one_cluster: None, specs: list[Shar
 def test_a_shard_that_cannot_be_brought_back_ends_the_run_in_one_line(
     one_cluster: None, specs: list[ShardSpec], tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FRUITLESS_RECOVERIES", 1)  # of three: each is a process that imports torch
+    monkeypatch.setattr(module, "FRUITLESS_RECOVERIES", 0)  # not three: each is a process that imports torch
     events: list[str] = []
     with Fleet(specs[:1], 1, None, events.append) as fleet:
         pid = [fleet.open()[0].pid]
@@ -94,10 +94,10 @@ def test_a_shard_that_cannot_be_brought_back_ends_the_run_in_one_line(
                 os.kill(pid[0], signal.SIGKILL)
             return tokens[number : number + 1]
 
-        with pytest.raises(Refusal, match="a shard was lost 2 times with no block finished between") as caught:
+        with pytest.raises(Refusal, match="a shard was lost 1 times with no block finished between") as caught:
             fleet.calibrate(Stream(deadly, MICROBATCHES, 1), {0}, lambda _: None)
         assert "\n" not in str(caught.value) and "out of memory" in str(caught.value)
-        assert len(events) == 1
+        assert not events
 
 
 def test_a_node_that_does_not_see_the_run_says_so(one_cluster: None, specs: list[ShardSpec], tmp_path: Path) -> None:
