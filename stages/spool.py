@@ -40,7 +40,8 @@ class SpoolBudget:
 class Spool:
     """A sequence of samples, each (length, channels) of one dtype, appended once and read in any order.
 
-    Bits go in and come out unchanged. `close` frees the memory and removes the file.
+    Bits go in and come out unchanged. Lengths may differ, as those of images of several sizes do. `close` frees the
+    memory and removes the file.
     """
 
     def __init__(self, path: Path, budget: SpoolBudget) -> None:
@@ -49,7 +50,8 @@ class Spool:
         self._on_disk = self._spilled = 0  # records in the file; how many of them are the first samples, at its end
         self._writer: pa.ipc.RecordBatchFileWriter | None = None
         self._reader: pa.ipc.RecordBatchFileReader | None = None
-        self._shape: tuple[int, ...] = ()
+        self._lengths: set[int] = set()
+        self._channels = self._disk_bytes = 0
         self._dtype = torch.float32
 
     def __len__(self) -> int:
@@ -57,12 +59,18 @@ class Spool:
 
     @property
     def disk_bytes(self) -> int:
-        return self._on_disk * int(np.prod(self._shape, dtype=np.int64)) * self._dtype.itemsize
+        return self._disk_bytes
+
+    @property
+    def ragged(self) -> bool:
+        """Whether samples differ in length."""
+        return len(self._lengths) > 1
 
     def append(self, samples: Tensor) -> None:
         """Add samples (n, length, channels). Raises Refusal when neither the budget nor the disk has room."""
         for sample in samples.detach():
-            self._shape, self._dtype = tuple(sample.shape), sample.dtype
+            self._channels, self._dtype = sample.shape[-1], sample.dtype
+            self._lengths.add(len(sample))
             if self._writer is None and self._budget.take(sample.nbytes):
                 self._held.append(sample.to("cpu", copy=True).contiguous())
             else:
@@ -80,6 +88,7 @@ class Spool:
         except OSError as error:
             raise self._refusal(error) from None
         self._on_disk += 1
+        self._disk_bytes += raw.nbytes
 
     def _refusal(self, error: OSError) -> Refusal:
         return Refusal(
@@ -102,7 +111,7 @@ class Spool:
         record = index - first if index >= first else self._on_disk - self._spilled + index
         column = self._reader.get_batch(record).column(0)
         raw = np.frombuffer(column.buffers()[2], dtype=np.uint8).copy()
-        return torch.from_numpy(raw).view(self._dtype).view(self._shape)
+        return torch.from_numpy(raw).view(self._dtype).view(-1, self._channels)
 
     def spill(self) -> None:
         """Move what is held in memory to disk, once nothing more is appended and before anything is read."""
@@ -115,8 +124,12 @@ class Spool:
         self._budget.give_back(sum(sample.nbytes for sample in held))
 
     def batch(self, indices: list[int]) -> Tensor:
-        """Samples `indices` stacked: (n, length, channels)."""
-        return torch.stack([self[index] for index in indices])
+        """Samples `indices` stacked: (n, length, channels); those of several lengths one after the other:
+        (1, length of all, channels)."""
+        samples = [self[index] for index in indices]
+        if len({len(sample) for sample in samples}) > 1:
+            return torch.cat(samples)[None]
+        return torch.stack(samples)
 
     def close(self) -> None:
         self._budget.give_back(sum(sample.nbytes for sample in self._held))
@@ -126,5 +139,5 @@ class Spool:
                 with contextlib.suppress(OSError):
                     handle.close() if isinstance(handle, pa.ipc.RecordBatchFileWriter) else None
         self._writer = self._reader = None
-        self._on_disk = self._spilled = 0
+        self._on_disk = self._spilled = self._disk_bytes = 0
         self._path.unlink(missing_ok=True)

@@ -285,7 +285,7 @@ def _part(anatomy: Anatomy, names: set[str]) -> Anatomy:
 
 def _batches(samples: Spool) -> Iterator[tuple[list[int], Tensor]]:
     """All samples in order, a few at a time, with their numbers."""
-    step = max(1, PASS_TOKENS // len(samples[0])) if len(samples) else 1
+    step = max(1, PASS_TOKENS // len(samples[0])) if len(samples) and not samples.ragged else 1
     for start in range(0, len(samples), step):
         indices = list(range(start, min(start + step, len(samples))))
         yield indices, samples.batch(indices)

@@ -52,6 +52,22 @@ def test_bits_come_back_however_they_were_appended(tmp_path_factory, counts, fit
     spool.close()
 
 
+@pytest.mark.parametrize("fits", [0, 2, 100], ids=["disk", "mixed", "memory"])
+def test_samples_may_differ_in_length(tmp_path, fits) -> None:
+    data = samples(1, torch.float32)[0]
+    lengths = [3, 3, 5, 1]
+    spool = Spool(tmp_path / "s.arrow", SpoolBudget(fits * 3 * CHANNELS * 4))
+    for length in lengths:
+        spool.append(data[None, :length])
+    assert spool.ragged
+    for index, length in enumerate(lengths):
+        assert same_bits(spool[index], data[:length])
+    assert same_bits(spool.batch([0, 1]), torch.stack([data[:3], data[:3]]))
+    assert same_bits(spool.batch([3, 2]), torch.cat([data[:1], data[:5]])[None])
+    assert spool.disk_bytes == {0: 12, 2: 6, 100: 0}[fits] * CHANNELS * 4
+    spool.close()
+
+
 def test_what_was_appended_may_be_overwritten_afterwards(tmp_path) -> None:
     data = samples(4, torch.float32)
     kept, spool = data.clone(), Spool(tmp_path / "s.arrow", SpoolBudget(2 * data[0].nbytes))
