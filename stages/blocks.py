@@ -6,7 +6,7 @@ norm belongs to which, and which linears read the same tensor is not written dow
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import Refusal
+from stages.recipe import Tower
 
 STACKS = ("gate_up_proj", "down_proj")  # parameters in which transformers stacks the experts' matrices, (E, O, I)
 
@@ -26,7 +27,13 @@ class BlockLayout:
     components: tuple[str, ...] = ("self_attn", "mlp")
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a component that is no module: its children
     routers: tuple[str, ...] = ()  # choose and weigh the experts: neither pruned nor fitted
-    images: bool = False  # reads images too; what is pruned is its text tower
+    packed: bool = False  # the patches of all images are one sequence, and blocks are called with (patches, width)
+    vision: "BlockLayout | None" = None  # where the vision tower of a model that reads images too keeps its things
+
+    @property
+    def images(self) -> bool:
+        """Whether the family reads images too."""
+        return self.vision is not None
 
     def parts(self, component: str) -> tuple[str, ...]:
         """The children of the block that are the component: itself, if it is a module."""
@@ -35,7 +42,8 @@ class BlockLayout:
 
 _LLAMA = BlockLayout()  # norms before and behind its components are found by watching
 _EXPERTS = BlockLayout(routers=("mlp.gate",))
-_IMAGES = BlockLayout(blocks="model.language_model.layers", images=True)
+_ENCODER = BlockLayout(blocks="model.vision_tower.encoder.layers")  # CLIP and SigLIP
+_IMAGES = BlockLayout(blocks="model.language_model.layers", vision=_ENCODER)
 
 FAMILIES: dict[str, BlockLayout] = {
     "gemma2": _LLAMA,
@@ -53,20 +61,34 @@ FAMILIES: dict[str, BlockLayout] = {
     "phi3": _LLAMA,
     "qwen2": _LLAMA,
     "qwen2_moe": BlockLayout(routers=("mlp.gate", "mlp.shared_expert_gate")),
-    "qwen2_vl": _IMAGES,
+    "qwen2_vl": BlockLayout(
+        blocks="model.language_model.layers",
+        vision=BlockLayout(blocks="model.visual.blocks", components=("attn", "mlp"), packed=True),
+    ),
     "qwen3": _LLAMA,
     "qwen3_moe": _EXPERTS,
 }
 
 
-def layout_of(model_type: str) -> BlockLayout:
-    """The family's row. Raises Refusal naming the supported families and how to add one."""
+def layout_of(model_type: str, tower: Tower = "language") -> BlockLayout:
+    """The family's row, or what it says of its vision tower.
+
+    Raises Refusal naming the supported families and how to add one, and for the vision tower of one that has none.
+    """
     if model_type not in FAMILIES:
         raise Refusal(
             f"model family {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. "
             "To add one: a row in FAMILIES (stages/blocks.py) and a case in tests/stages/test_families.py"
         )
-    return FAMILIES[model_type]
+    row = FAMILIES[model_type]
+    if tower == "language":
+        return row
+    if row.vision is None:
+        seeing = ", ".join(name for name, other in sorted(FAMILIES.items()) if other.images)
+        raise Refusal(
+            f"tower vision: {model_type} reads text only; leave --tower out, or give a model that sees: {seeing}"
+        )
+    return row.vision
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +98,16 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     keyword: str | None  # the keyword that carried the hidden states; None: first positional
+    packed: bool = field(default=False, kw_only=True)  # the module takes all samples' positions as one sequence
 
     def run(self, module: nn.Module, hidden: Tensor) -> Tensor:
-        """The module's (first) output on `hidden`."""
+        """The module's (first) output on `hidden` (samples, length, width)."""
+        given = hidden.flatten(0, 1) if self.packed else hidden
         if self.keyword is None:
-            return first(module(hidden, *self.args, **self.kwargs))
-        return first(module(*self.args, **{**self.kwargs, self.keyword: hidden}))
+            output = first(module(given, *self.args, **self.kwargs))
+        else:
+            output = first(module(*self.args, **{**self.kwargs, self.keyword: given}))
+        return output.unflatten(0, hidden.shape[:2]) if self.packed else output
 
     def at(self, samples: Sequence[int]) -> "Call":
         """The call for those samples of the calibration: here, the same for all (see stages.varying)."""
@@ -89,7 +115,7 @@ class Call:
 
     def to(self, dtype: torch.dtype) -> "Call":
         """The same call with its floating-point tensors (rotary tables, additive masks) in `dtype`."""
-        return Call(_cast(self.args, dtype), _cast(self.kwargs, dtype), self.keyword)
+        return replace(self, args=_cast(self.args, dtype), kwargs=_cast(self.kwargs, dtype))
 
     @classmethod
     def seen(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":

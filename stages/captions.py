@@ -63,6 +63,15 @@ def read_pairs(folder: Path) -> list[Pair]:
     return pairs
 
 
+def find_images(folder: Path) -> list[Pair]:
+    """The folder's images where captions are not read: in the order of its caption file, else of their names."""
+    folder = folder.expanduser()
+    if any((folder / name).is_file() for name in CAPTIONS):
+        return read_pairs(folder)
+    files = (path for path in sorted(folder.rglob("*")) if not path.name.startswith("."))
+    return [Pair(path, "") for path in files if path.suffix.lower() in SUFFIXES]
+
+
 def _records(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """(line number, record) of a JSON Lines or CSV file."""
     try:

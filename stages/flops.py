@@ -52,3 +52,9 @@ def shapes_of(matrices: Iterable[tuple[str, int, int]], config: Any) -> Shapes:
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shapes(round(inside) + text.hidden_size * text.vocab_size, text.num_hidden_layers, heads * head_width)
+
+
+def encoder_shapes(matrices: Iterable[tuple[str, int, int]], layers: int, width: int) -> Shapes:
+    """The shapes of an encoder's blocks as wide as their heads together. Nothing is masked: attention counts in full,
+    as that of a decoder of twice the width."""
+    return Shapes(sum(out * into for _, out, into in matrices), layers, 2 * width)

@@ -21,6 +21,7 @@ from stages.captions import Pair, open_image, read_pairs
 from stages.checkpoint import sync_directory
 from stages.errors import Refusal
 from stages.skeleton import VARYING
+from stages.varying import BY_SAMPLE
 
 BY_TOKEN = ("mm_token_type_ids", "token_type_ids")  # of a processor's outputs: one entry a token, zero for text
 
@@ -121,7 +122,7 @@ class Sampler:
         self._check(inputs["input_ids"], pair)
         varying = self._model.varying(inputs)
         kept = {name: value for name, value in inputs.items() if name not in BY_TOKEN} | varying
-        return {name: _plain(value) for name, value in kept.items()}
+        return {name: plain(value) for name, value in kept.items()}
 
     @property
     def _special(self) -> dict[str, bool]:
@@ -162,7 +163,7 @@ class Sampler:
             )
 
 
-def _plain(value: Tensor) -> np.ndarray:
+def plain(value: Tensor) -> np.ndarray:
     """What is kept on disk: float32 as it is, integers as int32."""
     array = np.ascontiguousarray(value.numpy())
     return array.astype(np.int32) if array.dtype.kind in "iu" else array
@@ -210,7 +211,7 @@ class ImageTable:
     @property
     def varying(self) -> dict[str, np.ndarray]:
         """Of all samples, those inputs that shape how blocks are called: name -> (samples, ..., length)."""
-        names = [name for name in VARYING if name in self._dtypes]
+        names = [name for name in (VARYING if "input_ids" in self._dtypes else BY_SAMPLE) if name in self._dtypes]
         samples = [{name: self.sample(index)[name] for name in names} for index in range(len(self) if names else 0)]
         return {name: np.concatenate([sample[name] for sample in samples]) for name in names}
 
@@ -224,18 +225,31 @@ def build_image_table(
     Raises Refusal for a folder, a caption or an image that will not do.
     """
     pairs = read_pairs(Path(source))
-    if len(pairs) < samples:
-        raise Refusal(
-            f"calibration {source}: {len(pairs)} images with captions, fewer than the {samples} samples asked for; "
-            f"give more, or --samples {max(len(pairs), 1)}"
-        )
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:samples])
+    chosen = choose(len(pairs), samples, seed, f"calibration {source}: {len(pairs)} images with captions")
     sampler = Sampler(pairs, processor, model, length)
+    return write_table(path, ((pairs[index], sampler.sample(index)) for index in chosen), length, str(source))
+
+
+def choose(there: int, wanted: int, seed: int, what: str) -> np.ndarray:
+    """The numbers of so many of the images that are `there`, in order. Raises Refusal, beginning with `what`, for too
+    few."""
+    if there < wanted:
+        raise Refusal(f"{what}, fewer than the {wanted} samples asked for; give more, or --samples {max(there, 1)}")
+    return np.sort(np.random.default_rng(seed).permutation(there)[:wanted])
+
+
+def write_table(
+    path: Path, samples: Iterator[tuple[Pair, dict[str, np.ndarray]]], length: int, source: str
+) -> ImageTable:
+    """The table of those inputs, each with the image that it was made of, written in one step.
+
+    Raises Refusal when the disk is full, and for an image unlike those before it where they must be of one size.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            _write(file, ((pairs[index], sampler.sample(index)) for index in chosen), length, str(source))
+            _write(file, samples, length, source)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -31,13 +31,15 @@ def observing(
     """Within it, each forward pass calls `weights(group, x)` for every tensor that weights of `anatomy` read, and for
     the modules named in `inputs` and `outputs` those functions, with what they read or gave.
 
-    A pass enters at the module `root` of `block` ("" is the block itself). An expert's x is the tokens that it got,
+    A pass enters at the module `root` of `block` ("" is the block itself). One whose samples are packed into a single
+    sequence is taken for one sample. An expert's x is the tokens that it got,
     one call a sample: (1, tokens, channels); no call where it got none.
     """
     shape = [1, 1]  # (samples, tokens) of the pass under way
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        shape[:] = Call.hidden_of(args, kwargs).shape[:2]
+        hidden = Call.hidden_of(args, kwargs)
+        shape[:] = hidden.shape[:2] if hidden.ndim > 2 else (1, len(hidden))
 
     def by_sample(x: Tensor) -> Tensor:
         return x.reshape(*shape, x.shape[-1])

@@ -9,6 +9,7 @@ from stages.allocation import LayerRule, Override, layer_rule
 from stages.criteria import find_criterion
 from stages.masks import Scope
 
+Tower = Literal["language", "vision"]  # of a model that reads images too; any other is a language tower
 Refine = Literal["none", "dsnot", "r2-dsnot", "swaps"]
 Rebuild = Literal["none", "matrix", "component", "block", "window"]
 

@@ -238,7 +238,7 @@ def fit(
         improved=improved,
         steps=_steps(len(fitted), settings),
         learning_rate=peak,
-        flops=float(passes * forward_flops(unit, calls, inputs[held[0]])),
+        flops=float(passes * forward_flops(unit, [call.at(held[:1]) for call in calls], inputs[held[0]])),
     )
     return {name: parameter.detach() for name, parameter in chosen.named().items()}, report
 

@@ -21,8 +21,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from stages.checkpoint import Checkpoint, file_digest
 from stages.errors import Refusal
+from stages.recipe import Tower
 from stages.shadow import ShadowSpec
-from stages.skeleton import Skeleton, empty_model, read_config, tied_names
+from stages.skeleton import empty_model, read_config, tied_names
+from stages.vision import SKELETONS
 
 RECORD = "shadow.json"
 
@@ -96,10 +98,10 @@ def _sizes(config: PreTrainedConfig) -> str:
 class Shadow:
     """The importances of a shadow directory, a block's at a time. Raises Refusal if it is none."""
 
-    def __init__(self, directory: Path, device: str = "cpu") -> None:
+    def __init__(self, directory: Path, device: str = "cpu", tower: Tower = "language") -> None:
         read_record(directory)
         self._checkpoint = Checkpoint(directory)
-        self._skeleton = Skeleton(read_config(directory), torch.float32, device, self._checkpoint)
+        self._skeleton = SKELETONS[tower](read_config(directory), torch.float32, device, self._checkpoint)
 
     def load(self, index: int, inside: Iterable[str]) -> dict[str, Tensor]:
         """|q| of tensors of block `index`, by their names inside it, float32."""

@@ -38,6 +38,7 @@ from stages.skeleton import Skeleton, read_config
 from stages.spec import ShardSpec, block_file, sweep_directory
 from stages.spool import Spool, SpoolBudget
 from stages.varying import Varying, inside
+from stages.vision import SKELETONS
 from stages.work import Work
 
 TRACE_TOKENS = 4
@@ -72,7 +73,8 @@ class Shard:
                 directory = resolve(spec.model)
                 config = read_config(directory, spec.trust_remote_code)
                 self.checkpoint = Checkpoint(directory)
-                self.skeleton = Skeleton(config, compute_dtype(config, spec.dtype), spec.device, self.checkpoint)
+                dtype = compute_dtype(config, spec.dtype)
+                self.skeleton = SKELETONS[spec.tower](config, dtype, spec.device, self.checkpoint)
                 if spec.embeds or spec.heads:
                     self.skeleton.load_ends(self.checkpoint, embedding=spec.embeds, head=spec.heads)
             self.source = source
@@ -125,8 +127,8 @@ class Shard:
         self._close_carry()
 
     def embed(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """Tokens (samples, length) int, or all that the model takes of samples with images -> the first block's input
-        (samples, length, hidden).
+        """Tokens (samples, length) int, or all that the model takes of samples with images, or of images -> the first
+        block's input (samples, length, hidden).
 
         What looks at images is in memory until the pass has embedded its last microbatch."""
         inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
@@ -227,6 +229,7 @@ class Shard:
             assert recipe is not None
             # Fitting calls the components for whole samples, so it wants the call of a whole sample.
             length = self.spec.length if recipe.reconstruct != "none" or recipe.gathers else TRACE_TOKENS
+            length = self.skeleton.positions(length, self._varying.first if self._varying else {})
             nothing = torch.zeros(
                 1, length, self.skeleton.hidden_size, dtype=self.skeleton.dtype, device=self.spec.device
             )
@@ -378,7 +381,7 @@ class Shard:
     @functools.cached_property
     def _shadow(self) -> Shadow:
         assert self.spec.recipe is not None and self.spec.recipe.shadow is not None
-        return Shadow(Path(self.spec.recipe.shadow), self.spec.device)
+        return Shadow(Path(self.spec.recipe.shadow), self.spec.device, self.spec.tower)
 
     def _new_spool(self, name: str) -> Spool:
         return Spool(self._scratch / f"{name}.arrow", self._budget)

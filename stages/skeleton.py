@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
@@ -28,6 +28,7 @@ from transformers.initialization import no_init_weights
 from stages.blocks import BlockLayout, Call, layout_of
 from stages.checkpoint import Checkpoint, TensorEntry
 from stages.errors import Refusal
+from stages.recipe import Tower
 from stages.storage import Storage
 
 
@@ -81,6 +82,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         return auto_class(config).from_config(config, dtype=dtype)
 
 
+CONTEXT = 2048  # the longest sample of a model whose config names none
 VARYING = ("position_ids", "token_type_ids")  # inputs of a sample with an image that shape how layers are called
 
 
@@ -90,32 +92,46 @@ class Skeleton:
     `checkpoint` tells under which names its tensors lie on disk; without it they are those that transformers saves.
     """
 
+    tower: ClassVar[Tower] = "language"
+
     def __init__(
         self, config: PreTrainedConfig, dtype: torch.dtype, device: str = "cpu", checkpoint: Checkpoint | None = None
     ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
-        self.layout: BlockLayout = layout_of(config.model_type)
+        self.layout: BlockLayout = layout_of(config.model_type, self.tower)
         self.model = empty_model(config, dtype).eval()
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         self.storage = Storage(self.model, shapes, None if checkpoint is None else checkpoint.entries)
         holder, _, attribute = self.layout.blocks.rpartition(".")
-        layers = self.model.get_submodule(self.layout.blocks)
-        self.layers: list[nn.Module] = list(layers)  # on the meta device, to be materialised one by one
+        self.layers = self._find_layers()  # on the meta device, to be materialised one by one
         stubs = nn.ModuleList(_Stub(layer, index, self._on_visit) for index, layer in enumerate(self.layers))
         setattr(self.model.get_submodule(holder), attribute, stubs)
         self._visit: Callable[[int, Call, Tensor], Tensor] = lambda index, call, hidden: hidden
         self.outer = [name for name, _ in self.model.named_parameters()]
-        self.hidden_size: int = config.get_text_config().hidden_size
-        self.vocabulary: int = config.get_text_config().vocab_size
+        text = config.get_text_config()
+        self.hidden_size: int = text.hidden_size
+        self.vocabulary: int = text.vocab_size
+        self.context: int = getattr(text, "max_position_embeddings", None) or CONTEXT
         tower = self.layout.blocks.rpartition(".")[0]  # what lies beside it looks at images, the head aside
         head = _parameters_of(self.model, self.model.get_output_embeddings())
         beside = [name for name in self.outer if not name.startswith(f"{tower}.") and name not in head]
         self.vision = frozenset(beside if self.layout.images else [])
+        self.ends = frozenset(self.outer)  # of what lies outside the blocks, all that is ever loaded
         self.sees = False  # whether `vision` is loaded
         self._fill_outer(self.outer, {})
         for name, buffer in list(self.model.named_buffers()):
             holder, _, attribute = name.rpartition(".")
             self.model.get_submodule(holder)._buffers[attribute] = buffer.to(device)
+
+    def _find_layers(self) -> list[nn.Module]:
+        blocks = self.layout.blocks
+        try:
+            return list(self.model.get_submodule(blocks).children())
+        except AttributeError:
+            raise Refusal(
+                f"tower {self.tower}: this {self.config.model_type} has no {blocks} for it; its row in FAMILIES "
+                "(stages/blocks.py) is for other models of this type"
+            ) from None
 
     def _on_visit(self, index: int, call: Call, hidden: Tensor) -> Tensor:
         return self._visit(index, call, hidden)
@@ -208,6 +224,11 @@ class Skeleton:
 
         `varying`: the samples' own inputs among VARYING, (samples, ..., length), where they have any.
         """
+        nothing, given = self._nothing(samples, length), self._given(varying or {})
+        return self._called(lambda: self.model(inputs_embeds=nothing, use_cache=False, **given))
+
+    def _called(self, run: Callable[[], object]) -> list[Call]:
+        """How each layer is called when `run` runs the model, each giving what it is given."""
         seen: list[Call] = []
 
         def visit(index: int, call: Call, hidden: Tensor) -> Tensor:
@@ -217,7 +238,7 @@ class Skeleton:
             return hidden
 
         with self._visiting(visit), suppress(_Stop):
-            self.model(inputs_embeds=self._nothing(samples, length), use_cache=False, **self._given(varying or {}))
+            run()
         return seen
 
     def _given(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -240,6 +261,10 @@ class Skeleton:
             found["position_ids"] = positions.movedim(0, 1).int()
         return found
 
+    def positions(self, length: int, first: Mapping[str, Tensor]) -> int:
+        """How long a sample is of which `length` tokens are wanted. `first`: the first one's varying inputs."""
+        return length
+
     def _nothing(self, samples: int, length: int) -> Tensor:
         """Zeros in place of embedded tokens, as wide as the embedding (OPT's can be narrower than its blocks)."""
         embedding: Any = self.model.get_input_embeddings()
@@ -250,14 +275,18 @@ class Skeleton:
 
         With images the model merges their features into the embedded tokens; `open_eyes` comes before that.
         """
+        given = self._given(inputs) | {"input_ids": inputs["input_ids"].long().to(self.device)}
+        return self._entering(lambda: self.model(**given, use_cache=False))
+
+    def _entering(self, run: Callable[[], object]) -> Tensor:
+        """The first layer's input when `run` runs the model."""
 
         def visit(index: int, call: Call, hidden: Tensor) -> Tensor:
             raise _Stop(hidden)
 
-        given = self._given(inputs) | {"input_ids": inputs["input_ids"].long().to(self.device)}
         with self._visiting(visit):
             try:
-                self.model(**given, use_cache=False)
+                run()
             except _Stop as stop:
                 return stop.hidden
         raise AssertionError("the model never called its first layer")
@@ -269,7 +298,7 @@ class Skeleton:
 
     def assembled(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Layer `index` holding `tensors` (names inside the block); the skeleton's own layer stays on meta."""
-        shared = [self.config, self.config.get_text_config()]
+        shared = [self.config, self.config.get_text_config(), getattr(self.config, "vision_config", None)]
         layer = copy.deepcopy(self.layers[index], {id(config): config for config in shared})
         layer.load_state_dict(tensors, assign=True, strict=True)
         for module in layer.modules():

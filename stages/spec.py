@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stages.recipe import Recipe, pieces
+from stages.recipe import Recipe, Tower, pieces
 
 HOME = "espalier"  # a run's own directory inside its output
 
@@ -22,6 +22,7 @@ class ShardSpec:
     output: str
     scratch: str
     length: int
+    tower: Tower = "language"  # whose blocks these are
     dtype: str = "auto"
     device: str = "cpu"
     resident: Literal["all", "one"] = "all"

@@ -5,7 +5,7 @@ Most models call a block in the same way for all windows of one length. One that
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.blocks import Call
 
+BY_SAMPLE = ("image_grid_thw",)  # of such inputs, those that are no entry a token
 Make = Callable[[int, int, Mapping[str, Tensor] | None], list[Call]]  # (samples, length, inputs) -> a call a layer
 
 
@@ -34,7 +35,8 @@ class Varying:
     def calls(self, samples: Sequence[int], length: int | None = None) -> list[Call]:
         """How each layer is called for those samples together, or for their first `length` tokens."""
         if (tuple(samples), length) != self._last:
-            chosen = {name: values[list(samples)][..., :length] for name, values in self._inputs.items()}
+            chosen = {name: values[list(samples)] for name, values in self._inputs.items()}
+            chosen |= {name: values[..., :length] for name, values in chosen.items() if name not in BY_SAMPLE}
             tokens = next(iter(chosen.values())).shape[-1]
             self._calls = self._make(len(samples), tokens, chosen)  # of these alone: tables of all would fill memory
             self._last = tuple(samples), length
@@ -46,10 +48,15 @@ class Varying:
         self._passed[index] = start + samples
         return self.calls(range(start, start + samples))[index]
 
+    @property
+    def first(self) -> dict[str, Tensor]:
+        """The first sample's inputs."""
+        return {name: values[:1] for name, values in self._inputs.items()}
+
     def call(self, index: int, length: int) -> "VaryingCall":
         """Layer `index`'s call: for the first sample's first `length` tokens as it stands, for others by `at`."""
         first = self.calls([0], length)[index]
-        return VaryingCall(first.args, first.kwargs, first.keyword, lambda samples: self.calls(samples)[index])
+        return _varied(first, lambda samples: self.calls(samples)[index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +69,12 @@ class VaryingCall(Call):
         return self.source(samples)
 
     def to(self, dtype: torch.dtype) -> "VaryingCall":
-        cast = Call.to(self, dtype)
-        return VaryingCall(cast.args, cast.kwargs, cast.keyword, lambda samples: self.source(samples).to(dtype))
+        cast = Call(self.args, self.kwargs, self.keyword, packed=self.packed).to(dtype)
+        return _varied(cast, lambda samples: self.source(samples).to(dtype))
+
+
+def _varied(call: Call, source: Callable[[Sequence[int]], Call]) -> VaryingCall:
+    return VaryingCall(call.args, call.kwargs, call.keyword, source, packed=call.packed)
 
 
 def inside(inner: Call, outer: Call) -> Call:
@@ -71,6 +82,7 @@ def inside(inner: Call, outer: Call) -> Call:
 
     What varies must have been handed on as it was: the block's very tensors are what tells them apart.
     """
+    inner = replace(inner, packed=outer.packed)
     if not isinstance(outer, VaryingCall):
         return inner
     handed = {id(tensor) for tensor in _tensors((outer.args, outer.kwargs))}
@@ -84,9 +96,9 @@ def inside(inner: Call, outer: Call) -> Call:
         )  # one layer's calls have one structure
         swapped = {id(old): new for old, new in pairs}
         args, kwargs = _replaced((inner.args, inner.kwargs), swapped)
-        return Call(args, kwargs, inner.keyword)
+        return replace(inner, args=args, kwargs=kwargs)
 
-    return VaryingCall(inner.args, inner.kwargs, inner.keyword, source)
+    return _varied(inner, source)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ WINDOW = 6  # of the sliding layers: shorter than the sequences that the tests r
 VOCABULARY = 128
 HIDDEN = 32
 LAYERS = 2
+VISION_LAYERS = 3
 
 _ENDS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.15}
 _TEXT: dict[str, Any] = _ENDS | {
@@ -30,7 +31,7 @@ _MIXED = {"head_dim": 8, "sliding_window": WINDOW, "layer_types": ["sliding_atte
 _VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": VISION_LAYERS,
     "num_attention_heads": 2,
     "image_size": 16,
     "patch_size": 8,
@@ -92,7 +93,8 @@ def config_of(name: str) -> PreTrainedConfig:
             vision_config=_VISION, text_config=_TEXT | _MIXED, mm_tokens_per_image=4, image_token_id=127
         )  # its head is tied
     if name == "qwen2_vl":
-        vision = {"embed_dim": 16, "depth": 1, "num_heads": 2, "hidden_size": HIDDEN, "patch_size": 8}
+        vision = {"embed_dim": 16, "depth": VISION_LAYERS, "num_heads": 2, "hidden_size": HIDDEN, "patch_size": 8}
+        vision["initializer_range"] = 0.15
         rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
         return transformers.Qwen2VLConfig(
             vision_config=vision,

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.flops import Shapes, forward_flops, shapes_of, training_flops
+from stages.flops import Shapes, encoder_shapes, forward_flops, shapes_of, training_flops
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 
@@ -29,6 +29,20 @@ def test_forward_flops_are_what_torch_counts(tied: bool) -> None:
     attention = 2.0 * tokens * shapes.layers * shapes.width * length
     rotary = 2 * SMALL["hidden_size"] // SMALL["num_attention_heads"] // 2 * tokens
     assert forward_flops(shapes, tokens, length) + attention == pytest.approx(counter.get_total_flops(), abs=rotary)
+
+
+def test_flops_of_a_vision_towers_blocks_are_what_torch_counts() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8, attn_implementation="eager")
+    encoder = transformers.CLIPVisionModel(config).eval().encoder
+    images, positions = 2, 5
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(inputs_embeds=torch.zeros(images, positions, 32))
+    linears = [
+        (name, *module.weight.shape) for name, module in encoder.named_modules() if isinstance(module, nn.Linear)
+    ]
+    counted = forward_flops(encoder_shapes(linears, 2, 32), images * positions, positions)
+    assert counted == counter.get_total_flops()
 
 
 def test_training_costs_three_forward_passes_and_six_operations_a_weight() -> None:
