@@ -143,6 +143,7 @@ def plan(
     length: Annotated[str, typer.Option(help="Tokens in a window.")] = "auto",
     spool_memory: Annotated[str, typer.Option(help="Memory of a shard for activations.")] = "1GiB",
     reconstruct: Annotated[str, typer.Option(help="component or none.")] = "component",
+    tower: Annotated[str, typer.Option(help="language or vision.")] = "language",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -165,6 +166,7 @@ def plan(
         spool_memory=spool_memory,
         reconstruct=reconstruct,
         dtype=dtype,
+        tower=tower,
     )
     show(result, as_json, lambda: plan_table(result))
 

@@ -21,7 +21,7 @@ from stages.allocation import Override, resolve_overrides
 from stages.criteria import CRITERIA, check_criterion, check_options
 from stages.errors import Refusal
 from stages.masks import check_sparsity, check_threshold, parse_pattern
-from stages.recipe import Rebuild, Recipe
+from stages.recipe import Rebuild, Recipe, Tower
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -79,6 +79,11 @@ class PruneConfig(ClusterConfig):
     calibration: str | list[str] | list[list[int]] = Field(
         description="Calibration text: text file, JSONL, Parquet, a folder of those, or hub data set; for a model "
         "that sees also a folder of images with captions.jsonl."
+    )
+    tower: Tower = Field(
+        "language",
+        description="Which blocks of a model that sees are pruned; vision: those that look at its images, the rest "
+        "copied as it is.",
     )
     sparsity: float = Field(0.5, description="Share of the weights to remove, at least 0 and below 1.")
     pattern: str | None = Field(None, description="N:M instead of --sparsity: keep N of every M inputs, such as 2:4.")
@@ -201,6 +206,11 @@ class PruneConfig(ClusterConfig):
             )
         if self.pattern is not None and self.scope == "matrix":
             raise Refusal(f"scope matrix with pattern {self.pattern}: N:M compares within groups; leave --scope out")
+        if self.tower == "vision" and self.eval is not None:
+            raise Refusal(
+                f"eval {self.eval} with tower vision: text does not pass through the vision tower, so its perplexity "
+                "would stay the dense model's; leave --eval out"
+            )
         check_options(self.criterion, self.criterion_options)
         self._check_sweeps()
         self.rules  # noqa: B018 refuses entries that are wrong in themselves
@@ -292,7 +302,7 @@ class PruneConfig(ClusterConfig):
     @property
     def recipe_name(self) -> str:
         """Such as `wanda 50% + swaps + component`."""
-        parts = [self.mask_name]
+        parts = [self.mask_name] if self.tower == "language" else ["vision tower", self.mask_name]
         parts += [] if self.reconstruct == "none" else [self.reconstruct]
         parts += ["pruned inputs"] if self.inputs == "pruned" else []
         parts += [f"{self.sweeps} sweep{'s' if self.sweeps > 1 else ''}"] if self.sweeps else []

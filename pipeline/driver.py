@@ -34,7 +34,7 @@ from pipeline.tracking import Recorder, block_metrics, recorded_run, total_metri
 from stages.allocation import AMOUNTS, owl
 from stages.checkpoint import Checkpoint, resolve
 from stages.choose import EXPERT_TOKENS
-from stages.flops import shapes_of
+from stages.flops import Shapes, encoder_shapes, shapes_of
 from stages.images import ImageTable
 from stages.measure import Measures
 from stages.meter import peak_bytes
@@ -118,7 +118,7 @@ def _request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
 def _inspect(config: PruneConfig) -> tuple[ModelFacts, str]:
     model = resolve(config.model)
     checkpoint, settings = Checkpoint(model), read_config(model, config.trust_remote_code)
-    facts = model_facts(settings, config.model, config.dtype, checkpoint)
+    facts = model_facts(settings, config.model, config.dtype, checkpoint, config.tower)
     check_recipe_fits(facts, config.recipe)
     check_calibration(config, facts)
     fingerprint = check_headers(facts, checkpoint)
@@ -317,7 +317,8 @@ class _Run:
             )
 
     def _stream(self, table: TokenTable | ImageTable) -> Stream:
-        return stream_of(table, microbatch_size(self.config.microbatch, self.length), self.config.window)
+        microbatch = microbatch_size(self.config.microbatch, self.length, self.facts.packed)
+        return stream_of(table, microbatch, self.config.window)
 
     def _dense_perplexity(self, fleet: Fleet, table: TokenTable | None) -> float | None:
         if table is None:
@@ -372,6 +373,12 @@ class _Run:
             f"resident {layout.resident}; estimate {peak / 1e9:.2f} GB a shard"
         )
 
+    def _shapes(self) -> Shapes:
+        facts, config = self.facts, self.config
+        if facts.tower == "vision":
+            return encoder_shapes(facts.linears, facts.blocks, facts.hidden)
+        return shapes_of(facts.linears, read_config(resolve(config.model), config.trust_remote_code))
+
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
         self.reporter.note(f"warning: {text}")
@@ -380,9 +387,8 @@ class _Run:
         run, layers = self.run, [layer for block in self.run["blocks"] for layer in block["layers"].values()]
         run["sparsity"] = sum(layer["zeros"] for layer in layers) / sum(layer["weights"] for layer in layers)
         run["peak_memory"] = {"driver": peak_bytes(), **run["peak_memory"]}
-        shapes = shapes_of(self.facts.linears, read_config(resolve(self.config.model), self.config.trust_remote_code))
         rebuilt = sum(unit["flops"] for block in run["blocks"] for unit in block["units"])
-        run |= self.spending.record(self.nodes, shapes, self.length, {"work": rebuilt})
+        run |= self.spending.record(self.nodes, self._shapes(), self.length, {"work": rebuilt})
         run["versions"] = {name: version(name) for name in PACKAGES}
         run["status"], run["warnings"] = "finished", self.warnings
         run["tracking_uri"], run["mlflow_run_id"] = recorder.tracking_uri, recorder.wait_for_run_id(5)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 PANELS = {
+    "tower": "What",
     **dict.fromkeys(("sparsity", "pattern", "threshold", "criterion", "criterion_options"), "Masks"),
     **dict.fromkeys(("scope", "allocation", "refine"), "Masks"),
     **dict.fromkeys(("reconstruct", "inputs", "sweeps", "correction"), "Reconstruction"),

@@ -27,6 +27,7 @@ def forecast(
     spool_memory: str,
     reconstruct: str,
     dtype: str,
+    tower: str = "language",
 ) -> dict[str, Any]:
     """What each shard would hold, and whether blocks stay resident. Reads config.json only.
 
@@ -44,10 +45,11 @@ def forecast(
             "spool_memory": spool_memory,
             "reconstruct": reconstruct,
             "dtype": dtype,
+            "tower": tower,
         },
         PruneConfig,
     )
-    facts = model_facts(read_config(directory), model, config.dtype)
+    facts = model_facts(read_config(directory), model, config.dtype, tower=config.tower)
     places = nodes * gpus_per_node or shards or min(facts.blocks, cores())
     count = shards or min(places, facts.blocks)
     if gpus_per_node and count > places:

@@ -15,9 +15,11 @@ from stages.captions import holds_images
 from stages.checkpoint import resolve
 from stages.errors import Refusal
 from stages.images import ImageTable, build_image_table, load_processor
+from stages.pixels import build_pixel_table
 from stages.shard import compute_dtype
 from stages.skeleton import Skeleton, read_config
 from stages.tokens import TokenTable, build_token_table
+from stages.vision import VisionSkeleton
 
 Purpose = Literal["calibration", "evaluation", "training"]
 
@@ -37,22 +39,25 @@ def check_calibration(config: PruneConfig, facts: ModelFacts) -> None:
 
 
 def image_table(config: PruneConfig, length: int, home: Path) -> ImageTable | None:
-    """The images to calibrate on, the same again when the run is resumed; None where it is text."""
+    """The images to calibrate on, the same again when the run is resumed; None where it is text.
+
+    Raises Refusal for text that is to calibrate a vision tower.
+    """
     if image_file(home).exists():
         return ImageTable.open(image_file(home))
-    if not isinstance(config.calibration, str) or not holds_images(config.calibration):
-        return None
+    source = config.calibration
+    if not isinstance(source, str) or not holds_images(source):
+        if config.tower == "language":
+            return None
+        given = source if isinstance(source, str) else "a list"
+        raise Refusal(f"calibration {given} with tower vision: no folder of images, and it sees no text; give one")
     model = resolve(config.model)
     settings = read_config(model, config.trust_remote_code)
-    return build_image_table(
-        config.calibration,
-        load_processor(model, config.trust_remote_code),
-        Skeleton(settings, compute_dtype(settings, config.dtype)),
-        length=length,
-        samples=config.samples,
-        seed=config.seed,
-        path=image_file(home),
-    )
+    dtype, processor = compute_dtype(settings, config.dtype), load_processor(model, config.trust_remote_code)
+    wanted: dict[str, Any] = {"length": length, "samples": config.samples, "seed": config.seed}
+    if config.tower == "vision":
+        return build_pixel_table(source, processor, VisionSkeleton(settings, dtype), path=image_file(home), **wanted)
+    return build_image_table(source, processor, Skeleton(settings, dtype), path=image_file(home), **wanted)
 
 
 def token_table(

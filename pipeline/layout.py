@@ -91,6 +91,7 @@ class Layout:
                 output=output,
                 scratch=scratch,
                 length=self.length,
+                tower=facts.tower,
                 dtype=config.dtype,
                 device=device,
                 resident=resident,
@@ -114,7 +115,8 @@ def arrange(config: ClusterConfig, facts: ModelFacts, load: Load) -> Layout:
     if config.device == "cuda" and not gpus and config.address is None:
         raise Refusal("device cuda: this machine has no CUDA device; use --device cpu or --address of a GPU cluster")
     wanted = shards or min(-(-facts.blocks // load.window), gpus or max(1, cores() // config.threads))
-    microbatch_bytes = microbatch_size(config.microbatch, length) * length * facts.hidden * facts.itemsize
+    microbatch_bytes = length * facts.hidden * facts.itemsize
+    microbatch_bytes *= microbatch_size(config.microbatch, length, facts.packed)
     return Layout(
         config=config,
         facts=facts,

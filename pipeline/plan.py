@@ -13,14 +13,15 @@ from transformers import PreTrainedConfig
 
 from pipeline.config import PruneConfig
 from stages.allocation import check_matches
-from stages.blocks import prunable
+from stages.blocks import layout_of, prunable
 from stages.checkpoint import Checkpoint
 from stages.criteria import find_criterion
 from stages.errors import Refusal
 from stages.masks import check_divisible
-from stages.recipe import Recipe, pieces
-from stages.shard import compute_dtype
-from stages.skeleton import Skeleton, tied_names
+from stages.recipe import Recipe, Tower, pieces
+from stages.shard import ENDS_FILE_BYTES, compute_dtype
+from stages.skeleton import tied_names
+from stages.vision import SKELETONS
 
 PROCESS_BYTES = 600 << 20  # a shard's process with torch, transformers and Ray loaded and nothing else
 MICROBATCH_TOKENS = 2048
@@ -35,13 +36,16 @@ class ModelFacts:
 
     path: str
     family: str
+    tower: Tower
     dtype: str
     itemsize: int
     hidden: int
     vocabulary: int
     context: int
     parameters: int
-    ends_bytes: int
+    ends_bytes: int  # outside the blocks, held by the first or the last shard
+    copied_bytes: int  # outside the blocks, only copied
+    copied_at_once: int  # of these, what is in memory together
     block_bytes: tuple[int, ...]
     unit_parameters: tuple[tuple[int, ...], ...]  # parameters of each component, block by block
     largest_matrix: int
@@ -63,13 +67,20 @@ class ModelFacts:
 
     @property
     def total_bytes(self) -> int:
-        return sum(self.block_bytes) + self.ends_bytes
+        return sum(self.block_bytes) + self.ends_bytes + self.copied_bytes
+
+    @property
+    def packed(self) -> bool:
+        """Whether samples differ in length, and so pass through the blocks one at a time."""
+        return layout_of(self.family, self.tower).packed
 
     def summary(self) -> dict[str, Any]:
         """For run.json."""
         return {
             "path": self.path,
             "family": self.family,
+            "tower": self.tower,
+            "images": layout_of(self.family).images,
             "blocks": self.blocks,
             "parameters": self.parameters,
             "prunable": self.prunable,
@@ -78,15 +89,18 @@ class ModelFacts:
 
 
 def model_facts(
-    config: PreTrainedConfig, path: str, dtype: str = "auto", checkpoint: Checkpoint | None = None
+    config: PreTrainedConfig,
+    path: str,
+    dtype: str = "auto",
+    checkpoint: Checkpoint | None = None,
+    tower: Tower = "language",
 ) -> ModelFacts:
     """Sizes from the config alone, names as the checkpoint has them (without it: as transformers would save them).
 
-    Raises Refusal for a family that is not known here.
+    Raises Refusal for a family that is not known here, and for the vision tower of one that has none.
     """
     torch_dtype = compute_dtype(config, dtype)
-    skeleton = Skeleton(config, torch_dtype, checkpoint=checkpoint)
-    text = config.get_text_config()
+    skeleton = SKELETONS[tower](config, torch_dtype, checkpoint=checkpoint)
     item = torch_dtype.itemsize
     linears, stored, units, sizes, layers = [], [], [], [], []
     largest = 0
@@ -106,17 +120,22 @@ def model_facts(
                 linears.append((name, out, into))
                 stored.append(tuple(matrix.shape))
     tied = tied_names(skeleton.model)
-    ends = sum(p.numel() for name, p in skeleton.model.named_parameters() if name not in tied)
+    outside = {name: p.numel() for name, p in skeleton.model.named_parameters() if name not in tied}
+    ends = sum(size for name, size in outside.items() if name in skeleton.ends)
+    copied = [size for name, size in outside.items() if name not in skeleton.ends]
     return ModelFacts(
         path=path,
         family=config.model_type,
+        tower=tower,
         dtype=str(torch_dtype).removeprefix("torch."),
         itemsize=item,
         hidden=skeleton.hidden_size,
         vocabulary=skeleton.vocabulary,
-        context=getattr(text, "max_position_embeddings", LENGTH) or LENGTH,
-        parameters=sum(sizes) // item + ends,
+        context=skeleton.context,
+        parameters=sum(sizes) // item + sum(outside.values()),
         ends_bytes=ends * item,
+        copied_bytes=sum(copied) * item,
+        copied_at_once=min(sum(copied) * item, max(ENDS_FILE_BYTES, max(copied, default=0) * item)),
         block_bytes=tuple(sizes),
         unit_parameters=tuple(units),
         largest_matrix=largest,
@@ -196,7 +215,17 @@ def _check_shadow(recipe: Recipe) -> None:
 
 
 def window_length(facts: ModelFacts, asked: int | Literal["auto"]) -> int:
-    """Tokens of a window. Raises Refusal if it is longer than the model's context."""
+    """Tokens of a window, or positions of an image (at most, where they may be of any size).
+
+    Raises Refusal if it is longer than the model's context, and for images that are of one length.
+    """
+    if facts.tower == "vision" and not facts.packed:
+        if asked not in ("auto", facts.context):
+            raise Refusal(
+                f"length {asked} with tower vision: a sample is an image, which takes {facts.context} positions; leave "
+                "--length out"
+            )
+        return facts.context
     if asked == "auto":
         return min(LENGTH, facts.context)
     if asked > facts.context:
@@ -204,8 +233,15 @@ def window_length(facts: ModelFacts, asked: int | Literal["auto"]) -> int:
     return asked
 
 
-def microbatch_size(asked: int | Literal["auto"], length: int) -> int:
-    """Windows streamed together."""
+def microbatch_size(asked: int | Literal["auto"], length: int, packed: bool = False) -> int:
+    """Windows streamed together. Raises Refusal for more than one image where they may be `packed`."""
+    if packed:
+        if asked not in ("auto", 1):
+            raise Refusal(
+                f"microbatch {asked} with tower vision: this model's images may differ in size, so they pass one at a "
+                "time; leave --microbatch out"
+            )
+        return 1
     return max(1, MICROBATCH_TOKENS // length) if asked == "auto" else asked
 
 
@@ -276,6 +312,7 @@ def estimate_shard(
     carried = 2 * tokens * facts.hidden * facts.itemsize if resident == "one" or (recipe and recipe.sequential) else 0
     in_memory = min(spooled + carried, spool_memory)
     both = min(training + in_memory, max(training, spool_memory))  # activations make room for the fit
+    copied = 0 if first or gpu else facts.copied_at_once
     copy = window * max(sizes)  # the pruned copy of the blocks in work
     if recipe is not None and "importance" in recipe.needs:
         copy += copy // facts.itemsize * 4  # what the shadow says of them
@@ -284,7 +321,7 @@ def estimate_shard(
         training=training,
         spool_memory=in_memory,
         spool_disk=spooled + carried - in_memory,
-        peak=weights + copy + (training if gpu else PROCESS_BYTES + both),
+        peak=weights + copied + copy + (training if gpu else PROCESS_BYTES + both),
     )
 
 

@@ -42,7 +42,7 @@ def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
     drawn = {title: path for title, path in pictures.items() if path is not None}
     report = directory / "report.md"
     sections = [
-        f"# {run['model'].get('family', 'model')} pruned to {percent(run.get('sparsity'))} zeros",
+        f"# {_what(run['model'], run['model'].get('family', 'model'))} pruned to {percent(run.get('sparsity'))} zeros",
         sentence(run),
         warnings(run),
         "## Results\n\n" + _results(run),
@@ -68,8 +68,9 @@ def sentence(run: Mapping[str, Any]) -> str:
     refined = config.get("refine") or "none"
     shards = run.get("shards", ())
     text = (
-        f"`{model['path']}` ({model['blocks']} blocks, {count(model.get('parameters'))} parameters, "
-        f"{count(model.get('prunable'))} of them prunable) was pruned to {target} by {config.get('criterion', '?')}"
+        f"{_what(model, '`{path}`'.format(**model))} ({model['blocks']} blocks, "
+        f"{count(model.get('parameters'))} parameters, {count(model.get('prunable'))} of them prunable) was pruned to "
+        f"{target} by {config.get('criterion', '?')}"
     )
     if refined != "none":
         text += f", its masks refined by {refined}"
@@ -81,6 +82,10 @@ def sentence(run: Mapping[str, Any]) -> str:
         text += f": perplexity {number(pruned)}"
         text += f", where the dense model has {number(dense)}" if dense is not None else ""
     return text + "."
+
+
+def _what(model: Mapping[str, Any], name: str) -> str:
+    return f"The vision tower of {name}" if model.get("tower") == "vision" else name
 
 
 def _unit_of_reconstruction(rebuilt: str) -> str:
@@ -179,6 +184,13 @@ def _error_cell(unit: Mapping[str, Any] | None) -> str:
 
 def loading(run: Mapping[str, Any]) -> str:
     output = str(run["output"])
+    if run["model"].get("images"):
+        return (
+            "A plain checkpoint with exact zeros:\n\n```python\n"
+            "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+            f"model = AutoModelForImageTextToText.from_pretrained({output!r}, dtype='auto')\n"
+            f"processor = AutoProcessor.from_pretrained({output!r})\n```"
+        )
     return (
         "A plain checkpoint with exact zeros:\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -69,6 +69,7 @@ def test_every_field_is_a_flag_and_gets_there(asked: Any) -> None:
         "address": "a:1",
         "output": "o",
         "calibration": "c",
+        "tower": "language",
         "sparsity": 0.25,
         "criterion": "stochria",
         "shadow": "s",

@@ -16,12 +16,17 @@ from streaming import GENTLE, make_shards, same_bits
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PixtralVisionConfig
 
+from pipeline.plan import model_facts
 from stages.blocks import FAMILIES, layout_of
 from stages.captions import find_images
+from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
 from stages.images import ImageTable, load_processor
+from stages.masks import keep_mask
 from stages.pixels import build_pixel_table
 from stages.recipe import Recipe, WorkOrder
+from stages.shadow import ShadowSpec
+from stages.shadow_store import write_shadow
 from stages.shard import Shard
 from stages.skeleton import read_config
 from stages.spec import block_file
@@ -217,6 +222,28 @@ def test_width_and_positions_come_from_the_model(seeing) -> None:
     }
     assert sizes["qwen2_vl"].hidden_size == 16
     assert sizes["qwen2_vl"].positions(1, {"image_grid_thw": torch.tensor([[1, 4, 6]])}) == 24
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_sizes_are_those_of_the_tower_and_of_what_is_copied(seeing, name) -> None:
+    config, dense = read_config(seeing(name)), load_file(seeing(name) / "model.safetensors")
+    facts = model_facts(config, name, checkpoint=Checkpoint(seeing(name)), tower="vision")
+    assert (facts.blocks, facts.hidden, facts.packed) == (VISION_LAYERS, 16, name == "qwen2_vl")
+    assert facts.total_bytes == sum(tensor.nbytes for tensor in dense.values()) == 4 * facts.parameters
+    assert {dense[stored].shape for stored, _, _ in facts.linears} == set(facts.stored)
+    assert 0 < facts.ends_bytes < facts.copied_bytes == facts.copied_at_once
+
+
+def test_a_shadow_scores_the_tower_by_what_it_holds_of_it(seeing, table, tmp_path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(seeing("llava"))
+    generator = torch.Generator().manual_seed(0)
+    held = {name: torch.rand(values.shape, generator=generator) for name, values in model.named_parameters()}
+    write_shadow(tmp_path / "shadow", model.config, held, ShadowSpec(), updates=1)
+    recipe = Recipe(criterion="temporal", shadow=str(tmp_path / "shadow"), reconstruct="none")
+    pruned(seeing("llava"), tmp_path, "llava", table("llava"), recipe)
+    written = load_file(tmp_path / "output" / block_file(1))
+    (weight,) = (values for key, values in written.items() if key.endswith("mlp.fc1.weight"))
+    assert torch.equal(weight != 0, keep_mask(held[f"{TOWER['llava']}.1.mlp.fc1.weight"], 0.5))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
