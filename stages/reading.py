@@ -33,11 +33,13 @@ def read_numbers(model: Any, pictures: Pictures) -> list[float]:
     """What the model says of each picture, in their order; at most as many tokens as the longest true answer takes."""
     longest = max(len(pictures.answer_ids(index)) for index in range(len(pictures)))
     tokenizer, said = pictures.tokenizer, []
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    options = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    # A model of which little is left may say the token that stands for an image, of which there is none.
+    options |= {"suppress_tokens": [model.config.image_token_id], "use_cache": True, "do_sample": False}
     for start in range(0, len(pictures), BATCH):
         asked = pictures.questions(range(start, min(start + BATCH, len(pictures))))
         inputs = {name: tensor.to(model.device) for name, tensor in asked.items()}
-        ids = model.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1, **ends)
+        ids = model.generate(**inputs, max_new_tokens=longest, num_beams=1, **options)
         answers = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         said += [said_number(answer) for answer in answers]
     return said

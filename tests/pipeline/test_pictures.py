@@ -91,6 +91,15 @@ def test_the_recipes_model_reads_and_learns_its_pictures(tmp_path: Path) -> None
     read = material.measure(tmp_path / "trained")
     assert read[METRIC] >= 0 and 0 <= read["read exactly"] <= 1
 
+    # What is left after pruning may take the token that stands for an image for the likeliest: no image is there.
+    with torch.no_grad():
+        hidden = model.model(**{name: batch[name] for name in ("input_ids", "pixel_values")}).last_hidden_state
+        model.lm_head.weight[model.config.image_token_id] = 100 * hidden.mean((0, 1))
+        said = model(**batch, use_cache=False).logits.argmax(-1)
+    assert (said[:, -8:] == model.config.image_token_id).all()
+    model.save_pretrained(tmp_path / "damaged")
+    assert material.measure(tmp_path / "damaged")[METRIC] >= 0
+
 
 def test_a_folder_of_ones_own_is_read_instead(tmp_path: Path) -> None:
     folder = render(tmp_path / "mine", 10, 24, seed=5)

@@ -75,6 +75,7 @@ class Stub:
     """A model that always says the same."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(image_token_id=3)
 
     def __init__(self, answer: str) -> None:
         self._answer = torch.tensor([[ord(character) for character in answer]])
