@@ -1,11 +1,14 @@
 """The model that is to be trained: read from a checkpoint or begun at random, pruned like another one if asked for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from stages.checkpoint import INDEX, PICKLES, Checkpoint
 from stages.errors import Refusal
@@ -34,14 +37,15 @@ def load_model(directory: Path, dtype: torch.dtype, seed: int, trust_remote_code
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         return model.to(dtype).train()
     Checkpoint(directory)
-    model, notes = auto.from_pretrained(
-        directory,
-        config=config,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
+    with _without_bars():
+        model, notes = auto.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     if notes["missing_keys"]:
         first = sorted(notes["missing_keys"])[0]
         raise Refusal(f"{directory}: no tensor {first}; the checkpoint does not match its config.json")
@@ -49,6 +53,18 @@ def load_model(directory: Path, dtype: torch.dtype, seed: int, trust_remote_code
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
             raise Refusal(f"{directory}: {name} holds NaN or infinite weights; repair the checkpoint")
     return model.train()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Within it transformers draws no progress bar over the lines of a run."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_mask(model: Path, mask: Path, trust_remote_code: bool = False) -> Skeleton:
