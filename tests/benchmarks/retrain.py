@@ -1,6 +1,6 @@
 """Retraining against reconstruction: perplexity, seconds and memory at equal tokens, and at ten times as many.
 
-    python tests/benchmarks/retrain.py [--model DIR] [--scratch DIR] [--zero-stage 1] [--rates 1e-4 3e-4 1e-3]
+    python tests/benchmarks/retrain.py [--model DIR] [--scratch DIR] [--zero-stage 1] [--rates 3e-5 1e-4 3e-4]
 
 A model is pruned by Wanda at 50 % and 2:4; once left so, once rebuilt (component by component, one epoch, with and
 without swaps before it), on two shards of one thread. Each bare pruned model is then retrained under ZeRO with its
@@ -116,7 +116,8 @@ def measure(settings: argparse.Namespace) -> list[Row]:
 
     def add(row: Row) -> None:
         rows.append(row)
-        print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
+        shown = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
+        print(shown, flush=True)
 
     # The ranks hold their CPUs while the shards want theirs.
     cluster = local_cluster(cpus=2 * PROCESSES, object_store_bytes=256 << 20)
@@ -155,7 +156,7 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = trained_model.parser(__doc__, "espalier-retrain")
     parser.add_argument("--zero-stage", type=int, default=1)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-5, 1e-4, 3e-4])
     settings = trained_model.parsed(parser)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{settings.scratch / 'mlflow.db'}"
     print(table(measure(settings)))
