@@ -13,10 +13,11 @@ from rich.console import Console
 from cluster.connect import connect
 from cluster.fleet import Fleet
 from pipeline.config import EvalConfig
+from pipeline.facts import check_headers, model_facts
 from pipeline.inputs import load_tokenizer, stream_of
 from pipeline.layout import Layout, Load, arrange
-from pipeline.plan import check_headers, microbatch_size, model_facts
 from pipeline.progress import Reporter, reporter_for
+from pipeline.settle import microbatch_size
 from stages.checkpoint import Checkpoint, resolve
 from stages.errors import Refusal
 from stages.measure import Measures

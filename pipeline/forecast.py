@@ -6,9 +6,11 @@ from typing import Any
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from pipeline.config import PruneConfig, build_config
+from pipeline.facts import model_facts
 from pipeline.layout import DRIVER_BYTES, Load, estimates_by_resident
 from pipeline.machine import cores, memory_available
-from pipeline.plan import choose_resident, model_facts, split_blocks, window_length
+from pipeline.plan import choose_resident, split_blocks
+from pipeline.settle import window_length
 from stages.checkpoint import resolve
 from stages.errors import Refusal
 from stages.skeleton import read_config

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from cluster.fleet import Stream
 from pipeline.config import PruneConfig
-from pipeline.plan import ModelFacts
+from pipeline.facts import ModelFacts
 from pipeline.retrain_config import RetrainConfig
 from stages.blocks import layout_of
 from stages.captions import holds_images

@@ -7,18 +7,10 @@ from typing import Any, Literal
 from cluster.connect import Node, nodes
 from cluster.devices import smallest_gpu_bytes
 from pipeline.config import ClusterConfig, PruneConfig
+from pipeline.facts import ModelFacts
 from pipeline.machine import cores, memory_available
-from pipeline.plan import (
-    ModelFacts,
-    ShardEstimate,
-    as_dicts,
-    choose_resident,
-    estimate_shard,
-    free_bytes,
-    microbatch_size,
-    split_blocks,
-    window_length,
-)
+from pipeline.plan import ShardEstimate, as_dicts, choose_resident, estimate_shard, free_bytes, split_blocks
+from pipeline.settle import microbatch_size, window_length
 from stages.errors import Refusal
 from stages.spec import ShardSpec
 from stages.work import Recipe

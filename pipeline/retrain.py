@@ -17,13 +17,14 @@ from cluster.ranks import Ranks
 from pipeline.assemble import copy_companions
 from pipeline.config import build_config, located
 from pipeline.evaluate import sparsity_of
+from pipeline.facts import ModelFacts
 from pipeline.inputs import Purpose, token_table
-from pipeline.plan import ModelFacts, window_length
 from pipeline.progress import Reporter, human_seconds, reporter_for
 from pipeline.retrain_config import RetrainConfig
 from pipeline.retrain_plan import devices, inspect, spec_of
 from pipeline.retrain_report import write_report
 from pipeline.rundir import RunDirectory, check_free, check_same_model, disk_full_refused
+from pipeline.settle import window_length
 from pipeline.spending import Spending
 from pipeline.tracking import Recorder, recorded_run, total_metrics
 from stages.checkpoint import INDEX, resolve

@@ -8,9 +8,10 @@ from typing import cast
 import torch
 
 from cluster.ranks import Ranks
+from pipeline.facts import ModelFacts, check_headers, model_facts
 from pipeline.machine import cores
-from pipeline.plan import ModelFacts, check_headers, model_facts, window_length
 from pipeline.retrain_config import RetrainConfig
+from pipeline.settle import window_length
 from stages.batches import open_source
 from stages.checkpoint import Checkpoint, resolve
 from stages.errors import Refusal

@@ -18,9 +18,10 @@ import torch
 from streaming import BATCH, make_shards, prune
 
 from pipeline.config import PruneConfig
+from pipeline.facts import model_facts
 from pipeline.inputs import load_tokenizer
-from pipeline.plan import model_facts, settled
 from pipeline.progress import Reporter
+from pipeline.settle import settled
 from stages.skeleton import read_config
 from stages.tokens import build_token_table
 

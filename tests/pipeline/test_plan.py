@@ -14,15 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.cli import main
 from pipeline.config import PruneConfig
-from pipeline.plan import (
-    ModelFacts,
-    check_headers,
-    choose_resident,
-    estimate_shard,
-    model_facts,
-    settled,
-    split_blocks,
-)
+from pipeline.facts import ModelFacts, check_headers, model_facts
+from pipeline.plan import choose_resident, estimate_shard, split_blocks
+from pipeline.settle import settled
 from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
 from stages.recipe import Recipe

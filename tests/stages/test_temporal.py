@@ -12,7 +12,8 @@ from streaming import GENTLE, make_shards, prune
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import PruneConfig, build_config
-from pipeline.plan import check_recipe_fits, model_facts
+from pipeline.facts import model_facts
+from pipeline.settle import check_recipe_fits
 from stages.allocation import resolve_overrides
 from stages.checkpoint import Checkpoint
 from stages.errors import Refusal

@@ -16,7 +16,7 @@ from streaming import GENTLE, make_shards, same_bits
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PixtralVisionConfig
 
-from pipeline.plan import model_facts
+from pipeline.facts import model_facts
 from stages.blocks import FAMILIES, layout_of
 from stages.captions import find_images
 from stages.checkpoint import Checkpoint

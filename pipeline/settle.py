@@ -1,0 +1,89 @@
+"""A request held against one model: what it left open is settled, what does not fit the model is refused."""
+
+from typing import Literal
+
+from pipeline.config import PruneConfig
+from pipeline.facts import ModelFacts
+from stages.allocation import check_matches
+from stages.criteria import find_criterion
+from stages.errors import Refusal
+from stages.masks import check_divisible
+from stages.recipe import Recipe
+
+MICROBATCH_TOKENS = 2048
+LENGTH = 2048
+SWAPS_FROM = 4  # tokens for each channel of the widest input
+
+
+def settled(config: PruneConfig, facts: ModelFacts) -> PruneConfig:
+    """The configuration with `refine: auto` decided for this model.
+
+    Swaps take about O · I² operations a matrix, refitting O · I for each token: they are worth their time where the
+    tokens are several times the widest input.
+    """
+    if config.refine != "auto":
+        return config
+    widest = max(into for layers in facts.layers for _, _, into in layers)
+    tokens = config.samples * window_length(facts, config.length)
+    swaps = config.reconstruct != "none" and tokens >= SWAPS_FROM * widest
+    return config.model_copy(update={"refine": "swaps" if swaps else "none"})
+
+
+def check_recipe_fits(facts: ModelFacts, recipe: Recipe) -> None:
+    """Raises Refusal for a window larger than the model, an override that matches no layer, criterion options that a
+    layer's criterion does not take, rows that groups of M do not fill, and a threshold for SparseGPT, naming the first
+    such layer; for a shadow that is missing, or that no criterion reads."""
+    if recipe.window > facts.blocks:
+        raise Refusal(
+            f"reconstruct window:{recipe.window}: the model has {facts.blocks} blocks; give at most that many"
+        )
+    names = [(block, layer, into) for block, layers in enumerate(facts.layers) for layer, _, into in layers]
+    check_matches(recipe.overrides, [f"{block}.{layer}" for block, layer, _ in names])
+    for block, layer, into in names:
+        rule = recipe.rule(block, layer, recipe.sparsity)
+        if rule.pattern is not None:
+            check_divisible(into, rule.pattern, f"block {block}, {layer}")
+        if rule.threshold is not None and find_criterion(rule.criterion).solve is not None:
+            raise Refusal(
+                f"block {block}, {layer}: threshold {rule.threshold:g} with criterion {rule.criterion}, which chooses "
+                "so many of a few columns at a time as it goes; use --sparsity, or another criterion"
+            )
+    _check_shadow(recipe)
+
+
+def _check_shadow(recipe: Recipe) -> None:
+    if "importance" in recipe.needs and recipe.shadow is None:
+        raise Refusal("criterion temporal: scores by a shadow; give --shadow DIR, the shadow/ that a training run left")
+    if recipe.shadow is not None and "importance" not in recipe.needs:
+        raise Refusal(f"shadow {recipe.shadow}: criterion {recipe.criterion} does not read it; temporal does")
+
+
+def window_length(facts: ModelFacts, asked: int | Literal["auto"]) -> int:
+    """Tokens of a window, or positions of an image (at most, where they may be of any size).
+
+    Raises Refusal if it is longer than the model's context, and for images that are of one length.
+    """
+    if facts.tower == "vision" and not facts.packed:
+        if asked not in ("auto", facts.context):
+            raise Refusal(
+                f"length {asked} with tower vision: a sample is an image, which takes {facts.context} positions; leave "
+                "--length out"
+            )
+        return facts.context
+    if asked == "auto":
+        return min(LENGTH, facts.context)
+    if asked > facts.context:
+        raise Refusal(f"length {asked}: the model's context is {facts.context} tokens; give --length {facts.context}")
+    return asked
+
+
+def microbatch_size(asked: int | Literal["auto"], length: int, packed: bool = False) -> int:
+    """Windows streamed together. Raises Refusal for more than one image where they may be `packed`."""
+    if packed:
+        if asked not in ("auto", 1):
+            raise Refusal(
+                f"microbatch {asked} with tower vision: this model's images may differ in size, so they pass one at a "
+                "time; leave --microbatch out"
+            )
+        return 1
+    return max(1, MICROBATCH_TOKENS // length) if asked == "auto" else asked
