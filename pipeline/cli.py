@@ -118,7 +118,8 @@ def evaluate(
 
     Example: espalier eval ./llama-50 --data held-out.txt --against ./llama
     """
-    from pipeline.config import EvalConfig, build_config
+    from pipeline.config import EvalConfig
+    from pipeline.options import build_config
 
     request = build_config(given(values) | {"model": model}, EvalConfig)
     from pipeline.evaluate import evaluate as run

@@ -1,38 +1,15 @@
 """What a run was asked for: one frozen, typed object, the same names on the command line, in YAML and in Python."""
 
-from collections.abc import Mapping
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ByteSize,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
+from pipeline.options import Count, Length
 from stages.allocation import Override, resolve_overrides
 from stages.criteria import CRITERIA, check_criterion, check_options
 from stages.errors import Refusal
 from stages.masks import check_sparsity, check_threshold, parse_pattern
 from stages.recipe import Rebuild, Recipe, Tower
-
-Count = Annotated[int, Field(ge=1)]
-
-
-def _window(value: int | str) -> int | str:
-    if isinstance(value, int) and value < 2:
-        raise Refusal(f"length {value}: a window must have at least 2 tokens")
-    return value
-
-
-Length = Annotated[int | Literal["auto"], AfterValidator(_window)]
 
 
 class ClusterConfig(BaseModel):
@@ -309,21 +286,6 @@ class PruneConfig(ClusterConfig):
         return " + ".join(parts)
 
 
-Config = TypeVar("Config", bound=BaseModel)
-
-
-def located(config: Config, *names: str) -> Config:
-    """`config` with its output, and those of the options `names` that name something here, as absolute paths: so the
-    run can be gone on with from any directory."""
-    given: dict[str, Any] = {name: getattr(config, name) for name in ("output", *names)}
-    paths = {
-        name: str(Path(value).expanduser().absolute())
-        for name, value in given.items()
-        if name == "output" or (isinstance(value, str) and value and Path(value).expanduser().exists())
-    }
-    return config.model_copy(update=paths)
-
-
 def parse_rebuild(text: str) -> tuple[Rebuild, int]:
     """`window:4` as ("window", 4), `component` as ("component", 1). Raises Refusal for anything else."""
     name, colon, number = text.partition(":")
@@ -332,35 +294,3 @@ def parse_rebuild(text: str) -> tuple[Rebuild, int]:
     if not colon and name != "window" and name in get_args(Rebuild):
         return cast(Rebuild, name), 1
     raise Refusal(f"reconstruct {text!r}: choose matrix, component, block, window:N (N blocks as one) or none")
-
-
-def build_config(values: Mapping[str, Any], kind: type[Config]) -> Config:
-    """A checked configuration. Raises Refusal, one line, for an unknown or missing name and for a bad value."""
-    known = list(kind.model_fields)
-    for name in values:
-        if name not in known:
-            nearest = get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"options: {', '.join(known)}"
-            raise Refusal(f"option {name!r} is unknown; {hint}")
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = str(problem["loc"][0]) if problem["loc"] else "configuration"
-        if isinstance(cause := problem.get("ctx", {}).get("error"), Refusal):
-            raise cause from None
-        if problem["type"] == "missing":
-            written = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
-            raise Refusal(f"option {name} is missing; give {written} or put it in the YAML") from None
-        raise Refusal(f"option {name} = {problem['input']!r}: {problem['msg'].lower()}") from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The options of a YAML file, dashes and underscores alike. Raises Refusal if it is no mapping of options."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise Refusal(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict):
-        raise Refusal(f"{path}: must hold options, one `name: value` a line")
-    return {str(name).replace("-", "_"): value for name, value in content.items()}

@@ -14,10 +14,11 @@ from rich.console import Console
 from cluster.connect import connect, nodes
 from cluster.fleet import Fleet, Stream
 from pipeline.assemble import copy_companions, write_index
-from pipeline.config import PruneConfig, build_config, located
+from pipeline.config import PruneConfig
 from pipeline.facts import ModelFacts, check_headers, model_facts
 from pipeline.inputs import Purpose, check_calibration, image_file, image_table, stream_of, token_table
 from pipeline.layout import Layout, Load, ShardLayout, arrange, check_disk
+from pipeline.options import build_config, located
 from pipeline.progress import Reporter, reporter_for
 from pipeline.report import write_report
 from pipeline.rundir import RunDirectory, check_free, check_same_model, disk_full_refused

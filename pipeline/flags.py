@@ -103,7 +103,7 @@ def request_of(kind: "type[M]", file: Path | None, model: str | None, values: di
 
     A flag that says how much to prune overrides the other ways in which the file says it. Raises Refusal.
     """
-    from pipeline.config import build_config, read_yaml
+    from pipeline.options import build_config, read_yaml
     from stages.allocation import AMOUNTS
 
     flags = given(values)

@@ -5,10 +5,11 @@ from typing import Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from pipeline.config import PruneConfig, build_config
+from pipeline.config import PruneConfig
 from pipeline.facts import model_facts
 from pipeline.layout import DRIVER_BYTES, Load, estimates_by_resident
 from pipeline.machine import cores, memory_available
+from pipeline.options import build_config
 from pipeline.plan import choose_resident, split_blocks
 from pipeline.settle import window_length
 from stages.checkpoint import resolve

@@ -15,10 +15,10 @@ from rich.console import Console
 from cluster.connect import connect, nodes
 from cluster.ranks import Ranks
 from pipeline.assemble import copy_companions
-from pipeline.config import build_config, located
 from pipeline.evaluate import sparsity_of
 from pipeline.facts import ModelFacts
 from pipeline.inputs import Purpose, token_table
+from pipeline.options import build_config, located
 from pipeline.progress import Reporter, human_seconds, reporter_for
 from pipeline.retrain_config import RetrainConfig
 from pipeline.retrain_plan import devices, inspect, spec_of

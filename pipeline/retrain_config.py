@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.config import Count, Length
+from pipeline.options import Count, Length
 from stages.errors import Refusal
 from stages.shadow import ShadowSpec
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.ranks import Ranks
-from pipeline.config import build_config, located
+from pipeline.options import build_config, located
 from pipeline.progress import Reporter
 from pipeline.rundir import RunDirectory, check_free, command_of
 from pipeline.track_config import TrackConfig

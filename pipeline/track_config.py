@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.config import Count, build_config, read_yaml
+from pipeline.options import Count, build_config, read_yaml
 from stages.errors import Refusal
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -16,9 +16,10 @@ from rich.console import Console
 from cluster.connect import connect
 from cluster.ranks import Ranks
 from pipeline import driver, retrain
-from pipeline.config import PruneConfig, build_config
+from pipeline.config import PruneConfig
 from pipeline.facts import model_facts
 from pipeline.machine import cores
+from pipeline.options import build_config
 from pipeline.progress import Reporter, reporter_for
 from pipeline.retrain_config import RetrainConfig
 from pipeline.rundir import RunDirectory, disk_full_refused, recorded

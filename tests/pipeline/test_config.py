@@ -7,8 +7,10 @@ import pytest
 from typer.main import get_command
 
 from pipeline import cli, driver
-from pipeline.config import EvalConfig, PruneConfig, build_config, parse_pattern, read_yaml
+from pipeline.config import EvalConfig, PruneConfig
+from pipeline.options import build_config, read_yaml
 from stages.errors import Refusal
+from stages.masks import parse_pattern
 
 LEAST: dict[str, Any] = {"model": "m", "output": "o", "calibration": "c"}
 

@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from whole_runs import weights_of
 
-from pipeline.config import PruneConfig, build_config
+from pipeline.config import PruneConfig
 from pipeline.driver import prune
+from pipeline.options import build_config
 from stages.blocks import layout_of
 from stages.errors import Refusal
 

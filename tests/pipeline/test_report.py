@@ -9,8 +9,9 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
-from pipeline.config import PruneConfig, build_config
+from pipeline.config import PruneConfig
 from pipeline.figures import _lanes
+from pipeline.options import build_config
 from pipeline.report import duration, number, size, write_report
 from pipeline.tracking import total_metrics
 

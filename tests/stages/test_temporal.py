@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from streaming import GENTLE, make_shards, prune
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import PruneConfig, build_config
+from pipeline.config import PruneConfig
 from pipeline.facts import model_facts
+from pipeline.options import build_config
 from pipeline.settle import check_recipe_fits
 from stages.allocation import resolve_overrides
 from stages.checkpoint import Checkpoint
