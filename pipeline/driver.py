@@ -18,13 +18,14 @@ from pipeline.config import PruneConfig
 from pipeline.facts import ModelFacts, check_headers, model_facts
 from pipeline.inputs import Purpose, check_calibration, image_file, image_table, stream_of, token_table
 from pipeline.layout import Layout, Load, ShardLayout, arrange, check_disk
+from pipeline.metrics import block_metrics, total_metrics
 from pipeline.options import build_config, located
 from pipeline.progress import Reporter, reporter_for
 from pipeline.report import write_report
 from pipeline.rundir import RunDirectory, check_free, check_same_model, disk_full_refused
 from pipeline.settle import check_recipe_fits, microbatch_size, settled, window_length
 from pipeline.spending import Spending
-from pipeline.tracking import Recorder, block_metrics, recorded_run, total_metrics
+from pipeline.tracking import Recorder, recorded_run
 from stages.allocation import AMOUNTS, owl
 from stages.checkpoint import Checkpoint, resolve
 from stages.choose import EXPERT_TOKENS

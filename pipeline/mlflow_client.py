@@ -23,6 +23,12 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout belongs to --json
     "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
 }
+KEY_LENGTH = 250  # MLflow's limit
+
+
+def key_of(name: str) -> str:
+    """A name as MLflow takes it for a parameter, a tag or a metric."""
+    return re.sub(r"[^\w\-. :/]", "_", str(name))[:KEY_LENGTH]
 
 
 def default_tracking_uri() -> str:

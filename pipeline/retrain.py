@@ -18,6 +18,7 @@ from pipeline.assemble import copy_companions
 from pipeline.evaluate import sparsity_of
 from pipeline.facts import ModelFacts
 from pipeline.inputs import Purpose, token_table
+from pipeline.metrics import total_metrics
 from pipeline.options import build_config, located
 from pipeline.progress import Reporter, human_seconds, reporter_for
 from pipeline.retrain_config import RetrainConfig
@@ -26,7 +27,7 @@ from pipeline.retrain_report import write_report
 from pipeline.rundir import RunDirectory, check_free, check_same_model, disk_full_refused
 from pipeline.settle import window_length
 from pipeline.spending import Spending
-from pipeline.tracking import Recorder, recorded_run, total_metrics
+from pipeline.tracking import Recorder, recorded_run
 from stages.checkpoint import INDEX, resolve
 from stages.errors import Refusal
 from stages.flops import shapes_of, tracking_flops, training_flops

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import queue
-import re
 import shlex
 import threading
 import time
@@ -22,10 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.mlflow_client import (
+    KEY_LENGTH,
     default_tracking_uri,
     existing_run,
     experiment_id,
     is_final,
+    key_of,
     open_client,
     reason,
     ui_command,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-__all__ = ["Recorder", "block_metrics", "default_tracking_uri", "recorded_run", "total_metrics", "ui_command"]
+__all__ = ["Recorder", "default_tracking_uri", "recorded_run", "ui_command"]
 
 LOCAL_COPY = "metrics.jsonl"
 LINK = "mlflow.json"  # which MLflow run a directory's numbers went to
@@ -43,36 +44,7 @@ GATHER_SECONDS = 0.5  # a batch is what came in during this time
 LONGEST_PAUSE_SECONDS = 30.0  # between two attempts at a server that does not answer
 UNREACHED_CLOSE_SECONDS = 5.0  # the most that a server which never once answered may delay the end of a run
 METRICS_PER_BATCH, ENTRIES_PER_BATCH = 1000, 100  # MLflow's limits for one log_batch, as are the lengths below
-KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH = 250, 6000, 8000
-MB = 1e6
-
-
-def block_metrics(report: Mapping[str, Any]) -> dict[str, float]:
-    """MLflow metrics of one entry of run.json's `blocks`; the step is the block. Peak memory in MB (1e6 bytes)."""
-    values = {
-        f"{unit['name']}/{which}": unit.get(which)
-        for unit in report.get("units", ())
-        for which in ("error_before", "error_after")
-    }
-    values["block/sparsity"] = report.get("sparsity")
-    values["block/seconds"] = sum(report.get("seconds", {}).values())
-    values["block/tokens_per_second"] = report.get("tokens_per_second")
-    values["block/gflops"] = report.get("gflops")
-    values["block/peak_memory_mb"] = _megabytes(report.get("peak_memory"))
-    return _present(values)
-
-
-def total_metrics(run: Mapping[str, Any]) -> dict[str, float]:
-    """MLflow metrics of a whole run.json, logged once at the end. Peak memory in MB (1e6 bytes)."""
-    values = {name: run.get(name) for name in ("sparsity", "perplexity", "dense_perplexity", "kl", "top1_agreement")}
-    values |= {f"seconds/{phase}": seconds for phase, seconds in run.get("seconds", {}).items()}
-    values |= {f"flops/{phase}": flops for phase, flops in run.get("flops", {}).items()}
-    for phase, joules in run.get("energy", {}).items():
-        values |= {f"joules/{phase}/{source}": value for source, value in joules.items()}
-    peak = run.get("peak_memory", {})
-    values["peak_memory_mb/driver"] = _megabytes(peak.get("driver"))
-    values["peak_memory_mb/shard_max"] = _megabytes(max(peak.get("shards") or [None]))
-    return _present(values)
+PARAM_LENGTH, TAG_LENGTH = 6000, 8000
 
 
 def recorded_run(directory: Path) -> str | None:
@@ -123,11 +95,11 @@ class Recorder:
         self.tracking_uri = tracking_uri or default_tracking_uri()
         self.run_id: str | None = None
         self._experiment, self._run_name, self._continues = experiment, run_name, run_id
-        self._params = {_key(name): str(value)[:PARAM_LENGTH] for name, value in params.items()}
+        self._params = {key_of(name): str(value)[:PARAM_LENGTH] for name, value in params.items()}
         # Whether a run was made although the answer got lost can be told by this tag.
         self._token = uuid.uuid4().hex
         nested = {"mlflow.parentRunId": parent} if parent else {}
-        self._tags = {_key(name): str(value)[:TAG_LENGTH] for name, value in {**tags, **nested}.items()}
+        self._tags = {key_of(name): str(value)[:TAG_LENGTH] for name, value in {**tags, **nested}.items()}
         self._directory = directory.absolute()
         self._client: MlflowClient | None = None
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
@@ -172,7 +144,7 @@ class Recorder:
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Record `values` at `step`. Takes microseconds, whatever the server does."""
         milliseconds = time.time_ns() // 1_000_000
-        numbers = {_key(name): float(value) for name, value in values.items()}
+        numbers = {key_of(name): float(value) for name, value in values.items()}
         self._write_line({"time": milliseconds / 1000, "step": step, "metrics": _json_numbers(numbers)})
         for name, value in numbers.items():
             self._queue.put(_Point(name, value, milliseconds, step))
@@ -340,21 +312,9 @@ def _describe(item: _Item) -> str:
     return "metrics" if isinstance(item, _Point) else "end of the run"
 
 
-def _key(name: str) -> str:
-    return re.sub(r"[^\w\-. :/]", "_", str(name))[:KEY_LENGTH]
-
-
 def _json_numbers(values: Mapping[str, float]) -> dict[str, float | str]:
     """JSON has no infinity and no NaN: they become the strings that `float` reads back."""
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-
-
-def _present(values: Mapping[str, Any]) -> dict[str, float]:
-    return {_key(name): float(value) for name, value in values.items() if value is not None}
-
-
-def _megabytes(size: float | None) -> float | None:
-    return None if size is None else size / MB
 
 
 def _chunks(entries: list[Any]) -> Iterable[list[Any]]:

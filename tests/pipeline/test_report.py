@@ -11,9 +11,9 @@ from matplotlib.image import imread
 
 from pipeline.config import PruneConfig
 from pipeline.figures import _lanes
+from pipeline.metrics import total_metrics
 from pipeline.options import build_config
 from pipeline.report import duration, number, size, write_report
-from pipeline.tracking import total_metrics
 
 
 def unit(name: str, before: float, after: float, improved: bool = True) -> dict[str, Any]:

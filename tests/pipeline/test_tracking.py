@@ -14,15 +14,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.metrics import block_metrics, total_metrics
 from pipeline.mlflow_client import open_client
-from pipeline.tracking import (
-    Recorder,
-    block_metrics,
-    default_tracking_uri,
-    recorded_run,
-    total_metrics,
-    ui_command,
-)
+from pipeline.tracking import Recorder, default_tracking_uri, recorded_run, ui_command
 
 
 @pytest.fixture(scope="module")
