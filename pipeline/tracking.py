@@ -7,19 +7,19 @@ appends one line to a local file and returns; a daemon thread imports MLflow, op
 import contextlib
 import json
 import math
-import os
 import queue
 import shlex
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.local_copy import LocalCopy, Point
 from pipeline.mlflow_client import (
     KEY_LENGTH,
     default_tracking_uri,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Recorder", "default_tracking_uri", "recorded_run", "ui_command"]
 
-LOCAL_COPY = "metrics.jsonl"
 LINK = "mlflow.json"  # which MLflow run a directory's numbers went to
 GATHER_SECONDS = 0.5  # a batch is what came in during this time
 LONGEST_PAUSE_SECONDS = 30.0  # between two attempts at a server that does not answer
@@ -56,20 +55,12 @@ def recorded_run(directory: Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Point:
-    key: str
-    value: float
-    milliseconds: int
-    step: int
-
-
-@dataclass(frozen=True)
 class _End:
     status: str
     milliseconds: int
 
 
-_Item = _Point | Path | _End
+_Item = Point | Path | _End
 
 
 class Recorder:
@@ -101,6 +92,7 @@ class Recorder:
         nested = {"mlflow.parentRunId": parent} if parent else {}
         self._tags = {key_of(name): str(value)[:TAG_LENGTH] for name, value in {**tags, **nested}.items()}
         self._directory = directory.absolute()
+        self._copy = LocalCopy(self._directory)
         self._client: MlflowClient | None = None
         self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._pending: deque[_Item] = deque()  # the thread's own, in order; an item leaves it once it is sent
@@ -108,16 +100,15 @@ class Recorder:
         self._attempted = threading.Event()  # the server has answered, or failed to, once
         self._fault: str | None = None  # why the last attempt failed
         self._lost: list[str] = []  # what the server refused for good
-        self._local_fault: str | None = None
         self._reached = self._unfinished = False
-        for point in _read_points(self.local_copy):
+        for point in self._copy.points():
             self._queue.put(point)
         self._thread = threading.Thread(target=self._work, name="espalier-record", daemon=True)
         self._thread.start()
 
     @property
     def local_copy(self) -> Path:
-        return self._directory / LOCAL_COPY
+        return self._copy.path
 
     @property
     def warning(self) -> str | None:
@@ -132,8 +123,8 @@ class Recorder:
         if self._lost:
             more = f" and {len(self._lost) - 3} more" if len(self._lost) > 3 else ""
             parts.append(f"MLflow at {self.tracking_uri} refused {'; '.join(self._lost[:3])}{more}")
-        if self._local_fault:
-            parts.append(f"no local copy of the metrics in {self.local_copy} ({self._local_fault})")
+        if self._copy.fault:
+            parts.append(f"no local copy of the metrics in {self.local_copy} ({self._copy.fault})")
         return "; ".join(parts) or None
 
     def wait_for_run_id(self, timeout_seconds: float) -> str | None:
@@ -145,9 +136,9 @@ class Recorder:
         """Record `values` at `step`. Takes microseconds, whatever the server does."""
         milliseconds = time.time_ns() // 1_000_000
         numbers = {key_of(name): float(value) for name, value in values.items()}
-        self._write_line({"time": milliseconds / 1000, "step": step, "metrics": _json_numbers(numbers)})
+        self._copy.write(numbers, milliseconds, step)
         for name, value in numbers.items():
-            self._queue.put(_Point(name, value, milliseconds, step))
+            self._queue.put(Point(name, value, milliseconds, step))
 
     def artifact(self, path: Path) -> None:
         """Send a file or a folder along, in its turn. It must stay as it is until `close`."""
@@ -169,19 +160,6 @@ class Recorder:
     def abandon(self, failure: BaseException) -> None:
         """End the run as what `failure` makes of it: KILLED by Ctrl-C, else FAILED."""
         self.close("KILLED" if isinstance(failure, KeyboardInterrupt) else "FAILED", timeout_seconds=5)
-
-    def _write_line(self, record: Mapping[str, object]) -> None:
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with self.local_copy.open("ab+") as file:
-                if file.tell() > 0:  # a driver killed while writing leaves half a line: do not continue it
-                    file.seek(-1, os.SEEK_END)
-                    torn = file.read(1) != b"\n"
-                else:
-                    torn = False
-                file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
-        except OSError as fault:
-            self._local_fault = reason(fault)
 
     # Everything below runs on the daemon thread.
 
@@ -212,7 +190,7 @@ class Recorder:
         if self._client is None:
             self._open()
         while self._pending:
-            points = list(takewhile(lambda item: isinstance(item, _Point), islice(self._pending, METRICS_PER_BATCH)))
+            points = list(takewhile(lambda item: isinstance(item, Point), islice(self._pending, METRICS_PER_BATCH)))
             taken = points or [self._pending[0]]
             try:
                 self._send(taken)
@@ -236,7 +214,7 @@ class Recorder:
         elif isinstance(first, _End):
             self._client.set_terminated(self.run_id, status=first.status, end_time=first.milliseconds)
         else:
-            points = [item for item in items if isinstance(item, _Point)]
+            points = [item for item in items if isinstance(item, Point)]
             sent = [Metric(p.key, p.value, p.milliseconds, p.step) for p in points]
             self._client.log_batch(self.run_id, metrics=sent)
 
@@ -285,36 +263,13 @@ class Recorder:
             partial.write_text(json.dumps({"run_id": self.run_id, "tracking_uri": self.tracking_uri}) + "\n")
             partial.replace(self._directory / LINK)
         except OSError as fault:
-            self._local_fault = reason(fault)
-
-
-def _read_points(path: Path) -> Iterator[_Point]:
-    """The metrics of a local copy, with their own times; a line that was cut off is passed over."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            record = json.loads(line)
-            points = [
-                _Point(name, float(value), round(record["time"] * 1000), int(record["step"]))
-                for name, value in record["metrics"].items()
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-        yield from points
+            self._copy.fault = reason(fault)
 
 
 def _describe(item: _Item) -> str:
     if isinstance(item, Path):
         return f"artifact {item.name}"
-    return "metrics" if isinstance(item, _Point) else "end of the run"
-
-
-def _json_numbers(values: Mapping[str, float]) -> dict[str, float | str]:
-    """JSON has no infinity and no NaN: they become the strings that `float` reads back."""
-    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+    return "metrics" if isinstance(item, Point) else "end of the run"
 
 
 def _chunks(entries: list[Any]) -> Iterable[list[Any]]:
