@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from pipeline.options import Count, Length
 from stages.errors import Refusal
-from stages.shadow import ShadowSpec
+from stages.shadow_spec import ShadowSpec
 
 LENGTHS = ("steps", "epochs", "tokens")  # ways to say how long to train
 

@@ -23,7 +23,8 @@ from stages.meter import peak_bytes
 from stages.retrain_model import apply_mask, hold_zeros, load_model
 from stages.retrain_spec import DTYPES, RetrainSpec
 from stages.schedule import rate_at
-from stages.shadow import ShadowTracker, parameter_of
+from stages.shadow import ShadowTracker
+from stages.shadow_pieces import parameter_of
 from stages.zero_checkpoint import (
     MASTER,
     StoredPieces,

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from stages.shadow import ShadowSpec
+from stages.shadow_spec import ShadowSpec
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["float32", "bfloat16", "float16"]

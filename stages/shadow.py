@@ -5,13 +5,12 @@ q ← q + (p - q) · m_n / S_n with S_n = Σ m_i. Its importance is |q| (Systema
 """
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,114 +18,11 @@ from torch import Tensor
 
 from stages.checkpoint import Checkpoint, write_tensors
 from stages.errors import Refusal
-from stages.shadow_formats import BLOCK, CHUNK, Draws, Kept, format_of
+from stages.shadow_formats import CHUNK, Draws, format_of
+from stages.shadow_pieces import STRIP, Piece, Strip, parameter_of
+from stages.shadow_spec import Dtype, Rounding, Schedule, ShadowSpec, share, window_shares
 
-Schedule = Literal["linear", "exponential", "uniform"]
-Dtype = Literal["fp32", "bf16", "int8"]
-Rounding = Literal["stochastic", "compensated"]
-STRIP = 64 * CHUNK  # values that a thread takes up, or that leave the device, at a time
 SETTINGS = "settings"  # in a saved shadow, beside the tensors: JSON as bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShadowSpec:
-    """How weights are averaged over a run. Raises Refusal for what cannot be."""
-
-    schedule: Schedule = "linear"
-    decay: float = 0.99  # γ of the exponential schedule
-    signed: bool = True  # average p; else |p|
-    window: int | None = None  # only so many snapshots count, the last ones
-    dtype: Dtype = "fp32"
-    rounding: Rounding = "stochastic"  # of bf16
-    every: int = 1  # optimizer steps from one snapshot to the next
-
-    def __post_init__(self) -> None:
-        for name, kinds in (("schedule", Schedule), ("dtype", Dtype), ("rounding", Rounding)):
-            if (value := getattr(self, name)) not in get_args(kinds):
-                raise Refusal(f"shadow {name} {value!r}: choose {', '.join(get_args(kinds))}")
-        if not 0 < self.decay < 1:
-            raise Refusal(f"shadow decay {self.decay}: must be above 0 and below 1; try 0.99")
-        for name in ("window", "every"):
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise Refusal(f"shadow {name} {count}: must be at least 1")
-        if self.rounding == "compensated" and self.dtype != "bf16":
-            raise Refusal(f"shadow rounding compensated with dtype {self.dtype}: it is for bf16; leave it out")
-
-
-def share(schedule: Schedule, decay: float, n: int) -> float:
-    """m_n / S_n, n = 0, 1, ...: what snapshot n weighs among all so far.
-
-    m_n is n + 1 (linear), decay^-n (exponential) or 1 (uniform). Nothing overflows: the exponential share is
-    (1 - decay) / (1 - decay^(n + 1)), which falls to 1 - decay and stays there.
-    """
-    if schedule == "linear":
-        return 2 / (n + 2)
-    if schedule == "uniform":
-        return 1 / (n + 1)
-    return math.expm1(math.log(decay)) / math.expm1((n + 1) * math.log(decay))
-
-
-def window_shares(schedule: Schedule, decay: float, n: int, window: int) -> list[float]:
-    """What the last snapshots of n, at most `window` of them, weigh among themselves, oldest first."""
-    counted = range(max(0, n - window), n)
-    if schedule == "linear":
-        weights = [float(i + 1) for i in counted]
-    elif schedule == "uniform":
-        weights = [1.0] * len(counted)
-    else:
-        weights = [decay ** (n - 1 - i) for i in counted]
-    return [weight / sum(weights) for weight in weights]
-
-
-def parameter_of(name: str) -> tuple[str, int]:
-    """A piece's parameter and the element of it that the piece starts at: "mlp.weight@256" as ("mlp.weight", 256)."""
-    parameter, at, start = name.rpartition("@")
-    return (parameter, int(start)) if at and start.isdigit() else (name, 0)
-
-
-class Piece:
-    """What is kept of one tensor, or of a slice of a parameter. Places count from `base`, the start of a block."""
-
-    def __init__(self, name: str, shape: Sequence[int], kept: dict[str, np.ndarray]) -> None:
-        self.name, self.shape, self.kept = name, tuple(shape), kept
-        self.parameter, self.start = parameter_of(name)
-        self.base = self.start // BLOCK * BLOCK
-        self.length = math.prod(shape)
-        self.end = _padded(self.start - self.base + self.length)
-
-    def overlap(self, other: "Piece") -> range:
-        """The parameter's elements that are in both."""
-        if self.parameter != other.parameter:
-            return range(0)
-        return range(max(self.start, other.start), min(self.start + self.length, other.start + other.length))
-
-    def slot(self, number: int) -> Kept:
-        return {name: array[number] for name, array in self.kept.items()}
-
-    def cuts(self, step: int, low: int, high: int) -> Iterator[tuple[int, int]]:
-        """The places from `low` to `high`, cut where the parameter's elements are multiples of `step`."""
-        while low < high:
-            upper = min(high, ((low + self.base) // step + 1) * step - self.base)
-            yield low, upper
-            low = upper
-
-    def inside(self, low: int, high: int) -> slice:
-        """Those elements of the tensor that lie from place `low` to `high`."""
-        head = self.start - self.base
-        return slice(max(low - head, 0), min(high - head, self.length))
-
-
-def _padded(length: int) -> int:
-    return -(-length // BLOCK) * BLOCK
-
-
-@dataclass(frozen=True, slots=True)
-class Strip:
-    """Part of a piece that one thread works on."""
-
-    number: int
-    low: int
-    high: int
 
 
 class ShadowTracker:

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from stages.checkpoint import Checkpoint, file_digest
 from stages.errors import Refusal
 from stages.recipe import Tower
-from stages.shadow import ShadowSpec
+from stages.shadow_spec import ShadowSpec
 from stages.skeleton import empty_model, read_config, tied_names
 from stages.vision import SKELETONS
 

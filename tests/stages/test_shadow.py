@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from stages.errors import Refusal
-from stages.shadow import ShadowSpec, ShadowTracker, share
+from stages.shadow import ShadowTracker
+from stages.shadow_spec import ShadowSpec, share
 
 SCHEDULES = ("linear", "exponential", "uniform")
 FORMATS = [("fp32", "stochastic"), ("bf16", "stochastic"), ("bf16", "compensated"), ("int8", "stochastic")]

@@ -20,7 +20,8 @@ from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
 from stages.masks import keep_mask
 from stages.recipe import Recipe
-from stages.shadow import ShadowSpec, ShadowTracker
+from stages.shadow import ShadowTracker
+from stages.shadow_spec import ShadowSpec
 from stages.shadow_store import Shadow, check_shadow, write_shadow
 from stages.skeleton import read_config
 from stages.spec import block_file

@@ -25,7 +25,7 @@ from stages.images import ImageTable, load_processor
 from stages.masks import keep_mask
 from stages.pixels import build_pixel_table
 from stages.recipe import Recipe, WorkOrder
-from stages.shadow import ShadowSpec
+from stages.shadow_spec import ShadowSpec
 from stages.shadow_store import write_shadow
 from stages.shard import Shard
 from stages.skeleton import read_config
