@@ -77,7 +77,7 @@ def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     if not ray.is_initialized():
         _shared_cluster.enter_context(warm_cluster(tmp_path_factory.mktemp("shards")))
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("pipeline.driver", "pipeline.evaluate"):
+        for module in ("pipeline.prune_run", "pipeline.evaluate"):
             patch.setattr(f"{module}.Fleet", WarmFleet)
         yield
 

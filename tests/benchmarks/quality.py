@@ -30,7 +30,7 @@ from trained_model import Quiet, commit, texts_for
 from cluster.actor import ShardWorker
 from cluster.connect import local_cluster
 from cluster.fleet import Fleet
-from pipeline import PruneConfig, driver, prune
+from pipeline import PruneConfig, prune, prune_run
 from stages.meter import release_memory
 
 SHARDS, SEEDS = 2, (0, 1, 2)
@@ -183,7 +183,7 @@ def make(settings: argparse.Namespace, record: Path) -> None:
         return
     texts = texts_for(settings)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{settings.scratch / 'mlflow.db'}"
-    driver.Fleet = WarmFleet  # type: ignore[misc]
+    prune_run.Fleet = WarmFleet  # type: ignore[misc]
     with local_cluster(cpus=SHARDS, object_store_bytes=256 << 20):
         made = 0
         for job in todo:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from warm import WarmFleet
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, Command, Listener, journal_of, prune_without_ray, weights_of
 
-from pipeline import driver
+from pipeline import driver, prune_run
 from pipeline.config import PruneConfig
 from pipeline.driver import prune, resume
 from pipeline.rundir import RunDirectory
@@ -130,7 +130,7 @@ class Watched(WarmFleet):
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
-    monkeypatch.setattr(driver, "Fleet", Watched)
+    monkeypatch.setattr(prune_run, "Fleet", Watched)
     return Watched
 
 
