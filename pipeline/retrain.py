@@ -1,9 +1,7 @@
 """A training run: tokens, ranks, what they tell, the record, and a plain checkpoint at the end."""
 
-import math
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -20,8 +18,9 @@ from pipeline.facts import ModelFacts
 from pipeline.inputs import Purpose, token_table
 from pipeline.metrics import total_metrics
 from pipeline.options import build_config, located
-from pipeline.progress import Reporter, human_seconds, reporter_for
+from pipeline.progress import Reporter, reporter_for
 from pipeline.retrain_config import RetrainConfig
+from pipeline.retrain_heard import Heard
 from pipeline.retrain_plan import devices, inspect, spec_of
 from pipeline.retrain_report import write_report
 from pipeline.rundir import RunDirectory, check_free, check_same_model, disk_full_refused
@@ -29,7 +28,6 @@ from pipeline.settle import window_length
 from pipeline.spending import Spending
 from pipeline.tracking import Recorder, recorded_run
 from stages.checkpoint import INDEX, resolve
-from stages.errors import Refusal
 from stages.flops import shapes_of, tracking_flops, training_flops
 from stages.measure import perplexity_of
 from stages.meter import peak_bytes
@@ -38,9 +36,7 @@ from stages.skeleton import read_config
 from stages.tokens import TokenTable
 
 STORE_BYTES = 128 << 20  # of Ray's object store: nothing large passes through it
-TOLD_SECONDS = 5.0  # between two lines about steps
 GATHERED = ("consolidated", "importances", "shadow")  # what the ranks leave beside the checkpoints
-HELD = ("parameters", "optimizer", "shadow")  # what a rank says how many bytes it keeps of
 SUMMARY = (
     *("output", "loss", "perplexity", "sparsity", "evaluations", "steps", "tokens", "seconds", "tokens_per_second"),
     *("ranks", "memory", "peak_memory", "mlflow_run_id", "tracking_uri", "warnings"),
@@ -88,7 +84,7 @@ def retrain(
         Path(config.output), "retrain", asked, model=facts.summary(), fingerprint=fingerprint
     )
     single = _Run(config, facts, place, directory, run, reporter, ranks, sources)
-    with directory.at_work(lambda: single.worked):
+    with directory.at_work(lambda: single.heard.begun):
         return single.go()
 
 
@@ -131,17 +127,10 @@ class _Run:
         self.reporter = reporter or reporter_for(Console(stderr=True))
         self.length = window_length(facts, config.length)
         self.device, self.ranks = place
-        self.worked = False  # whether there is anything to go on from
         self.warnings: list[str] = []
-        self.losses: dict[int, float] = {}
-        self.evaluations: dict[int, float] = {entry["step"]: entry["loss"] for entry in directory.noted("evaluated")}
-        self.memory: dict[int, dict[str, int]] = {}
-        self.peaks: dict[int, int] = {}
+        self.heard = Heard(directory, self.reporter)
         self.spending = Spending()
         self.nodes = 1
-        self.seconds = self.tracking = 0.0  # of the steps that were told, and of these what the shadow took
-        self.tokens = self.snapshots = 0
-        self.told = 0.0
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
@@ -166,11 +155,11 @@ class _Run:
             except BaseException as failure:
                 recorder.abandon(failure)
                 raise
-        losses = [self.losses[step] for step in sorted(self.losses)]
-        evaluations = sorted(self.evaluations.items())
-        run = self.run
+        heard, run = self.heard, self.run
+        losses = [heard.losses[step] for step in sorted(heard.losses)]
+        evaluations = sorted(heard.evaluations.items())
         return RetrainResult(
-            Path(run["output"]), run["loss"], losses, evaluations, self.seconds, run["mlflow_run_id"], run
+            Path(run["output"]), run["loss"], losses, evaluations, heard.seconds, run["mlflow_run_id"], run
         )
 
     @contextmanager
@@ -198,8 +187,6 @@ class _Run:
         """The text in windows."""
         return token_table(purpose, source, self.config, self.facts.vocabulary, self.length, self.directory.home)
 
-    # -- what the ranks tell ---------------------------------------------------------------------------------------
-
     def _train(self, ranks: Ranks, spec: RetrainSpec, recorder: Recorder) -> None:
         self.reporter.note(
             f"{self.config.recipe_name}: {Path(self.config.model).name} ({self.facts.family}, "
@@ -208,58 +195,7 @@ class _Run:
         )
         with closing(ranks.train(spec)) as events:
             for event in events:
-                self._hear(event, spec, recorder)
-
-    def _hear(self, event: dict[str, Any], spec: RetrainSpec, recorder: Recorder) -> None:
-        """One event of `stages.retrain.train`; of those of all ranks alike, rank 0's."""
-        rank, step = event["rank"], event.get("step", 0)
-        match event["event"]:
-            case "holds":
-                self.memory[rank] = {name: event[name] for name in HELD if name in event}
-                recorder.metrics({f"memory/{name}_bytes_rank{rank}": n for name, n in self.memory[rank].items()})
-            case "done":
-                self.peaks[rank] = event["peak_memory"]
-                self.losses = dict(enumerate(event["losses"]))
-            case _ if rank != 0:
-                pass
-            case "begin":
-                self.worked = True
-                if step:
-                    self.reporter.note(f"going on after step {step}")
-            case "steps":
-                self._steps_told(event, spec, recorder)
-            case "evaluated":
-                loss = self.evaluations[step] = event["loss"]
-                self.directory.note("evaluated", step=step, loss=loss)
-                recorder.metrics({"eval/loss": loss, "eval/perplexity": perplexity_of(loss)}, step)
-                self.reporter.note(
-                    f"step {step}/{spec.steps}   evaluated: loss {loss:.4f}   perplexity {perplexity_of(loss):,.2f}"
-                )
-            case "saved":
-                self.directory.note("checkpoint", step=step)
-
-    def _steps_told(self, event: dict[str, Any], spec: RetrainSpec, recorder: Recorder) -> None:
-        losses, rates, first = event["losses"], event["rates"], event["first"]
-        for step, (loss, rate) in enumerate(zip(losses, rates, strict=True), first + 1):
-            recorder.metrics({"train/loss": loss, "train/learning_rate": rate}, step)
-        done = first + len(losses)
-        speed = event["tokens"] / event["seconds"]
-        recorder.metrics({"train/tokens_per_second": speed}, done)
-        self.losses |= dict(enumerate(losses, first))
-        self.seconds += event["seconds"]
-        self.tracking += event["tracking"]
-        self.tokens += event["tokens"]
-        if spec.shadow is not None:
-            self.snapshots += done // spec.shadow.every - first // spec.shadow.every
-        if not all(math.isfinite(loss) for loss in losses):
-            raise Refusal(f"step {done}: the loss is not finite; lower --learning-rate, or set --clip")
-        if time.monotonic() - self.told > TOLD_SECONDS or done == spec.steps:
-            self.told = time.monotonic()
-            left = event["seconds"] / max(1, len(losses)) * (spec.steps - done)
-            self.reporter.note(
-                f"step {done}/{spec.steps}   loss {losses[-1]:.4f}   rate {rates[-1]:.1e}   "
-                f"{speed:,.0f} tokens/s" + (f"   eta {human_seconds(left)}" if left else "")
-            )
+                self.heard.take(event, spec, recorder)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -275,20 +211,21 @@ class _Run:
             os.replace(self.directory.home / "shadow", output / "shadow")
 
     def _finish(self, spec: RetrainSpec, recorder: Recorder) -> None:
-        run, last = self.run, max(self.evaluations, default=None)
-        loss = None if last is None else self.evaluations[last]
+        run, heard = self.run, self.heard
+        last = max(heard.evaluations, default=None)
+        loss = None if last is None else heard.evaluations[last]
         run |= {
             "config": self.config.model_dump(mode="json"),
             "loss": loss,
             "perplexity": None if loss is None else perplexity_of(loss),
-            "evaluations": sorted(self.evaluations.items()),
+            "evaluations": sorted(heard.evaluations.items()),
             "steps": spec.steps,
             "tokens": spec.steps * spec.batch * self.length,
             "sparsity": sparsity_of(self.directory.output),
-            "tokens_per_second": self.tokens / self.seconds if self.seconds else None,
+            "tokens_per_second": heard.tokens / heard.seconds if heard.seconds else None,
             "ranks": self.ranks,
-            "memory": [self.memory[rank] for rank in sorted(self.memory)],
-            "peak_memory": {"driver": peak_bytes(), "ranks": [self.peaks[rank] for rank in sorted(self.peaks)]},
+            "memory": [heard.memory[rank] for rank in sorted(heard.memory)],
+            "peak_memory": {"driver": peak_bytes(), "ranks": [heard.peaks[rank] for rank in sorted(heard.peaks)]},
             "status": "finished",
             "warnings": self.warnings,
             "tracking_uri": recorder.tracking_uri,
@@ -297,9 +234,9 @@ class _Run:
         }
         run |= self._spent(spec)
         totals = total_metrics(run) | ({} if loss is None else {"loss": loss})
-        recorder.metrics(totals | {f"peak_memory_mb/rank{rank}": peak / 1e6 for rank, peak in self.peaks.items()})
+        recorder.metrics(totals | {f"peak_memory_mb/rank{rank}": peak / 1e6 for rank, peak in heard.peaks.items()})
         self.directory.write(run)
-        losses = [self.losses[step] for step in sorted(self.losses)]
+        losses = [heard.losses[step] for step in sorted(heard.losses)]
         for path in [self.directory.run_file, *write_report(run, losses, self.directory.home)]:
             recorder.artifact(path)
         recorder.close()
@@ -312,10 +249,11 @@ class _Run:
 
     def _spent(self, spec: RetrainSpec) -> dict[str, Any]:
         """seconds, energy and flops by phase, since the run was last resumed."""
+        heard = self.heard
         shapes = shapes_of(self.facts.linears, read_config(resolve(self.config.model), self.config.trust_remote_code))
-        flops, seconds = {"steps": training_flops(shapes, self.tokens, self.length)}, {"steps": self.seconds}
+        flops, seconds = {"steps": training_flops(shapes, heard.tokens, self.length)}, {"steps": heard.seconds}
         if spec.shadow is not None:
-            flops["track"], seconds["track"] = tracking_flops(self.facts.parameters, self.snapshots), self.tracking
+            flops["track"], seconds["track"] = tracking_flops(self.facts.parameters, heard.snapshots), heard.tracking
         spent = self.spending.record(self.nodes, shapes, self.length, flops)
         return spent | {"seconds": seconds | spent["seconds"]}
 
