@@ -5,36 +5,25 @@ shards before it once more. Finished blocks stay finished.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError
 
-from cluster.actor import Inputs, ShardActor, ShardFacts, ShardState
+from cluster.actor import ShardActor, ShardFacts, ShardState
+from cluster.passes import Stream, answers, begin, blockwise, pipelined, receiving, windowed
 from stages.errors import OutOfStep, Refusal
 from stages.measure import Measures
 from stages.recipe import WorkOrder
 from stages.spec import ShardSpec
 
+__all__ = ["Fleet", "Stream"]
+
 LOST = (OutOfStep, RayActorError, ObjectLostError)  # what a restarted, dying or vanished shard looks like
-MEASURED = ("measures", "kept", "compared")  # what takes the tokens themselves too: see cluster.actor.Wanted
 FRUITLESS_RECOVERIES = 3  # in a row, with no block finished between them, before the run gives up
 
 Answer = TypeVar("Answer")
-Batches = Callable[[int], Inputs]  # microbatch number -> tokens (samples, length) int32, or inputs with images
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """A pass of tokens through the shards."""
-
-    batches: Batches
-    microbatches: int
-    window: int  # microbatches in flight at once
-    varying: Mapping[str, np.ndarray] | None = None  # of all samples, the inputs that shape how blocks are called
 
 
 class Fleet:
@@ -64,7 +53,7 @@ class Fleet:
 
     def open(self) -> list[ShardFacts]:
         """Every shard's tensors loaded from the model."""
-        return self._get([actor.open.remote() for actor in self._actors])
+        return answers([actor.open.remote() for actor in self._actors])
 
     def calibrate(self, stream: Stream, blocks: set[int], on_step: Callable[[int], None], sweep: int = 0) -> None:
         """Stream the calibration, gathering in `blocks` what `sweep` needs; what a lost shard had gathered is gathered
@@ -93,12 +82,12 @@ class Fleet:
 
         measures = self._recovering(attempt)
         if wanted == "compared":
-            self._get(self._actors[-1].forget.remote())
+            answers(self._actors[-1].forget.remote())
         return measures
 
     def _keep_missing(self, stream: Stream) -> None:
         self._open_lost()
-        if self._get(self._actors[-1].keeps.remote(stream.microbatches)):
+        if answers(self._actors[-1].keeps.remote(stream.microbatches)):
             return
         spec = self.specs[-1]
         if spec.reference is not None:
@@ -115,7 +104,7 @@ class Fleet:
         def attempt() -> list[float]:
             self._calibrate_missing(stream, set(blocks), lambda _: None)
             owners = {block: self._actors[spec.index] for spec in self.specs for block in range(spec.first, spec.last)}
-            return self._get([owners[block].outlier_share.remote(block) for block in blocks])
+            return answers([owners[block].outlier_share.remote(block) for block in blocks])
 
         return self._recovering(attempt)
 
@@ -137,7 +126,7 @@ class Fleet:
             (done,), _ = ray.wait(list(running), num_returns=1)
             shard, order = running.pop(done)
             try:
-                reports = self._get(done)
+                reports = answers(done)
             except LOST as loss:
                 todo[shard].appendleft(order)
                 self._note(loss)
@@ -158,7 +147,7 @@ class Fleet:
         over, _ = ray.wait(list(running), num_returns=len(running), timeout=0) if running else ([], [])
         for reference in over:
             try:
-                self._get(reference)
+                answers(reference)
             except LOST:
                 shard, order = running.pop(reference)
                 todo[shard].appendleft(order)
@@ -185,33 +174,32 @@ class Fleet:
             self._calibrate_missing(stream, {block for blocks in left for block in blocks}, lambda _: None)
         self._hold(None)
         last = max(left)[0]
-        varying = _shared(stream)
-        self._get([actor.begin.remote(stream.microbatches, (), 0, varying) for actor in self._actors])
+        begin(self._actors, stream)
         for position, (spec, actor) in enumerate(zip(self.specs, self._actors, strict=True)):
             if spec.first > last:
                 return
-            self._windowed(self._receiving(position, stream), stream, lambda _: None)
+            windowed(receiving(self._actors, position, stream), stream, lambda _: None)
             for blocks in (blocks for blocks in spec.pieces if blocks[0] <= last):
                 if blocks in left:
-                    reports = self._get(actor.work.remote(left[blocks]))
+                    reports = answers(actor.work.remote(left[blocks]))
                     self._fruitless = 0
                     del left[blocks]
                     yield reports
                 else:
-                    self._get(actor.pass_on.remote(blocks, 0))
+                    answers(actor.pass_on.remote(blocks, 0))
 
     def copy_ends(self) -> dict[str, list[str]]:
         """Everything outside the blocks copied to the output: file -> tensor names."""
 
         def attempt() -> dict[str, list[str]]:
             self._open_lost()
-            return self._get(self._actors[0].copy_ends.remote())
+            return answers(self._actors[0].copy_ends.remote())
 
         return self._recovering(attempt)
 
     def record(self) -> list[tuple[int, list[dict[str, Any]]]]:
         """Each shard's peak memory in bytes and its phases."""
-        return self._get([actor.record.remote() for actor in self._actors])
+        return answers([actor.record.remote() for actor in self._actors])
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
@@ -256,75 +244,24 @@ class Fleet:
     ) -> list[Any]:
         """One pass through the first `shards` shards; the last one's answers, in order."""
         actors = self._actors[:shards]
-        varying = _shared(stream)
-        begun = [
-            actor.begin.remote(stream.microbatches, collect.get(i, set()), sweep, varying)
-            for i, actor in enumerate(actors)
-        ]
-        self._get(begun)
-        run = self._blockwise if self.specs[0].resident == "one" else self._pipelined
+        begin(actors, stream, collect, sweep)
+        run = blockwise if self.specs[0].resident == "one" else pipelined
         return run(actors, stream, wanted, on_step)
-
-    def _pipelined(self, actors: list[Any], stream: Stream, wanted: str, on_step: Callable[[int], None]) -> list[Any]:
-        """Microbatches flow from shard to shard, at most `window` of them on the way."""
-
-        def launch(microbatch: int) -> Any:
-            tokens = source = stream.batches(microbatch)
-            for actor in actors[:-1]:
-                source = actor.forward.remote(microbatch, source, "hidden")
-            targets = tokens if wanted in MEASURED else None
-            return actors[-1].forward.remote(microbatch, source, wanted, targets)
-
-        return self._windowed(launch, stream, on_step)
-
-    def _blockwise(self, actors: list[Any], stream: Stream, wanted: str, on_step: Callable[[int], None]) -> list[Any]:
-        """Each shard takes all microbatches through its blocks, one block in memory, before the next shard starts."""
-        for position, actor in enumerate(actors):
-            receive = self._receiving(position, stream)
-            self._windowed(receive, stream, on_step if position == 0 else lambda _: None)
-            self._get(actor.advance.remote())
-
-        def emit(microbatch: int) -> Any:
-            targets = stream.batches(microbatch) if wanted in MEASURED else None
-            return actors[-1].emit.remote(microbatch, wanted, targets)
-
-        return self._windowed(emit, stream, lambda _: None)
-
-    def _receiving(self, position: int, stream: Stream) -> Callable[[int], Any]:
-        """Hands one microbatch to a shard: tokens to the first, to another what the one before it emits."""
-        actor = self._actors[position]
-
-        def receive(microbatch: int) -> Any:
-            if position == 0:
-                return actor.receive.remote(microbatch, stream.batches(microbatch))
-            return actor.receive.remote(microbatch, self._actors[position - 1].emit.remote(microbatch, "hidden"))
-
-        return receive
-
-    def _windowed(self, launch: Callable[[int], Any], stream: Stream, on_step: Callable[[int], None]) -> list[Any]:
-        flying: deque[Any] = deque()
-        answers: list[Any] = []
-        for microbatch in range(stream.microbatches):
-            flying.append(launch(microbatch))
-            while len(flying) >= stream.window or (flying and microbatch + 1 == stream.microbatches):
-                answers.append(self._get(flying.popleft()))
-                on_step(len(answers))
-        return answers
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
     def _states(self) -> list[ShardState]:
-        return self._get([actor.state.remote() for actor in self._actors])
+        return answers([actor.state.remote() for actor in self._actors])
 
     def _open_lost(self) -> None:
         """Open the shards that came back empty."""
         pairs = zip(self._actors, self._states(), strict=True)
-        self._get([actor.open.remote() for actor, state in pairs if not state.open])
+        answers([actor.open.remote() for actor, state in pairs if not state.open])
 
     def _hold(self, source: int | None) -> None:
         """Every shard with the dense model's blocks, or with those that sweep number `source` left."""
         pairs = zip(self._actors, self._states(), strict=True)
-        self._get([actor.open.remote(source) for actor, state in pairs if not state.open or state.source != source])
+        answers([actor.open.remote(source) for actor, state in pairs if not state.open or state.source != source])
 
     def _recovering(self, attempt: Callable[[], Answer]) -> Answer:
         while True:
@@ -341,21 +278,6 @@ class Fleet:
                 "likely out of memory: use more shards, --resident one or a smaller --spool-memory, then resume"
             )
         self._on_event(f"a shard was lost ({_one_line(loss)}); streaming to its replacement")
-
-    @staticmethod
-    def _get(references: Any) -> Any:
-        try:
-            return ray.get(references)
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, Refusal | OutOfStep):
-                raise cause from None
-            raise
-
-
-def _shared(stream: Stream) -> Any:
-    """What varies from sample to sample, once in the object store for all shards."""
-    return None if stream.varying is None else ray.put(stream.varying)
 
 
 def _blocks_of(todo: dict[int, deque[WorkOrder]]) -> set[int]:
