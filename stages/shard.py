@@ -15,8 +15,7 @@ The blocks that `forward` runs stay as they were loaded: work writes pruned copi
 import functools
 import gc
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,24 @@ import torch
 from torch import Tensor, nn
 
 from stages.allocation import outlier_share
-from stages.blocks import Call, trace
 from stages.calibrate import BlockCalibration
 from stages.carry import Carry
 from stages.checkpoint import Checkpoint, grouped, resolve, write_tensors
 from stages.criteria import score_rows
 from stages.errors import OutOfStep
+from stages.gathered import Gathered
 from stages.measure import KeptStates, Measures, measure
 from stages.meter import Timeline, peak_bytes
 from stages.recipe import WorkOrder
+from stages.resident import ResidentBlocks
 from stages.shadow_store import Shadow
 from stages.skeleton import Skeleton, read_config
 from stages.spec import ShardSpec, block_file, sweep_directory
 from stages.spool import Spool, SpoolBudget
-from stages.varying import Varying, inside
+from stages.varying import PassCalls
 from stages.vision import SKELETONS
 from stages.work import Work
 
-TRACE_TOKENS = 4
 ENDS_FILE_BYTES = 256 << 20
 
 
@@ -49,19 +48,12 @@ class Shard:
     def __init__(self, spec: ShardSpec) -> None:
         self.spec = spec
         self.timeline = Timeline()
-        self.source: int | None = None  # whose blocks `forward` runs: the model's, or those that a sweep left
-        self._blocks: dict[int, nn.Module] = {}
-        self._calibrations: dict[int, BlockCalibration] = {}
         self._streamed: dict[int, tuple[int, float]] = {}  # block -> tokens of the last pass, and its seconds
         self._budget = SpoolBudget(spec.spool_memory)
         self._scratch = Path(spec.scratch) / f"shard-{spec.index}"
         self.kept = KeptStates(Path(spec.scratch) / "dense-states")
-        self._expected = self._microbatches = self._sweep = 0
-        self._collect: frozenset[int] = frozenset()
-        self._varying: Varying | None = None
+        self._expected = self._microbatches = 0
         self._carry: Carry | None = None
-        self._calls_for: tuple[int, int] | None = None
-        self._pieces = {block: piece for piece in spec.pieces for block in piece}
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -75,30 +67,17 @@ class Shard:
                 self.checkpoint = Checkpoint(directory)
                 dtype = compute_dtype(config, spec.dtype)
                 self.skeleton = SKELETONS[spec.tower](config, dtype, spec.device, self.checkpoint)
+                self.blocks = ResidentBlocks(spec, self.skeleton, self.checkpoint)
+                self._calls = PassCalls(self.skeleton.calls)
+                self.gathered = Gathered(spec, self.skeleton, self._calls, self._scratch, self._budget)
                 if spec.embeds or spec.heads:
                     self.skeleton.load_ends(self.checkpoint, embedding=spec.embeds, head=spec.heads)
-            self.source = source
-            self._blocks.clear()
-            if spec.resident == "all":
-                self._hold(range(spec.first, spec.last))
+            self.blocks.open(source)
 
-    def _load_block(self, index: int, source: int | None) -> nn.Module:
-        checkpoint = self.checkpoint
-        if source is not None:
-            assert self.spec.recipe is not None
-            directory = sweep_directory(Path(self.spec.output), source, self.spec.recipe.sweeps)
-            checkpoint = Checkpoint.of_file(directory / block_file(index))
-        return self.skeleton.load_block(index, checkpoint)
-
-    def _hold(self, blocks: Iterable[int]) -> dict[int, nn.Module]:
-        """Those blocks, loaded if need be; with one block in memory at a time all others are let go."""
-        if self.spec.resident == "one":
-            for index in self._blocks.keys() - set(blocks):
-                del self._blocks[index]
-        for index in blocks:
-            if index not in self._blocks:
-                self._blocks[index] = self._load_block(index, self.source)
-        return {index: self._blocks[index] for index in blocks}
+    @property
+    def source(self) -> int | None:
+        """Whose blocks `forward` runs: the model's (None), or those that a sweep left."""
+        return self.blocks.source
 
     # -- the stream ------------------------------------------------------------------------------------------------
 
@@ -114,15 +93,10 @@ class Shard:
 
         `varying` holds, for all samples of the pass, those of their inputs that shape how blocks are called.
         """
-        self._varying = Varying(varying, self.skeleton.calls) if varying else None
+        self._calls.begin(varying)
         self.skeleton.close_eyes()
-        self._expected, self._microbatches, self._sweep = 0, microbatches, sweep
-        self._collect = frozenset(collect) & set(range(self.spec.first, self.spec.last))
-        for index in self._collect & self._calibrations.keys():
-            if sweep:
-                self._calibrations[index].begin_drift()
-            else:
-                self._calibrations.pop(index).close()
+        self._expected, self._microbatches = 0, microbatches
+        self.gathered.begin(collect, sweep)
         self._streamed = dict.fromkeys(range(self.spec.first, self.spec.last), (0, 0.0))
         self._close_carry()
 
@@ -143,7 +117,7 @@ class Shard:
         for index in range(self.spec.first, self.spec.last):
             hidden = self._through(index, hidden.to(self.spec.device))
         if microbatch + 1 == self._microbatches:
-            self._finished_pass()
+            self.gathered.end()
         return hidden
 
     def receive(self, microbatch: int, hidden: Tensor) -> None:
@@ -168,14 +142,14 @@ class Shard:
             hidden = self._through(self.spec.last - 1, hidden)
         if microbatch + 1 == self._microbatches:
             self._close_carry()
-            self._finished_pass()
+            self.gathered.end()
         return hidden
 
     def pass_on(self, blocks: Sequence[int], sweep: int) -> None:
         """Take all that was received, or came out of the block before, through blocks finished in `sweep`."""
         for index in blocks:
             carry = self._full_carry(index)
-            block = self._load_block(index, sweep)
+            block = self.blocks.load(index, sweep)
             carry.advance(functools.partial(self._run, index, block), index + 1)
 
     def _in_step(self, microbatch: int) -> None:
@@ -194,63 +168,22 @@ class Shard:
     def _run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         hidden = hidden.to(self.spec.device)
         with torch.no_grad():
-            return self._next_call(index, *hidden.shape[:2]).run(block, hidden)
+            return self._calls.following(index, *hidden.shape[:2]).run(block, hidden)
 
     def _through(self, index: int, hidden: Tensor) -> Tensor:
         started = time.perf_counter()
-        phase = "stream" if self._collect else "evaluate"
+        phase = "stream" if self.gathered.under_way else "evaluate"
         with self.timeline.phase(phase, index if self.spec.resident == "one" else None):
-            block = self._hold([index])[index]
-            with self._watching(index, block) if index in self._collect else nullcontext():
+            block = self.blocks.hold([index])[index]
+            with self.gathered.watching(index, block):
                 hidden = self._run(index, block, hidden)
         tokens, seconds = self._streamed.get(index, (0, 0.0))
         self._streamed[index] = tokens + hidden.shape[0] * hidden.shape[1], seconds + time.perf_counter() - started
         return hidden
 
-    def _watching(self, index: int, block: nn.Module) -> AbstractContextManager[None]:
-        """What gathers from the block's passes what the sweep under way needs of them."""
-        calibration = self._calibration(index, block)
-        if not self._sweep:
-            return calibration.watching(block)
-        assert self.spec.recipe is not None
-        return calibration.watching_drift(block, self.spec.recipe.foresees)
-
-    def _next_call(self, index: int, samples: int, length: int) -> Call:
-        """Block `index`'s call for so many samples, the next of the pass."""
-        if self._varying is not None:
-            return self._varying.next_call(index, samples)
-        if self._calls_for != (samples, length):
-            self._calls, self._calls_for = self.skeleton.calls(samples, length), (samples, length)
-        return self._calls[index]
-
-    def _calibration(self, index: int, block: nn.Module) -> BlockCalibration:
-        if index not in self._calibrations:
-            recipe = self.spec.recipe
-            assert recipe is not None
-            # Fitting calls the components for whole samples, so it wants the call of a whole sample.
-            length = self.spec.length if recipe.reconstruct != "none" or recipe.gathers else TRACE_TOKENS
-            length = self.skeleton.positions(length, self._varying.first if self._varying else {})
-            nothing = torch.zeros(
-                1, length, self.skeleton.hidden_size, dtype=self.skeleton.dtype, device=self.spec.device
-            )
-            call = self._varying.call(index, length) if self._varying else self.skeleton.calls(1, length)[index]
-            anatomy = trace(block, lambda: call.run(block, nothing), self.skeleton.layout)
-            anatomy.calls = {name: inside(inner, call) for name, inner in anatomy.calls.items()}
-            self._calibrations[index] = BlockCalibration(
-                index, block, anatomy, call, recipe, self._pieces[index], self._scratch, self._budget
-            )
-        return self._calibrations[index]
-
     def calibrated(self) -> dict[int, int]:
         """The blocks whose calibration is here, whole, and the sweep whose inputs each of them holds (0: none)."""
-        return {index: c.drifted_for for index, c in self._calibrations.items() if c.complete}
-
-    def _finished_pass(self) -> None:
-        for index in self._collect:
-            if not self._calibrations[index].keeps_alike:
-                raise OutOfStep(f"shard {self.spec.index} kept part of the samples in sweep {self._sweep}")
-            self._calibrations[index].complete = True
-            self._calibrations[index].drifted_for = self._sweep
+        return self.gathered.sweeps()
 
     def _close_carry(self) -> None:
         if self._carry is not None:
@@ -297,8 +230,8 @@ class Shard:
 
     def outlier_share(self, index: int) -> float:
         """What OWL weighs block `index` by, from Wanda's scores. Raises OutOfStep without its calibration."""
-        calibration = self._calibrated(index)
-        block = self._hold([index])[index]
+        calibration = self.gathered.whole(index)
+        block = self.blocks.hold([index])[index]
 
         def scores() -> Iterator[Tensor]:
             for weight in calibration.anatomy.weights:
@@ -306,20 +239,6 @@ class Shard:
                 yield from (part for _, part in score_rows("wanda", matrix, calibration.statistics[weight.name]))
 
         return outlier_share(scores)
-
-    def _calibrated(self, index: int, sweep: int = 0) -> BlockCalibration:
-        calibration = self._calibrations.get(index)
-        if calibration is None or not calibration.complete or calibration.drifted_for != sweep:
-            raise OutOfStep(f"shard {self.spec.index} has no calibration of sweep {sweep} for block {index}")
-        return calibration
-
-    def _make_room(self, training: int) -> None:
-        """Move activations to disk, the last blocks' first, so that they and the fit together stay within the larger
-        of the two's own bounds."""
-        for index in sorted(self._calibrations, reverse=True):
-            if self._budget.used + training <= max(training, self._budget.limit):
-                return
-            self._calibrations[index].spill()
 
     def work(self, order: WorkOrder) -> list[dict[str, Any]]:
         """Prune, rebuild and commit the blocks of `order`; a report of each (see `Work`).
@@ -333,10 +252,10 @@ class Shard:
         if self.source != (order.sweep - 1 if order.sweep else None):
             raise OutOfStep(f"shard {self.spec.index} holds other blocks than sweep {order.sweep} starts from")
         if recipe.streams_dense:
-            calibrations = {index: self._calibrated(index, order.sweep) for index in order.blocks}
-        blocks = self._hold(order.blocks)
+            calibrations = {index: self.gathered.whole(index, order.sweep) for index in order.blocks}
+        blocks = self.blocks.hold(order.blocks)
         if not recipe.streams_dense:
-            calibrations = {index: self._calibration(index, block) for index, block in blocks.items()}
+            calibrations = {index: self.gathered.of(index, block) for index, block in blocks.items()}
         samples = carry.samples if carry else None
         work = Work(
             recipe,
@@ -350,9 +269,8 @@ class Shard:
             self._importances(order, calibrations),
         )
         del blocks
-        if self.spec.resident == "one":
-            self._blocks.clear()  # the dense blocks go, matrix by matrix, as their pruned copies are made
-        self._make_room(work.training_bytes)
+        self.blocks.release()  # the dense blocks go, matrix by matrix, as their pruned copies are made
+        self.gathered.make_room(work.training_bytes)
         work.run()
         reports = [report | self._commit(work, report) for report in work.reports()]
         if carry:
@@ -360,7 +278,7 @@ class Shard:
                 carry.advance(functools.partial(self._run, index, work.modules[index]), index + 1)
         if order.sweep == recipe.sweeps:
             for index in order.blocks:
-                self._calibrations.pop(index).close()
+                self.gathered.drop(index)
         if self.spec.resident == "one":
             del work
             gc.collect()  # modules hold themselves in cycles: without it two blocks can be in memory

@@ -59,6 +59,37 @@ class Varying:
         return _varied(first, lambda samples: self.calls(samples)[index])
 
 
+class PassCalls:
+    """How blocks are called in a pass: for samples of its own each in its way, else for all of one length alike."""
+
+    def __init__(self, make: Make) -> None:
+        self._make = make
+        self._varying: Varying | None = None
+        self._alike: list[Call] = []
+        self._alike_for: tuple[int, int] | None = None
+
+    def begin(self, varying: Mapping[str, Tensor] | None) -> None:
+        """A pass begins, whose samples have these inputs that shape calls."""
+        self._varying = Varying(varying, self._make) if varying else None
+
+    @property
+    def first(self) -> dict[str, Tensor]:
+        """The first sample's own inputs."""
+        return self._varying.first if self._varying else {}
+
+    def of_one(self, index: int, length: int) -> Call:
+        """Block `index`'s call for one sample."""
+        return self._varying.call(index, length) if self._varying else self._make(1, length, None)[index]
+
+    def following(self, index: int, samples: int, length: int) -> Call:
+        """Block `index`'s call for so many samples, the next of the pass."""
+        if self._varying is not None:
+            return self._varying.next_call(index, samples)
+        if self._alike_for != (samples, length):
+            self._alike, self._alike_for = self._make(samples, length, None), (samples, length)
+        return self._alike[index]
+
+
 @dataclass(frozen=True, slots=True)
 class VaryingCall(Call):
     """A call as it is for one sample; `source` makes it for others."""

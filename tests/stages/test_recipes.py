@@ -110,9 +110,9 @@ def test_foreseen_inputs_are_the_pruned_models_drawn_to_the_dense_at_every_unit(
         shard.work(WorkOrder(blocks=(block,)))
     shard.open(0)
     stream([shard], tokens, range(BLOCKS), sweep=1)
-    foreseen, units = shard._calibrations[0].inputs["self_attn"].batch(everything), 0
-    for block, module in shard._hold(range(BLOCKS)).items():
-        kept = shard._calibrations[block]
+    foreseen, units = shard.gathered.whole(0, 1).inputs["self_attn"].batch(everything), 0
+    for block, module in shard.blocks.hold(range(BLOCKS)).items():
+        kept = shard.gathered.whole(block, 1)
         for group in groups_of({block: kept.anatomy}, {block: kept.call}, "component"):
             unit = group.whole
             dense, given = (spools[unit.source].batch(everything) for spools in (kept.inputs, kept.drifted))

@@ -230,7 +230,7 @@ def test_only_what_a_shard_owns_is_loaded(tiny_checkpoint, tmp_path) -> None:
         )
     )
     middle.open()
-    held = sum(p.numel() for block in middle._blocks.values() for p in block.parameters())
+    held = sum(p.numel() for block in middle.blocks._blocks.values() for p in block.parameters())
     whole = sum(entry.elements for entry in middle.checkpoint.entries.values() if ".layers." in entry.name)
     assert held == whole // 2
     for name, parameter in middle.skeleton.model.named_parameters():
