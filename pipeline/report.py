@@ -184,15 +184,16 @@ def _error_cell(unit: Mapping[str, Any] | None) -> str:
 
 def loading(run: Mapping[str, Any]) -> str:
     output = str(run["output"])
+    opening = f"A plain checkpoint{' with exact zeros' if run.get('sparsity') else ''}:\n\n```python\n"
     if run["model"].get("images"):
         return (
-            "A plain checkpoint with exact zeros:\n\n```python\n"
+            f"{opening}"
             "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
             f"model = AutoModelForImageTextToText.from_pretrained({output!r}, dtype='auto')\n"
             f"processor = AutoProcessor.from_pretrained({output!r})\n```"
         )
     return (
-        "A plain checkpoint with exact zeros:\n\n```python\n"
+        f"{opening}"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({output!r}, dtype='auto')\n"
         f"tokenizer = AutoTokenizer.from_pretrained({output!r})\n```"
