@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from stages.images import ImageTable
 from stages.recipe import Recipe, WorkOrder
 from stages.shard import Shard
 from stages.spec import ShardSpec
@@ -50,15 +51,36 @@ def make_shards(
     return made
 
 
-def microbatches(tokens: Tensor) -> list[Tensor]:
-    return list(tokens.split(BATCH))
+class Images:
+    """A table of images as a pass takes it, so many of them in a microbatch."""
+
+    def __init__(self, table: ImageTable, together: int = BATCH) -> None:
+        rows = (table.rows(start, start + together) for start in range(0, len(table), together))
+        self.parts = [_as_tensors(row) for row in rows]
+        self.varying = _as_tensors(table.varying)
 
 
-def stream(shards: Sequence[Shard], tokens: Tensor, collect: Collection[int] = (), sweep: int = 0) -> list[Tensor]:
-    """The last block's output for every microbatch."""
-    parts = microbatches(tokens)
+def _as_tensors(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(values.copy()) for name, values in inputs.items()}
+
+
+Inputs = Tensor | Images  # tokens (samples, length), or images
+
+
+def microbatches(inputs: Inputs) -> list[Any]:
+    return list(inputs.split(BATCH)) if isinstance(inputs, Tensor) else inputs.parts
+
+
+def begin(shards: Sequence[Shard], inputs: Inputs, collect: Collection[int] = (), sweep: int = 0) -> None:
+    varying = None if isinstance(inputs, Tensor) else inputs.varying
     for shard in shards:
-        shard.begin(len(parts), collect, sweep)
+        shard.begin(len(microbatches(inputs)), collect, sweep, varying)
+
+
+def stream(shards: Sequence[Shard], inputs: Inputs, collect: Collection[int] = (), sweep: int = 0) -> list[Tensor]:
+    """The last block's output for every microbatch."""
+    parts = microbatches(inputs)
+    begin(shards, inputs, collect, sweep)
     flowing = [shards[0].embed(part) for part in parts]  # after `begin`: a sweep may have more travel along
     for shard in shards:
         if shard.spec.resident == "all":
@@ -71,29 +93,29 @@ def stream(shards: Sequence[Shard], tokens: Tensor, collect: Collection[int] = (
     return flowing
 
 
-def prune(shards: Sequence[Shard], tokens: Tensor, blocks: int = 4) -> list[dict[str, Any]]:
+def prune(shards: Sequence[Shard], inputs: Inputs, blocks: int = 4) -> list[dict[str, Any]]:
     """All that the shards' recipe says, sweep by sweep or block after block: the last reports in block order."""
     recipe = shards[0].spec.recipe
     assert recipe is not None
     if recipe.streams_dense:
-        stream(shards, tokens, range(blocks))
+        stream(shards, inputs, range(blocks))
     if recipe.sequential:
-        return _in_order(shards, tokens)
+        return _in_order(shards, inputs)
     for sweep in range(recipe.sweeps + 1):
         if sweep:
             for shard in shards:
                 shard.open(sweep - 1)
-            stream(shards, tokens, range(blocks), sweep)
+            stream(shards, inputs, range(blocks), sweep)
         reports = [shard.work(WorkOrder(blocks=piece, sweep=sweep)) for shard in shards for piece in shard.spec.pieces]
     return [report for together in reports for report in together]
 
 
-def _in_order(shards: Sequence[Shard], tokens: Tensor) -> list[dict[str, Any]]:
+def _in_order(shards: Sequence[Shard], inputs: Inputs) -> list[dict[str, Any]]:
     """Each shard works on what the one before it emits."""
     reports: list[dict[str, Any]] = []
-    flowing = [shards[0].embed(part) for part in microbatches(tokens)]
+    flowing = [shards[0].embed(part) for part in microbatches(inputs)]
     for shard in shards:
-        shard.begin(len(flowing))
+        begin([shard], inputs)
         for number, hidden in enumerate(flowing):
             shard.receive(number, hidden)
         for piece in shard.spec.pieces:

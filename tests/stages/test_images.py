@@ -12,7 +12,7 @@ from family_models import LAYERS
 from image_models import SEEING, image_folder, seeing_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
-from streaming import BATCH, GENTLE, make_shards, same_bits
+from streaming import BATCH, GENTLE, Images, make_shards, prune, same_bits, stream
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -46,14 +46,6 @@ def table_of(directory: Path, folder: Path, path: Path, samples: int = SAMPLES, 
     return build_image_table(folder, processor, skeleton, length=length, samples=samples, seed=0, path=path)
 
 
-def as_tensors(inputs: dict[str, Any]) -> Inputs:
-    return {name: torch.from_numpy(values.copy()) for name, values in inputs.items()}
-
-
-def parts_of(table: ImageTable) -> list[Inputs]:
-    return [as_tensors(table.rows(start, start + BATCH)) for start in range(0, len(table), BATCH)]
-
-
 def from_the_processor(directory: Path, folder: Path) -> list[Inputs]:
     """The same microbatches made by transformers alone, cut to LENGTH."""
     processor, pairs, batches = load_processor(directory), read_pairs(folder), []
@@ -83,26 +75,6 @@ def whole(directory: Path, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return entered[0], logits
 
 
-def run(shards: list[Shard], table: ImageTable, collect: Any = ()) -> list[Tensor]:
-    parts, varying = parts_of(table), as_tensors(table.varying)
-    for shard in shards:
-        shard.begin(len(parts), collect, varying=varying)
-    flowing = []
-    for number, part in enumerate(parts):
-        hidden = shards[0].embed(part)
-        for shard in shards:
-            if shard.spec.resident == "all":
-                hidden = shard.forward(number, hidden)
-            else:
-                shard.receive(number, hidden)
-        flowing.append(hidden)
-    if shards[0].spec.resident == "one":
-        (shard,) = shards
-        shard.advance()
-        flowing = [shard.emit(number) for number in range(len(parts))]
-    return flowing
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SEEING)
 def test_images_stream_as_the_whole_model_sees_them(seeing, folder, tmp_path, name, dtype) -> None:
@@ -112,9 +84,9 @@ def test_images_stream_as_the_whole_model_sees_them(seeing, folder, tmp_path, na
     for count, resident in ((1, "all"), (2, "all"), (1, "one")):
         shards = make_shards(directory, tmp_path, count, LENGTH, blocks=LAYERS, resident=resident)
         shards[0].begin(len(expected))
-        for part, (entered, _) in zip(parts_of(table), expected, strict=True):
+        for part, (entered, _) in zip(Images(table).parts, expected, strict=True):
             assert same_bits(shards[0].embed(part), entered)
-        for hidden, (_, logits) in zip(run(shards, table), expected, strict=True):
+        for hidden, (_, logits) in zip(stream(shards, Images(table)), expected, strict=True):
             assert same_bits(shards[-1].logits(hidden), logits), f"{count} shards, resident {resident}"
 
 
@@ -141,28 +113,18 @@ def test_the_tower_is_in_memory_only_while_images_are_embedded(seeing, folder, t
 
     assert held(first) < 1000
     first.begin(2)
-    hidden = first.embed(parts_of(table)[0])
+    hidden = first.embed(Images(table).parts[0])
     assert held(first) > 10_000 and held(second) < 1000
     first.forward(0, hidden)
-    first.forward(1, first.embed(parts_of(table)[1]))
+    first.forward(1, first.embed(Images(table).parts[1]))
     assert held(first) < 1000
 
 
 def pruned(directory: Path, home: Path, table: ImageTable, recipe: Recipe, shards: int = 1) -> list[dict[str, Any]]:
     made = make_shards(directory, home, shards, LENGTH, blocks=LAYERS, recipe=recipe)
-    if not recipe.sequential:
-        run(made, table, range(LAYERS))
-        reports = [shard.work(WorkOrder(blocks=piece)) for shard in made for piece in shard.spec.pieces]
-    else:
-        (shard,) = made
-        run(made, table, range(LAYERS))
-        parts = parts_of(table)
-        shard.begin(len(parts), varying=as_tensors(table.varying))
-        for number, part in enumerate(parts):
-            shard.receive(number, shard.embed(part))
-        reports = [shard.work(WorkOrder(blocks=piece)) for piece in shard.spec.pieces]
+    reports = prune(made, Images(table), LAYERS)
     made[0].copy_ends()
-    return [report for together in reports for report in together]
+    return reports
 
 
 def tensors_of(output: Path) -> dict[str, Tensor]:
@@ -233,7 +195,7 @@ def test_images_give_other_masks_than_their_captions_alone(seeing, folder, tmp_p
     table = table_of(directory, folder, tmp_path / "images.arrow")
     pruned(directory, tmp_path / "images", table, Recipe(reconstruct="none"))
     (shard,) = make_shards(directory, tmp_path / "text", 1, LENGTH, blocks=LAYERS, recipe=Recipe(reconstruct="none"))
-    tokens = [part["input_ids"] for part in parts_of(table)]
+    tokens = [part["input_ids"] for part in Images(table).parts]
     shard.begin(len(tokens), range(LAYERS))
     for number, part in enumerate(tokens):
         shard.forward(number, shard.embed(part))

@@ -12,7 +12,7 @@ from family_models import VISION_LAYERS, config_of
 from image_models import SEEING, image_folder, seeing_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
-from streaming import GENTLE, make_shards, same_bits
+from streaming import GENTLE, Images, begin, make_shards, prune, same_bits, stream
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PixtralVisionConfig
 
@@ -24,7 +24,7 @@ from stages.errors import Refusal
 from stages.images import ImageTable, load_processor
 from stages.masks import keep_mask
 from stages.pixels import build_pixel_table
-from stages.recipe import Recipe, WorkOrder
+from stages.recipe import Recipe
 from stages.shadow_spec import ShadowSpec
 from stages.shadow_store import write_shadow
 from stages.shard import Shard
@@ -63,37 +63,6 @@ def table_of(directory: Path, folder: Path, path: Path, samples: int = SAMPLES, 
     return build_pixel_table(folder, processor, model, length=length, samples=samples, seed=0, path=path)
 
 
-def parts_of(table: ImageTable, together: int) -> list[dict[str, Tensor]]:
-    rows = (table.rows(start, start + together) for start in range(0, len(table), together))
-    return [{name: torch.from_numpy(values.copy()) for name, values in row.items()} for row in rows]
-
-
-def begin(shards: list[Shard], table: ImageTable, microbatches: int, *options: Any) -> None:
-    varying = {name: torch.from_numpy(values) for name, values in table.varying.items()}
-    for shard in shards:
-        shard.begin(microbatches, *options, varying=varying)
-
-
-def run(shards: list[Shard], table: ImageTable, together: int, *options: Any) -> list[Tensor]:
-    """The last block's output for every microbatch."""
-    parts = parts_of(table, together)
-    begin(shards, table, len(parts), *options)
-    flowing = []
-    for number, part in enumerate(parts):
-        hidden = shards[0].embed(part)
-        for shard in shards:
-            if shard.spec.resident == "all":
-                hidden = shard.forward(number, hidden)
-            else:
-                shard.receive(number, hidden)
-        flowing.append(hidden)
-    if shards[0].spec.resident == "one":
-        (shard,) = shards
-        shard.advance()
-        flowing = [shard.emit(number) for number in range(len(parts))]
-    return flowing
-
-
 def towers(directory: Path, home: Path, count: int, **options: Any) -> list[Shard]:
     return make_shards(directory, home, count, LENGTH, blocks=VISION_LAYERS, tower="vision", **options)
 
@@ -120,33 +89,22 @@ def whole(directory: Path, name: str, folder: Path, together: int) -> list[tuple
 def test_images_stream_through_the_tower_as_the_whole_model_sees_them(seeing, folder, table, tmp_path, name, dtype):
     directory, together = seeing(name, dtype), TOGETHER[name]
     expected = whole(directory, name, folder, together)
+    images = Images(table(name), together)
     assert len(expected) == SAMPLES // together
     for count, resident in ((1, "all"), (2, "all"), (3, "all"), (1, "one")):
         shards = towers(directory, tmp_path, count, resident=resident)
-        begin(shards, table(name), len(expected))
-        for part, (entered, _) in zip(parts_of(table(name), together), expected, strict=True):
+        begin(shards, images)
+        for part, (entered, _) in zip(images.parts, expected, strict=True):
             assert same_bits(shards[0].embed(part).view(entered.shape), entered)
-        for hidden, (_, left) in zip(run(shards, table(name), together), expected, strict=True):
+        for hidden, (_, left) in zip(stream(shards, images), expected, strict=True):
             assert same_bits(hidden.view(left.shape), left), f"{count} shards, resident {resident}"
 
 
 def pruned(directory: Path, home: Path, name: str, table: ImageTable, recipe: Recipe, shards: int = 1) -> list[Any]:
-    made, together = towers(directory, home, shards, recipe=recipe), TOGETHER[name]
-    run(made, table, together, range(VISION_LAYERS))
-    if recipe.sequential:
-        (shard,) = made
-        parts = parts_of(table, together)
-        begin(made, table, len(parts))
-        for number, part in enumerate(parts):
-            shard.receive(number, shard.embed(part))
-    for sweep in range(recipe.sweeps + 1):
-        if sweep:
-            for shard in made:
-                shard.open(sweep - 1)
-            run(made, table, together, range(VISION_LAYERS), sweep)
-        reports = [shard.work(WorkOrder(blocks=piece, sweep=sweep)) for shard in made for piece in shard.spec.pieces]
+    made = towers(directory, home, shards, recipe=recipe)
+    reports = prune(made, Images(table, TOGETHER[name]), VISION_LAYERS)
     made[0].copy_ends()
-    return [report for pieces in reports for report in pieces]
+    return reports
 
 
 RECIPES = {
@@ -197,17 +155,17 @@ def test_three_shards_prune_the_tower_as_one(seeing, table, tmp_path, name) -> N
 def test_what_lies_behind_the_blocks_or_beside_the_tower_is_never_loaded(seeing, table, tmp_path, name) -> None:
     (shard,) = towers(seeing(name), tmp_path, 1)
     assert not any(word in key for key in shard.skeleton.vision for word in ("post", "merger", "language", "projector"))
-    parts = parts_of(table(name), TOGETHER[name])
-    begin([shard], table(name), len(parts))
+    images = Images(table(name), TOGETHER[name])
+    begin([shard], images)
 
     def held() -> set[str]:
         parameters = shard.skeleton.model.named_parameters()
         return {key for key, values in parameters if values.numel() > 1 and values.untyped_storage().nbytes() > 4}
 
     assert not held()
-    shard.embed(parts[0])
+    shard.embed(images.parts[0])
     assert held() == shard.skeleton.vision and held()
-    for number, part in enumerate(parts):
+    for number, part in enumerate(images.parts):
         shard.forward(number, shard.embed(part))
     assert not held()
 
