@@ -156,10 +156,14 @@ class _Run:
                 recorder.abandon(failure)
                 raise
         heard, run = self.heard, self.run
-        losses = [heard.losses[step] for step in sorted(heard.losses)]
-        evaluations = sorted(heard.evaluations.items())
         return RetrainResult(
-            Path(run["output"]), run["loss"], losses, evaluations, heard.seconds, run["mlflow_run_id"], run
+            Path(run["output"]),
+            run["loss"],
+            heard.losses_in_order,
+            run["evaluations"],
+            heard.seconds,
+            run["mlflow_run_id"],
+            run,
         )
 
     @contextmanager
@@ -236,8 +240,7 @@ class _Run:
         totals = total_metrics(run) | ({} if loss is None else {"loss": loss})
         recorder.metrics(totals | {f"peak_memory_mb/rank{rank}": peak / 1e6 for rank, peak in heard.peaks.items()})
         self.directory.write(run)
-        losses = [heard.losses[step] for step in sorted(heard.losses)]
-        for path in [self.directory.run_file, *write_report(run, losses, self.directory.home)]:
+        for path in [self.directory.run_file, *write_report(run, heard.losses_in_order, self.directory.home)]:
             recorder.artifact(path)
         recorder.close()
         if recorder.warning:

@@ -29,6 +29,11 @@ class Heard:
         self.tokens = self.snapshots = 0
         self.told = 0.0
 
+    @property
+    def losses_in_order(self) -> list[float]:
+        """Of every step, the first one's first."""
+        return [self.losses[step] for step in sorted(self.losses)]
+
     def take(self, event: dict[str, Any], spec: RetrainSpec, recorder: Recorder) -> None:
         """One event of `stages.retrain.train`; of those of all ranks alike, rank 0's."""
         rank, step = event["rank"], event.get("step", 0)

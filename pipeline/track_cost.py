@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import reduce
+from operator import add
 from typing import Any
 
 from stages.energy import Energy
@@ -31,15 +33,9 @@ def cost_of_tracking(run: Mapping[str, Any]) -> Cost:
 def summed(costs: Iterable[Cost]) -> Cost:
     """Together; joules only where each was measured."""
     costs = list(costs)
-    joules = [cost["energy"] for cost in costs]
-    energy = None
-    if joules and None not in joules:
-        total = Energy(**joules[0])
-        for more in joules[1:]:
-            total += Energy(**more)
-        energy = asdict(total)
+    energy = reduce(add, (Energy(**(cost["energy"] or {})) for cost in costs))
     return {
         "seconds": sum(cost["seconds"] for cost in costs),
         "flops": sum(cost["flops"] for cost in costs),
-        "energy": energy,
+        "energy": None if energy.total is None else asdict(energy),
     }
