@@ -6,6 +6,7 @@ call to the cluster's control service (GCS) is made first and its answer turned 
 
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import shutil
@@ -101,7 +102,7 @@ def local_cluster(*, cpus: int, object_store_bytes: int, gpus: int = 0) -> Itera
                 _start(cpus, gpus, object_store_bytes, home / "ray")
                 yield
             finally:
-                ray.shutdown()
+                _disconnect()
 
 
 def _start(cpus: int, gpus: int, object_store_bytes: int, directory: Path, attempts: int = 2) -> None:
@@ -118,7 +119,7 @@ def _start(cpus: int, gpus: int, object_store_bytes: int, directory: Path, attem
     except Exception as error:  # Ray raises no class of its own for it, after half a minute that cannot be set
         if "timed out during startup" not in str(error):
             raise
-        ray.shutdown()
+        _disconnect()
         if attempts > 1:  # by now what it reads is in the page cache
             return _start(cpus, gpus, object_store_bytes, directory, attempts - 1)
         raise Refusal(
@@ -143,7 +144,7 @@ def existing_cluster(address: str) -> Iterator[None]:
             _attach(endpoint)
             yield
         finally:
-            ray.shutdown()
+            _disconnect()
 
 
 def probe(endpoint: str, credentials: authentication.Credentials) -> None:
@@ -217,6 +218,22 @@ def _attach(endpoint: str) -> None:
             ray.init(address=endpoint, runtime_env=shipped, **_quiet())
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise Refusal(f"the Ray cluster at {endpoint} answers but refuses: {_first_line(error)}") from error
+
+
+def _disconnect() -> None:
+    """Ends the connection. An object reference that is freed while Ray shuts down ends the process, with no word said.
+
+    A lost shard leaves references in cycles (exceptions, their frames), for any thread's collection to free: so they
+    are freed first, and there is no collection until Ray is done.
+    """
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _quiet() -> dict[str, Any]:

@@ -4,6 +4,8 @@ import contextlib
 import os
 import socket
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +140,43 @@ def test_a_local_cluster_is_new_and_private_and_a_failed_run_leaves_nothing_of_i
         raise RuntimeError("the run")
     assert not ray.is_initialized() and not token_path.parent.exists()
     assert {name: os.environ.get(name) for name in AUTH} == before
+
+
+GARBAGE = """
+import gc
+import sys
+
+import ray
+
+from cluster.connect import existing_cluster
+
+
+class CollectsLate:
+    def __init__(self, worker):
+        self.worker = worker
+
+    def __getattr__(self, name):
+        return getattr(self.worker, name)
+
+    def shutdown_driver(self):  # as if another thread collected garbage before ray.shutdown is done
+        self.worker.shutdown_driver()
+        print("shut down", gc.collect() >= 0)
+
+
+with existing_cluster(sys.argv[1]):
+    ray._private.worker.global_worker.core_worker = CollectsLate(ray._private.worker.global_worker.core_worker)
+    gc.disable()  # nothing else frees it before
+    cycle = [ray.put(1)]
+    cycle.append(cycle)
+    del cycle
+print("alive")
+"""
+
+
+def test_garbage_with_references_in_it_does_not_end_the_process_while_ray_shuts_down(member) -> None:
+    command = [sys.executable, "-c", GARBAGE, member.address]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "shut down True\nalive\n"), ended.stderr
 
 
 def test_the_files_of_a_killed_run_go_with_the_next_and_those_of_a_live_one_stay(monkeypatch, tmp_path) -> None:
