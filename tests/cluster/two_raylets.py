@@ -30,11 +30,12 @@ def main(home: Path, cpus: int) -> None:
 
     shape = {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES}
     head = {"include_dashboard": True, "dashboard_port": free_port(), "no_monitor": True, "include_log_monitor": False}
-    # Agents of their own ports: another cluster on this machine may hold the default one, and jobs need an agent.
-    head |= {"dashboard_agent_listen_port": free_port(), "temp_dir": str(home / "ray")}
+    # Agents choose their ports: another cluster on this machine may hold the default one, and jobs need an agent.
+    shape |= {"dashboard_agent_listen_port": 0}
+    head |= {"temp_dir": str(home / "ray")}
     cluster = Cluster(initialize_head=True, head_node_args={**shape, **head})
     try:
-        raylets = [cluster.head_node, cluster.add_node(**shape, dashboard_agent_listen_port=free_port())]
+        raylets = [cluster.head_node, cluster.add_node(**shape)]
         tell(
             {"address": cluster.address, "dashboard_url": f"http://{cluster.webui_url}", "token_path": str(token_path)}
         )
@@ -43,7 +44,7 @@ def main(home: Path, cpus: int) -> None:
             if command == "kill":
                 raylets[int(number[0])].kill_raylet(check_alive=False)
             else:
-                raylets.append(cluster.add_node(**shape, dashboard_agent_listen_port=free_port()))
+                raylets.append(cluster.add_node(**shape))
             tell({"done": line.strip(), "raylets": len(raylets)})
     finally:
         cluster.shutdown()
