@@ -174,8 +174,8 @@ class Experiment:
         recorder = self._point_recorder(title, rate, home)
         try:
             point = self._pruned_and_tuned(title, rate, trained, home, recorder.wait_for_run_id(RECORD_SECONDS))
-        except BaseException:
-            recorder.close("FAILED", timeout_seconds=5)
+        except BaseException as failure:
+            recorder.abandon(failure)
             raise
         recorder.metrics({name: point[name] for name in FIGURES} | {"seconds/total": point["seconds"]})
         if self.material.measure is None:

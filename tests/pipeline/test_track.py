@@ -210,32 +210,41 @@ def test_costs_add_up_and_joules_only_where_all_were_measured() -> None:
 def test_an_interrupted_experiment_goes_on_from_what_is_finished(
     small: dict[str, Any], tmp_path: Path, recorded: str, two_ranks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trained, tracked, pruned at two thresholds and fine-tuned; interrupted between the two."""
+    """Trained, tracked, pruned at two thresholds and fine-tuned; interrupted as the second begins."""
     import mlflow
 
     from pipeline.compare import compare
     from pipeline.track import track
     from pipeline.track_run import Experiment
 
-    config = TrackConfig(**small)
-    points: list[float] = []
-    one_point = Experiment._point
+    config, client = TrackConfig(**small), mlflow.MlflowClient(recorded)
+    points: list[str] = []
+    one_point = Experiment._pruned_and_tuned
 
-    def until_the_second(run: Any, target: float, *others: Any) -> dict[str, Any]:
-        points.append(target)
-        if points == [0, 0.5]:
+    def until_the_second(run: Any, title: str, *others: Any) -> dict[str, Any]:
+        points.append(title)
+        if points == ["sparsity 0 %", "sparsity 50 %"]:
             raise KeyboardInterrupt
-        return one_point(run, target, *others)
+        return one_point(run, title, *others)
 
-    monkeypatch.setattr(Experiment, "_point", until_the_second)
+    def mlflow_runs() -> list[Any]:
+        experiment = client.get_experiment_by_name(config.experiment)
+        assert experiment is not None
+        return list(client.search_runs([experiment.experiment_id]))
+
+    monkeypatch.setattr(Experiment, "_pruned_and_tuned", until_the_second)
     with pytest.raises(KeyboardInterrupt):
         track(config, ranks=two_ranks)
+    ended = dict.fromkeys(("training", "sparsity 0 %", "sparsity 0 %: fine-tuning"), "FINISHED")
+    statuses = {run.info.run_name: run.info.status for run in mlflow_runs()}
+    assert statuses == ended | dict.fromkeys(("track linear", "sparsity 50 %"), "KILLED")
     out = Path(config.output)
     before = (out / "trained" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(Refusal, match=r"finetune-steps 4: the experiment in .* was begun with 3"):
         track(config.model_copy(update={"finetune_steps": 4}), ranks=two_ranks)
     result = track(config, ranks=two_ranks)
-    assert points == [0, 0.5, 0.5] and (out / "trained" / "model.safetensors").stat().st_mtime_ns == before
+    assert points == ["sparsity 0 %", *["sparsity 50 %"] * 2]
+    assert (out / "trained" / "model.safetensors").stat().st_mtime_ns == before
 
     dense, half = result.points
     assert dense["sparsity"] == 0 and half["sparsity"] == pytest.approx(0.5, abs=0.01)
@@ -246,10 +255,8 @@ def test_an_interrupted_experiment_goes_on_from_what_is_finished(
     assert all(spent["flops"] > 0 and spent["seconds"] > 0 for kind, spent in cost.items() if kind != "pruning")
     assert (out / "curve.png").exists() and "50" in (out / "report.md").read_text()
 
-    client = mlflow.MlflowClient(recorded)
-    experiment = client.get_experiment_by_name(config.experiment)
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
+    runs = mlflow_runs()
+    assert {run.info.status for run in runs} == {"FINISHED"}
     tree = {run.info.run_id: (run.info.run_name, run.data.tags.get("mlflow.parentRunId")) for run in runs}
     nested = {name: tree[parent][0] if parent else None for name, parent in tree.values()}
     assert nested == {
