@@ -8,11 +8,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,10 +41,10 @@ class ShadowTracker:
     does not come into it. Compensated bf16: at most 2⁻¹⁶ |q| Σ_i S_i / S_n, a sum of half as many steps as there
     are updates or less. In a window: below h.
 
-    On a CPU `update` works in place with `threads` threads, and is done when it returns: as fast as copying the weights
-    away. Where the tensors are on an accelerator, or with `background`, it only clones them on their device; a thread
-    brings them over, on a stream of its own through two pinned buffers, and updates behind the training's back. It
-    waits only for a snapshot that is still under way.
+    On a CPU `update` works in place with torch's threads, and is done when it returns. Where the tensors are on an
+    accelerator, or with `background`, it only clones them on their device; a thread brings them over, on a stream of
+    its own through two pinned buffers, and updates behind the training's back. It waits only for a snapshot that is
+    still under way.
     """
 
     def __init__(
@@ -61,7 +59,6 @@ class ShadowTracker:
         rounding: Rounding = "stochastic",
         seed: int = 0,
         background: bool | None = None,
-        threads: int | None = None,
     ) -> None:
         self.spec = ShadowSpec(
             schedule=schedule, decay=decay, signed=signed, window=window, dtype=dtype, rounding=rounding
@@ -79,9 +76,8 @@ class ShadowTracker:
         ]
         device = next((tensor.device for tensor in self._tensors.values()), torch.device("cpu"))
         self._device = device if device.type != "cpu" else None
-        self._behind = background if background is not None else self._device is not None
-        self._threads = 1 if self._behind else threads or torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self._threads, "shadow") if self._behind or self._threads > 1 else None
+        behind = background if background is not None else self._device is not None
+        self._behind = ThreadPoolExecutor(1, "shadow") if behind else None
         self._pending: Future[None] | None = None
 
     @classmethod
@@ -98,7 +94,7 @@ class ShadowTracker:
     @property
     def nbytes(self) -> int:
         """Bytes of the shadow."""
-        return sum(array.nbytes for piece in self._pieces for array in piece.kept.values())
+        return sum(values.nbytes for piece in self._pieces for values in piece.kept.values())
 
     # -- updates ---------------------------------------------------------------------------------------------------
 
@@ -108,17 +104,12 @@ class ShadowTracker:
         self._settle()
         flat = [tensor.detach().reshape(-1) for tensor in self._tensors.values()]
         number, self.updates = self.updates, self.updates + 1
-        if self._pool is None:
-            for strip in self._strips:
-                self._fold(strip, number, _stretch(flat, self._pieces, strip))
-        elif not self._behind:
-            jobs = (partial(self._fold, s, number, _stretch(flat, self._pieces, s)) for s in self._strips)
-            for job in [self._pool.submit(job) for job in jobs]:
-                job.result()
+        if self._behind is None:
+            self._fold_all(flat, number, None)
         else:
             flat = [tensor.clone() for tensor in flat]
             ready = None if self._device is None else torch.cuda.current_stream(self._device).record_event()
-            self._pending = self._pool.submit(self._fold_all, flat, number, ready)
+            self._pending = self._behind.submit(self._fold_all, flat, number, ready)
 
     def _settle(self) -> None:
         """Wait for the snapshot that is under way, if one is."""
@@ -137,34 +128,33 @@ class ShadowTracker:
         """One strip's part of snapshot `number`; `given` is that part of the tensor, on the CPU."""
         piece, window = self._pieces[strip.number], self.spec.window
         kept = piece.slot(number % window if window else 0)
-        weight = np.float32(share(self.spec.schedule, self.spec.decay, number))
+        weight = share(self.spec.schedule, self.spec.decay, number)
         first = piece.inside(strip.low, strip.high).start
-        values = given.float().numpy()
-        scratch = np.empty(CHUNK, np.float32)
+        values, rooms = given.float(), torch.empty(2, min(CHUNK, strip.high - strip.low))
         for low, high in piece.cuts(CHUNK, strip.low, strip.high):
-            new, change = self._taken(values, scratch[: high - low], piece, low, high, first), scratch[: high - low]
+            change, room = rooms[:, : high - low]
+            new = self._taken(values, change, piece, low, high, first)
             draws = self._draws.of(self._keys[strip.number], number, low + piece.base, high + piece.base)
             if window:
-                np.copyto(change, new)
+                change.copy_(new)
                 self._check_finite(change, piece, number)
                 self._format.clear(kept, low, high)
                 self._format.write(kept, low, change, draws)
                 continue
-            old = self._format.read(kept, low, high)
-            np.subtract(new, old, out=change)
+            old = self._format.read(kept, low, high, room)
+            torch.sub(new, old, out=change)
             self._check_finite(change, piece, number)
-            np.multiply(change, weight, out=change)
-            np.add(old, change, out=old)  # three roundings an element, whatever its neighbours: cuts do not show
+            old.add_(change.mul_(weight))  # three roundings an element, whatever its neighbours: cuts do not show
             self._format.write(kept, low, old, draws)
 
-    def _check_finite(self, values: np.ndarray, piece: Piece, number: int) -> None:
-        if not torch.from_numpy(values).sum().isfinite():
+    def _check_finite(self, values: Tensor, piece: Piece, number: int) -> None:
+        if not values.sum().isfinite():
             raise Refusal(
                 f"shadow: {piece.name} holds NaN or infinity at snapshot {number}; "
                 "the training has diverged: lower its learning rate, or clip its gradients"
             )
 
-    def _taken(self, values: np.ndarray, room: np.ndarray, piece: Piece, low: int, high: int, first: int) -> np.ndarray:
+    def _taken(self, values: Tensor, room: Tensor, piece: Piece, low: int, high: int, first: int) -> Tensor:
         """The snapshot from place `low` to `high`, zeros where the piece has none: part of `values`, which begin at
         the tensor's element `first`, or made in `room`."""
         inside = piece.inside(low, high)
@@ -173,11 +163,8 @@ class ShadowTracker:
             return part
         begin = inside.start + piece.start - piece.base - low
         end = begin + len(part)
-        room[:begin], room[end:] = 0, 0
-        if self.spec.signed:
-            np.copyto(room[begin:end], part)
-        else:
-            np.abs(part, out=room[begin:end])
+        room[:begin] = room[end:] = 0
+        room[begin:end] = part if self.spec.signed else part.abs()
         return room
 
     # -- results ---------------------------------------------------------------------------------------------------
@@ -185,20 +172,19 @@ class ShadowTracker:
     def importance(self) -> dict[str, Tensor]:
         """|q| of each tensor under its name: float32, on the CPU, in its shape; zeros before the first update."""
         self._settle()
-        return {piece.name: torch.from_numpy(self._importance(piece)).view(piece.shape) for piece in self._pieces}
+        return {piece.name: self._importance(piece).view(piece.shape) for piece in self._pieces}
 
-    def _importance(self, piece: Piece) -> np.ndarray:
-        window, total = self.spec.window, np.empty(piece.end, np.float32)
+    def _importance(self, piece: Piece) -> Tensor:
+        window, total = self.spec.window, torch.empty(piece.end)
         shares = [1.0]
         if window:
             shares = window_shares(self.spec.schedule, self.spec.decay, self.updates, window)
         for low, high in piece.cuts(CHUNK, 0, piece.end):
-            mean = np.zeros(high - low)
+            mean, room = torch.zeros(high - low, dtype=torch.float64), torch.empty(high - low)
             for age, weight in enumerate(reversed(shares), 1):
                 kept = piece.slot((self.updates - age) % window if window else 0)
-                mean += weight * self._format.read(kept, low, high).astype(np.float64)
-            np.abs(mean, out=mean)
-            total[low:high] = mean
+                mean += weight * self._format.read(kept, low, high, room).double()
+            total[low:high] = mean.abs_()
         head = piece.start - piece.base
         return total[head : head + piece.length]
 
@@ -214,9 +200,7 @@ class ShadowTracker:
             "updates": self.updates,
             "shapes": {piece.name: list(piece.shape) for piece in self._pieces},
             "tensors": {
-                f"{piece.name}/{part}": torch.from_numpy(array)
-                for piece in self._pieces
-                for part, array in piece.kept.items()
+                f"{piece.name}/{part}": values for piece in self._pieces for part, values in piece.kept.items()
             },
         }
 
@@ -281,7 +265,7 @@ def _saved(state: Mapping[str, Any], parameter: str, parts: Iterable[str]) -> It
     """The pieces of one parameter in what was saved."""
     for name, shape in state["shapes"].items():
         if parameter_of(name)[0] == parameter:
-            yield Piece(name, shape, {part: state["tensors"][f"{name}/{part}"].numpy() for part in parts})
+            yield Piece(name, shape, {part: state["tensors"][f"{name}/{part}"] for part in parts})
 
 
 def _stretch(flat: Sequence[Tensor], pieces: Sequence[Piece], strip: Strip) -> Tensor:

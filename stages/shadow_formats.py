@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-Array = np.ndarray
-Kept = Mapping[str, Array]  # what one tensor is kept as: array name -> its values, or their scales
+Kept = Mapping[str, Tensor]  # what one tensor is kept as: name -> its values, or their scales
 
 BLOCK = 128  # values that share a scale
-CHUNK = 1 << 14  # values worked on at a time, so that they stay in the cache: few enough for one thread of torch
+CHUNK = 1 << 19  # values worked on at a time: few enough for the cache, and enough for all of torch's threads
 HEADROOM = 1.125  # a scale that must grow grows by this much more
-DRAWS = 1 << 16
+STEPS = 1 << 16  # of random numbers: what bf16 cuts off of a float32
 MASK = (1 << 64) - 1
 
 
@@ -34,25 +34,26 @@ def _mixed(number: Any) -> Any:
 
 
 class Draws:
-    """Random numbers for every element and update: from 0 to 65535, uint32, or as fractions of 65536, float32.
+    """Random numbers for every element and update: from 0 to STEPS - 1, int32, or as fractions of STEPS, float32.
 
-    A table holds each of them once, shuffled, and a stretch of CHUNK elements reads it from a place hashed anew for
+    A table holds them evenly spread, shuffled, and a stretch of CHUNK elements reads it from a place hashed anew for
     each update: so an element's numbers are uniform and unrelated from update to update, and cost no more than reading.
     """
 
     def __init__(self, seed: int, fractions: bool) -> None:
         self._seed = seed
-        hashes = _mixed(np.arange(DRAWS, dtype=np.uint64) ^ np.uint64(_mixed(seed)))
-        table = np.resize(np.argsort(hashes, kind="stable").astype(np.uint32), DRAWS + CHUNK)
-        self._table = ((table + 0.5) / DRAWS).astype(np.float32) if fractions else table
+        hashes = _mixed(np.arange(CHUNK, dtype=np.uint64) ^ np.uint64(_mixed(seed)))
+        table = torch.from_numpy(np.resize(np.argsort(hashes, kind="stable"), 2 * CHUNK)) * STEPS // CHUNK
+        # Halves, so that a sum with what lies on the grid is exact, and its floor that very place.
+        self._table = ((table + 0.5) / STEPS).float() if fractions else table.int()
 
     def key(self, parameter: str) -> int:
         """A number of 64 bits for a parameter's name."""
         return int.from_bytes(hashlib.sha256(f"{self._seed}/{parameter}".encode()).digest()[:8], "big")
 
-    def of(self, key: int, update: int, low: int, high: int) -> Array:
+    def of(self, key: int, update: int, low: int, high: int) -> Tensor:
         """(high - low,): those of elements `low` to `high` of a parameter, in one stretch of CHUNK."""
-        place = _mixed(_mixed(key ^ update) ^ (low // CHUNK)) % DRAWS
+        place = _mixed(_mixed(key ^ update) ^ (low // CHUNK)) % CHUNK
         return self._table[place + low % CHUNK :][: high - low]
 
 
@@ -62,15 +63,15 @@ class Format(ABC):
     fractions = False  # whether `write` takes its random numbers as fractions of a step
 
     @abstractmethod
-    def empty(self, slots: int, length: int) -> dict[str, Array]:
+    def empty(self, slots: int, length: int) -> dict[str, Tensor]:
         """Zeros for `slots` times `length` values (a multiple of BLOCK)."""
 
     @abstractmethod
-    def read(self, kept: Kept, low: int, high: int) -> Array:
-        """The values from `low` to `high` as float32; what is written back may be changed in place."""
+    def read(self, kept: Kept, low: int, high: int, room: Tensor) -> Tensor:
+        """The values from `low` to `high` as float32, in `room` or where they are kept; they may be changed there."""
 
     @abstractmethod
-    def write(self, kept: Kept, low: int, values: Array, draws: Array) -> None:
+    def write(self, kept: Kept, low: int, values: Tensor, draws: Tensor) -> None:
         """Round and keep values (changed in place) from `low` on."""
 
     def clear(self, kept: Kept, low: int, high: int) -> None:
@@ -79,38 +80,37 @@ class Format(ABC):
 
     def adopt(self, kept: Kept, at: int, source: Kept, low: int, high: int) -> None:
         """Take over `source`'s values from `low` to `high`, to lie from `at` on, whole blocks away."""
-        for name, array in kept.items():
-            array[at : at + high - low] = source[name][low:high]
+        for name, values in kept.items():
+            values[at : at + high - low] = source[name][low:high]
 
 
 class Float32(Format):
     """4 bytes a value, plain sums: an update is lost when it is below 2⁻²⁵ of its value."""
 
-    def empty(self, slots: int, length: int) -> dict[str, Array]:
-        return {"value": np.zeros((slots, length), np.float32)}
+    def empty(self, slots: int, length: int) -> dict[str, Tensor]:
+        return {"value": torch.zeros(slots, length)}
 
-    def read(self, kept: Kept, low: int, high: int) -> Array:
+    def read(self, kept: Kept, low: int, high: int, room: Tensor) -> Tensor:
         return kept["value"][low:high]
 
-    def write(self, kept: Kept, low: int, values: Array, draws: Array) -> None:
-        kept["value"][low : low + len(values)] = values
+    def write(self, kept: Kept, low: int, values: Tensor, draws: Tensor) -> None:
+        place = kept["value"][low : low + len(values)]
+        if place.data_ptr() != values.data_ptr():
+            place.copy_(values)
 
 
 class BFloat16(Format):
     """2 bytes a value, rounded stochastically: h is 2⁻⁸ to 2⁻⁷ of it."""
 
-    def empty(self, slots: int, length: int) -> dict[str, Array]:
-        return {"value": np.zeros((slots, length), np.uint16)}
+    def empty(self, slots: int, length: int) -> dict[str, Tensor]:
+        return {"value": torch.zeros(slots, length, dtype=torch.bfloat16)}
 
-    def read(self, kept: Kept, low: int, high: int) -> Array:
-        bits = kept["value"][low:high].astype(np.uint32)
-        return np.left_shift(bits, 16, out=bits).view(np.float32)
+    def read(self, kept: Kept, low: int, high: int, room: Tensor) -> Tensor:
+        return room.copy_(kept["value"][low:high])
 
-    def write(self, kept: Kept, low: int, values: Array, draws: Array) -> None:
-        bits = values.view(np.uint32)
-        np.add(bits, draws, out=bits)
-        np.right_shift(bits, 16, out=bits)
-        kept["value"][low : low + len(values)] = bits
+    def write(self, kept: Kept, low: int, values: Tensor, draws: Tensor) -> None:
+        values.view(torch.int32).add_(draws).bitwise_and_(-STEPS)
+        kept["value"][low : low + len(values)] = values
 
 
 class Compensated(Format):
@@ -120,21 +120,20 @@ class Compensated(Format):
     (A remainder of 16 bits would take as much memory as fp32 does.)
     """
 
-    def empty(self, slots: int, length: int) -> dict[str, Array]:
-        return {"value": np.zeros((slots, length), np.uint16), "rest": np.zeros((slots, length), np.uint8)}
+    def empty(self, slots: int, length: int) -> dict[str, Tensor]:
+        value = torch.zeros(slots, length, dtype=torch.bfloat16)
+        return {"value": value, "rest": torch.zeros(slots, length, dtype=torch.uint8)}
 
-    def read(self, kept: Kept, low: int, high: int) -> Array:
-        bits = kept["value"][low:high].astype(np.uint32)
-        np.left_shift(bits, 8, out=bits)
-        np.bitwise_or(bits, kept["rest"][low:high], out=bits)
-        return np.left_shift(bits, 8, out=bits).view(np.float32)
+    def read(self, kept: Kept, low: int, high: int, room: Tensor) -> Tensor:
+        rest = kept["rest"][low:high].int().bitwise_left_shift_(8)
+        room.copy_(kept["value"][low:high]).view(torch.int32).bitwise_or_(rest)
+        return room
 
-    def write(self, kept: Kept, low: int, values: Array, draws: Array) -> None:
-        bits = values.view(np.uint32)
-        np.add(bits, 0x80, out=bits)  # to the nearest
-        np.right_shift(bits, 8, out=bits)
-        kept["rest"][low : low + len(values)] = bits  # its lowest byte
-        kept["value"][low : low + len(values)] = np.right_shift(bits, 8, out=bits)
+    def write(self, kept: Kept, low: int, values: Tensor, draws: Tensor) -> None:
+        bits = values.view(torch.int32).add_(0x80)  # to the nearest
+        kept["rest"][low : low + len(values)] = bits >> 8  # its lowest byte
+        bits.bitwise_and_(-STEPS)
+        kept["value"][low : low + len(values)] = values
 
 
 class Int8(Format):
@@ -148,25 +147,23 @@ class Int8(Format):
 
     fractions = True
 
-    def empty(self, slots: int, length: int) -> dict[str, Array]:
-        return {"value": np.zeros((slots, length), np.int8), "scale": np.zeros((slots, length // BLOCK), np.float32)}
+    def empty(self, slots: int, length: int) -> dict[str, Tensor]:
+        value = torch.zeros(slots, length, dtype=torch.int8)
+        return {"value": value, "scale": torch.zeros(slots, length // BLOCK)}
 
-    def read(self, kept: Kept, low: int, high: int) -> Array:
-        values = kept["value"][low:high].astype(np.float32)
-        scale = torch.from_numpy(kept["scale"][low // BLOCK : high // BLOCK])
-        torch.from_numpy(values).view(-1, BLOCK).mul_(scale[:, None])
-        return values
+    def read(self, kept: Kept, low: int, high: int, room: Tensor) -> Tensor:
+        scale = kept["scale"][low // BLOCK : high // BLOCK]
+        room.copy_(kept["value"][low:high]).view(-1, BLOCK).mul_(scale[:, None])
+        return room
 
-    def write(self, kept: Kept, low: int, values: Array, draws: Array) -> None:
+    def write(self, kept: Kept, low: int, values: Tensor, draws: Tensor) -> None:
         scale = kept["scale"][low // BLOCK :][: len(values) // BLOCK]
-        by_block = torch.from_numpy(values).view(-1, BLOCK)
-        needed = by_block.abs().amax(1).numpy() * np.float32((1 + 1e-6) / 127)
-        np.copyto(scale, scale / 2, where=needed < scale / 3)
-        np.copyto(scale, needed * np.float32(HEADROOM), where=needed > scale)
-        by_block.div_(torch.from_numpy(np.where(scale > 0, scale, np.float32(1)))[:, None])
-        np.add(values, draws, out=values)
-        np.floor(values, out=values)
-        kept["value"][low : low + len(values)] = values
+        by_block = values.view(-1, BLOCK)
+        needed = by_block.abs().amax(1) * ((1 + 1e-6) / 127)
+        torch.where(needed < scale / 3, scale / 2, scale, out=scale)
+        torch.where(needed > scale, needed * HEADROOM, scale, out=scale)
+        by_block.div_(_divisor(scale)[:, None])
+        kept["value"][low : low + len(values)] = values.add_(draws).floor_()
 
     def clear(self, kept: Kept, low: int, high: int) -> None:
         kept["scale"][low // BLOCK : high // BLOCK] = 0
@@ -176,14 +173,17 @@ class Int8(Format):
         first, last = low // BLOCK, -(-high // BLOCK)
         shift = at // BLOCK - first
         mine, theirs = kept["scale"][first + shift : last + shift], source["scale"][first:last]
-        scale = np.maximum(mine, theirs)
-        divisor = np.where(scale > 0, scale, np.float32(1))
+        scale = torch.maximum(mine, theirs)
         blocks = slice((first + shift) * BLOCK, (last + shift) * BLOCK)
-        held, given = kept["value"][blocks].reshape(-1, BLOCK), source["value"][first * BLOCK : last * BLOCK]
-        held[:] = np.rint(held * (mine / divisor)[:, None])
-        taken = np.rint(given.reshape(-1, BLOCK) * (theirs / divisor)[:, None])
-        kept["value"][at : at + high - low] = taken.reshape(-1)[low - first * BLOCK :][: high - low]
-        mine[:] = scale
+        held, given = kept["value"][blocks].view(-1, BLOCK), source["value"][first * BLOCK : last * BLOCK]
+        held.copy_((held * (mine / _divisor(scale))[:, None]).round_())
+        taken = (given.view(-1, BLOCK) * (theirs / _divisor(scale))[:, None]).round_()
+        kept["value"][at : at + high - low] = taken.view(-1)[low - first * BLOCK :][: high - low]
+        mine.copy_(scale)
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, scale, 1.0)
 
 
 def format_of(dtype: Literal["fp32", "bf16", "int8"], rounding: Literal["stochastic", "compensated"]) -> Format:

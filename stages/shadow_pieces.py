@@ -1,14 +1,14 @@
-"""A shadow in pieces: one of each tensor, or of each slice that a rank holds, and the strips that threads work on."""
+"""A shadow in pieces, one of each tensor or of each slice that a rank holds, and the strips that are worked on."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
+from torch import Tensor
 
 from stages.shadow_formats import BLOCK, CHUNK, Kept
 
-STRIP = 64 * CHUNK  # values that a thread takes up, or that leave the device, at a time
+STRIP = 2 * CHUNK  # values that leave the device at a time
 
 
 def parameter_of(name: str) -> tuple[str, int]:
@@ -20,7 +20,7 @@ def parameter_of(name: str) -> tuple[str, int]:
 class Piece:
     """What is kept of one tensor, or of a slice of a parameter. Places count from `base`, the start of a block."""
 
-    def __init__(self, name: str, shape: Sequence[int], kept: dict[str, np.ndarray]) -> None:
+    def __init__(self, name: str, shape: Sequence[int], kept: dict[str, Tensor]) -> None:
         self.name, self.shape, self.kept = name, tuple(shape), kept
         self.parameter, self.start = parameter_of(name)
         self.base = self.start // BLOCK * BLOCK
@@ -34,7 +34,7 @@ class Piece:
         return range(max(self.start, other.start), min(self.start + self.length, other.start + other.length))
 
     def slot(self, number: int) -> Kept:
-        return {name: array[number] for name, array in self.kept.items()}
+        return {name: values[number] for name, values in self.kept.items()}
 
     def cuts(self, step: int, low: int, high: int) -> Iterator[tuple[int, int]]:
         """The places from `low` to `high`, cut where the parameter's elements are multiples of `step`."""
@@ -55,7 +55,7 @@ def _padded(length: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Part of a piece that one thread works on."""
+    """Part of a piece that is worked on at a time."""
 
     number: int
     low: int

@@ -51,10 +51,10 @@ def partition(named: list[tuple[str, Tensor]], rank: int, ranks: int) -> Iterato
         start += parameter.numel()
 
 
-def costs(model: LlamaForCausalLM, ranks: list[int], repeats: int, threads: int) -> None:
+def costs(model: LlamaForCausalLM, ranks: list[int], repeats: int) -> None:
     named = list(model.named_parameters())
     total = sum(parameter.numel() for _, parameter in named)
-    print(f"{total / 1e6:.1f} M parameters, {threads} threads")
+    print(f"{total / 1e6:.1f} M parameters, {torch.get_num_threads()} threads")
     print("format        ranks   MB a rank  bytes a weight  s an update")
     for label, options in FORMATS.items():
         for count in ranks:
@@ -115,4 +115,4 @@ if __name__ == "__main__":
     if args.train:
         beside_training(llama(args.blocks), args.every, args.steps, args.tokens)
     else:
-        costs(llama(args.blocks), args.ranks, args.repeats, args.threads)
+        costs(llama(args.blocks), args.ranks, args.repeats)

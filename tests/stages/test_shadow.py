@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages import shadow, shadow_formats
 from stages.errors import Refusal
 from stages.shadow import ShadowTracker
 from stages.shadow_spec import ShadowSpec, share
@@ -139,14 +140,41 @@ def slices(weight: Tensor, cuts: list[int]) -> list[tuple[str, Tensor]]:
     ("dtype", "rounding", "cuts"),
     [(*form, [1, 130, 16385, 40001]) for form in FORMATS[:3]] + [("int8", "stochastic", [128, 16512, 40064])],
 )
-def test_parameters_cut_into_pieces_give_the_same_bits(dtype: str, rounding: str, cuts: list[int]) -> None:
+def test_parameters_cut_into_pieces_give_the_same_bits(
+    dtype: str, rounding: str, cuts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name, size in (
+        (shadow_formats, "CHUNK", 1 << 14),
+        (shadow, "CHUNK", 1 << 14),
+        (shadow, "STRIP", 1 << 15),
+    ):
+        monkeypatch.setattr(module, name, size)
     snapshots = list(walk(6, (3, 17_000)))
     whole, cut = torch.empty(3, 17_000), torch.empty(3, 17_000)
     options = {"dtype": dtype, "rounding": rounding, "seed": 7}
-    one = track(ShadowTracker([("w", whole)], **options, threads=1), whole, iter(snapshots))
-    two = track(ShadowTracker(slices(cut, cuts), **options, threads=2), cut, iter(snapshots))
+    one = track(ShadowTracker([("w", whole)], **options), whole, iter(snapshots))
+    two = track(ShadowTracker(slices(cut, cuts), **options), cut, iter(snapshots))
     behind = track(ShadowTracker(slices(cut, cuts), **options, background=True), cut, iter(snapshots))
     assert torch.equal(one, two) and torch.equal(one, behind)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), FORMATS)
+def test_what_lies_on_the_grid_stays_as_it_is(dtype: str, rounding: str) -> None:
+    weight = torch.rand(100_000)
+    tracker = ShadowTracker([("w", weight)], dtype=dtype, rounding=rounding)
+    kept = track(tracker, weight, iter([weight.clone()]))
+    assert torch.equal(track(tracker, weight, itertools.repeat(kept, 20)), kept)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), FORMATS)
+def test_torchs_threads_do_not_show(dtype: str, rounding: str) -> None:
+    results = []
+    for threads in (2, 1):  # torch divides what is longer than 2¹⁵ among them
+        torch.set_num_threads(threads)
+        weight = torch.empty(3, 50_001)
+        tracker = ShadowTracker([("w", weight)], dtype=dtype, rounding=rounding)
+        results.append(track(tracker, weight, walk(4, (3, 50_001))))
+    assert torch.equal(*results)
 
 
 def test_int8_differs_only_in_blocks_that_a_cut_goes_through() -> None:
