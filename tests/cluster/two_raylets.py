@@ -24,6 +24,7 @@ def main(home: Path, cpus: int) -> None:
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN_PATH=str(token_path),
         RAY_USAGE_STATS_ENABLED="0",
+        RAY_health_check_period_ms="500",  # for 3000: a raylet that is killed is missed after five of them
         RAY_TMPDIR=str(home),  # keeps "the latest cluster" of this user's /tmp/ray as it is
     )
     from ray.cluster_utils import Cluster
