@@ -103,12 +103,13 @@ class ShadowTracker:
         """Take one snapshot. Raises Refusal if a weight, in this or in the snapshot before, is NaN or infinite."""
         self._settle()
         flat = [tensor.detach().reshape(-1) for tensor in self._tensors.values()]
+        if self._behind is not None:
+            flat = [tensor.clone() for tensor in flat]
+        ready = None if self._device is None else torch.cuda.current_stream(self._device).record_event()
         number, self.updates = self.updates, self.updates + 1
         if self._behind is None:
-            self._fold_all(flat, number, None)
+            self._fold_all(flat, number, ready)
         else:
-            flat = [tensor.clone() for tensor in flat]
-            ready = None if self._device is None else torch.cuda.current_stream(self._device).record_event()
             self._pending = self._behind.submit(self._fold_all, flat, number, ready)
 
     def _settle(self) -> None:
