@@ -29,10 +29,9 @@ def main(home: Path, cpus: int) -> None:
     )
     from ray.cluster_utils import Cluster
 
-    shape = {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES}
-    head = {"include_dashboard": True, "dashboard_port": free_port(), "no_monitor": True, "include_log_monitor": False}
     # Agents choose their ports: another cluster on this machine may hold the default one, and jobs need an agent.
-    shape |= {"dashboard_agent_listen_port": 0}
+    shape = {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES, "dashboard_agent_listen_port": 0}
+    head = {"include_dashboard": True, "dashboard_port": free_port(), "no_monitor": True, "include_log_monitor": False}
     head |= {"temp_dir": str(home / "ray")}
     cluster = Cluster(initialize_head=True, head_node_args={**shape, **head})
     try:
