@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from stages.devices import allocated_peak
 
 
 def peak_bytes(device: str = "cpu") -> int:
     """The most memory this process ever held: resident set on a CPU, allocated device memory on a GPU."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated(device))
+    if (allocated := allocated_peak(device)) is not None:
+        return allocated
     try:
         # Not getrusage: its figure survives exec, so a child starts with its parent's.
         status = Path("/proc/self/status").read_text()

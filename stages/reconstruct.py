@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from stages.blocks import Call
+from stages.devices import matrix_units_bf16
 from stages.masks import masked
 from stages.spool import Spool
 from stages.units import UnitModules
@@ -65,13 +66,6 @@ class Target:
             return outputs_SLD
         error_SLD = self._dense.batch(indices).float() - self._given.batch(indices)
         return outputs_SLD.float().add_(error_SLD, alpha=self._shift)
-
-
-def matrix_units_bf16(device: torch.device) -> bool:
-    """True where bf16 matrix products run on units of their own, several times faster than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 class _Masters:
