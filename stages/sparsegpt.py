@@ -45,8 +45,7 @@ def factor_with_damping(hessian: Tensor, damping: float = 0.01) -> tuple[Tensor,
     is off by about 1e-4 where there are fewer tokens than channels, enough to decide a near tie otherwise, and with it
     much of the row. (L is far better conditioned than H: inverting it in float32 costs no digits that matter.)
     """
-    if not 0 <= damping <= MAX_DAMPING:  # also false of nan
-        raise Refusal(f"damping {damping}: a share of the mean diagonal, at least 0 and at most 1; try 0.01")
+    check_damping(damping)
     precision = torch.float64 if len(hessian) <= DOUBLE_UP_TO else torch.float32
     reversed_II = hessian.flip(0, 1).to(precision)
     diagonal_I = reversed_II.diagonal()
@@ -63,6 +62,13 @@ def factor_with_damping(hessian: Tensor, damping: float = 0.01) -> tuple[Tensor,
     del reversed_II, diagonal_I
     with torch.autocast(lower_II.device.type, enabled=False):  # it would multiply float32 matrices in bfloat16
         return _invert_lower(lower_II.float()).flip(0, 1), damping
+
+
+def check_damping(damping: float) -> float:
+    """The damping itself. Raises Refusal unless it is a share of the mean diagonal, from 0 to 1."""
+    if not 0 <= damping <= MAX_DAMPING:  # also false of nan
+        raise Refusal(f"damping {damping}: a share of the mean diagonal, at least 0 and at most 1; try 0.01")
+    return damping
 
 
 def _raised(damping: float, hessian: Tensor) -> float:
