@@ -241,7 +241,7 @@ def _rank(row: dict[str, Any]) -> tuple[bool, float, str]:
 def recipe(row: dict[str, Any]) -> str:
     """What was done, without how much of it: runs that share this make one line in the picture."""
     text = " ".join(filter(None, (row["criterion"] or "unknown criterion", row["pattern"])))
-    if row["scope"] not in (None, "row"):
+    if row["scope"] not in (None, "auto", "row"):
         text += f" per {row['scope']}"
     if row["refine"]:
         text += f" + {row['refine']}"

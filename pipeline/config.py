@@ -76,7 +76,9 @@ class PruneConfig(ClusterConfig):
     shadow: str | None = Field(
         None, description="For criterion temporal: the shadow/ that a training run left in its output."
     )
-    scope: Literal["row", "matrix"] = Field("row", description="Compare scores within each output row or the matrix.")
+    scope: Literal["auto", "row", "matrix"] = Field(
+        "auto", description="Compare scores within each output row or the matrix; auto: rows, with alps the matrix."
+    )
     allocation: Literal["uniform", "owl"] = Field(
         "uniform", description="The same sparsity in every block, or less in those with more outliers."
     )
@@ -237,7 +239,7 @@ class PruneConfig(ClusterConfig):
             pattern=self.groups,
             threshold=self.threshold,
             shadow=self.shadow,
-            scope=self.scope,
+            scope=None if self.scope == "auto" else self.scope,
             overrides=self.rules,
             allocation=self.allocation,
             refine="none" if self.refine == "auto" else self.refine,

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pipeline.config import PruneConfig
 from pipeline.facts import ModelFacts
-from stages.allocation import check_matches
+from stages.allocation import LayerRule, check_matches
 from stages.criteria import find_criterion
 from stages.errors import Refusal
 from stages.masks import check_divisible
@@ -45,10 +45,19 @@ def check_recipe_fits(facts: ModelFacts, recipe: Recipe) -> None:
             check_divisible(into, rule.pattern, f"block {block}, {layer}")
         if rule.threshold is not None and find_criterion(rule.criterion).solve is not None:
             raise Refusal(
-                f"block {block}, {layer}: threshold {rule.threshold:g} with criterion {rule.criterion}, which chooses "
-                "so many of a few columns at a time as it goes; use --sparsity, or another criterion"
+                f"block {block}, {layer}: threshold {rule.threshold:g} with criterion {rule.criterion}, which needs "
+                "to know how many go as it chooses; use --sparsity, or another criterion"
             )
+        _check_scope(rule, f"block {block}, {layer}")
     _check_shadow(recipe)
+
+
+def _check_scope(rule: LayerRule, where: str) -> None:
+    if rule.scope is not None and rule.scope not in find_criterion(rule.criterion).scopes:
+        raise Refusal(
+            f"{where}: scope {rule.scope} with criterion {rule.criterion}, which chooses by itself among how many "
+            "weights; leave --scope out"
+        )
 
 
 def _check_shadow(recipe: Recipe) -> None:

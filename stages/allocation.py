@@ -72,7 +72,7 @@ class LayerRule:
     sparsity: float | None = 0.5
     pattern: tuple[int, int] | None = None
     threshold: float | None = None  # in standard deviations of the matrix's scores
-    scope: Scope = "row"
+    scope: Scope | None = None  # see Recipe
 
     @property
     def dense(self) -> bool:

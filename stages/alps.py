@@ -132,13 +132,14 @@ def _inverse(hessian_II: Tensor, rho: float) -> Tensor:
     """(H + ρ1)⁻¹; H has a unit diagonal and is positive semi-definite, so float32 serves."""
     shifted_II = hessian_II.clone()
     shifted_II.diagonal().add_(rho)
-    factor_II, failed_at = torch.linalg.cholesky_ex(shifted_II)
+    failed_at = torch.empty((), dtype=torch.int32, device=shifted_II.device)
+    torch.linalg.cholesky_ex(shifted_II, out=(shifted_II, failed_at))  # in its place: one more matrix, not three
     if int(failed_at):
         raise Refusal(
             f"ALPS: the Gram matrix over {len(hessian_II)} inputs is no sum of x xᵀ (it is not positive "
             "semi-definite); check the calibration data"
         )
-    return torch.cholesky_inverse(factor_II)
+    return torch.cholesky_inverse(shifted_II, out=shifted_II)
 
 
 def _conjugate_gradients(problem: _Scaled, values_OI: Tensor, keep_OI: Tensor, steps: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from stages.allocation import LayerRule
 from stages.blocks import Weight
 from stages.criteria import find_criterion, score, score_rows
+from stages.criterion import Target
 from stages.masks import keep_mask
 from stages.recipe import Recipe, derived_seed
 from stages.refine import dsnot, r2_dsnot, swaps
@@ -45,11 +46,12 @@ class Chooser:
         if criterion.from_shadow:
             options["importance"] = importance
         if criterion.solve is not None:
-            keep, values = criterion.solve(matrix, statistics, rule.sparsity, rule.pattern, None, **options)
+            target = Target(rule.sparsity, rule.pattern, rule.scope or (criterion.scopes or ("row",))[0])
+            keep, values = criterion.solve(matrix, statistics, target, None, **options)
             if recipe.refine == "none":
                 return keep, values
             keep = self._refined(matrix, keep, statistics, rule)
-            return criterion.solve(matrix, statistics, rule.sparsity, rule.pattern, keep, **options)
+            return criterion.solve(matrix, statistics, target, keep, **options)
         keep = _mask(matrix, statistics, rule, name, options)
         return (keep if few else self._refined(matrix, keep, statistics, rule, name, options)), None
 

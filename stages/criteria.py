@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.criterion import Criterion, Need, Rule, checked_options, import_criterion, taken_by
 from stages.errors import Refusal
+from stages.solvers import Share, solve_alps, solve_sparsegpt
 from stages.statistics import InputStatistics
 
 CPU_WEIGHTS = 1 << 17  # scored or summed at a time on a CPU: their scores stay in the cache
@@ -20,8 +21,6 @@ DEVICE_WEIGHTS = 1 << 25  # and elsewhere: a small part of the memory
 FLOOR = 1e-30  # row and column norms below it count as it: no division by zero, and none that overflows
 
 Exponent = Annotated[float, Rule("at least 0 and finite", lambda value: 0 <= value < float("inf"))]
-Share = Annotated[float, Rule("above 0 and at most 1", lambda value: 0 < value <= 1)]
-Columns = Annotated[int, Rule("at least 1", lambda value: value >= 1)]
 Order = Annotated[float, Rule("1, 2, 3 or inf", lambda value: value in (1, 2, 3, float("inf")))]
 
 
@@ -144,35 +143,6 @@ def sparsegpt(weight_OI: Tensor, statistics: InputStatistics, *, curvature_I: Te
     return weight_OI.float().square().mul_(curvature_I)
 
 
-def solve_sparsegpt(
-    weight_OI: Tensor,
-    statistics: InputStatistics,
-    sparsity: float | None,
-    pattern: tuple[int, int] | None,
-    keep_OI: Tensor | None,
-    *,
-    damping: Share = 0.01,
-    block_size: Columns = 128,
-    update: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """SparseGPT whole: masks chosen in blocks of columns while the weights that stay make up for those that went.
-
-    With `update=False` its masks alone, over weights as they were: a start for refitting.
-    """
-    from stages.sparsegpt import sparsegpt
-
-    moved, keep = sparsegpt(
-        weight_OI,
-        statistics.hessian,
-        sparsity if keep_OI is None and pattern is None else None,
-        pattern if keep_OI is None else None,
-        block_size=block_size,
-        keep=keep_OI,
-        factor=statistics.inverse_factor(damping),
-    )
-    return keep, moved if update else None
-
-
 def temporal(weight_OI: Tensor, statistics: InputStatistics, *, importance_OI: Tensor) -> Tensor:
     """|q_ij|, the weight's average over its training run (Systematic Weight Evaluation, 2502.17071): what a shadow
     directory holds of it. Needs no statistics."""
@@ -190,7 +160,10 @@ CRITERIA: dict[str, Criterion] = {
     "ria": Criterion(function=ria, prepare=sums),
     "stochria": Criterion(function=ria, prepare=sampled_sums),
     "lp-ria": Criterion(function=ria, prepare=lp_norms),
-    "sparsegpt": Criterion(function=sparsegpt, prepare=inverse_diagonal, solve=solve_sparsegpt, needs=HESSIAN),
+    "sparsegpt": Criterion(
+        function=sparsegpt, prepare=inverse_diagonal, solve=solve_sparsegpt, scopes=(), needs=HESSIAN
+    ),
+    "alps": Criterion(function=wanda, row_wise=True, solve=solve_alps, scopes=("matrix", "row"), needs=HESSIAN),
     "temporal": Criterion(function=temporal, row_wise=True, needs=IMPORTANCE),
 }
 

@@ -8,14 +8,23 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
 
 from stages.errors import Refusal
+from stages.masks import Scope
 
 Need = Literal["hessian", "outputs", "importance"]
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+class Target(NamedTuple):
+    """How much of a matrix goes: a ratio, within each row or over the matrix, or N:M."""
+
+    sparsity: float | None
+    pattern: tuple[int, int] | None
+    scope: Scope
 
 
 @dataclass(frozen=True)
@@ -44,8 +53,10 @@ class Criterion:
     """(whole weight, statistics, **options) -> what the function needs of the layer as a whole, by keyword: (I,) for
     its columns, (O, 1) for its rows. With it the function may be given some of the rows, and what is theirs."""
     solve: Callable[..., tuple[Tensor, Tensor | None]] | None = None
-    """For a criterion that also moves the weights that stay: (weight, statistics, sparsity, pattern, keep, **options)
+    """For a criterion that also moves the weights that stay: (weight, statistics, target, keep, **options)
     -> (keep, values or None), choosing the mask itself unless `keep` is one."""
+    scopes: tuple[Scope, ...] = ("row", "matrix")
+    """Within what its scores are compared, where there is a choice; the first unless said otherwise."""
     row_wise: bool = False
     """The function may be given some of the rows, and scores them as it would among all the others."""
     needs: frozenset[Need] = frozenset()

@@ -24,7 +24,7 @@ class Recipe:
     pattern: tuple[int, int] | None = None
     threshold: float | None = None
     shadow: str | None = None  # the directory with the importances that some criteria score by
-    scope: Scope = "row"
+    scope: Scope | None = None  # None: rows, or what the criterion chooses among by itself
     overrides: tuple[Override, ...] = ()
     allocation: Literal["uniform", "owl"] = "uniform"  # how a sparsity is spread over the blocks
     refine: Refine = "none"

@@ -49,7 +49,10 @@ def brute_force(name: str, weight: Tensor, x: Tensor, alpha: float = 0.5, p: flo
         return (weight * ~dead).square() / upper.diagonal().square()
     if name in ("ria", "lp-ria"):
         return relative(weight, p) * (inputs / samples**0.5) ** alpha
-    return weight.abs() * {"magnitude": 1.0, "wanda": inputs, "owanda": outputs, "symwanda": inputs + outputs}[name]
+    return (
+        weight.abs()
+        * {"magnitude": 1.0, "wanda": inputs, "alps": inputs, "owanda": outputs, "symwanda": inputs + outputs}[name]
+    )
 
 
 def example(dtype: torch.dtype = torch.float32, rows: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:

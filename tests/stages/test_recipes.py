@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from streaming import GENTLE, make_shards, prune, stream
 
 from stages.allocation import Override
+from stages.criteria import find_criterion
 from stages.errors import OutOfStep, Refusal
 from stages.foresight import SHARE
 from stages.recipe import Recipe, WorkOrder, pieces
@@ -35,6 +36,9 @@ RECIPES = {
     "sparsegpt's mask": Recipe(
         criterion="sparsegpt", criterion_options={"update": False}, pattern=(4, 8), sparsity=None
     ),
+    "alps": Recipe(criterion="alps", reconstruct="none"),
+    "alps in rows": Recipe(criterion="alps", scope="row", refine="swaps"),
+    "alps, pruned": Recipe(criterion="alps", inputs="pruned", sparsity=None, pattern=(2, 4)),
     "symwanda": Recipe(criterion="symwanda", reconstruct="none"),
     "stochria": Recipe(criterion="stochria", criterion_options={"ratio": 0.5}, reconstruct="none", seed=3),
     "matrix scope": Recipe(criterion="owanda", scope="matrix", reconstruct="none"),
@@ -60,7 +64,7 @@ def test_the_same_bytes_for_any_cut_and_exact_zeros(
         assert all(shard._budget.used == 0 for shard in shards)
         made.append(files(tmp_path / str(place)))
     assert made[0] == made[1] and len(made[0]) == BLOCKS
-    share = 0.5 if recipe.scope == "row" and recipe.criterion != "sparsegpt" else None
+    share = 0.5 if (recipe.scope or find_criterion(recipe.criterion).scopes[:1]) in ("row", ("row",)) else None
     for index in range(BLOCKS):
         for key, weight in load_file(tmp_path / "0" / "output" / block_file(index)).items():
             if not key.endswith("_proj.weight"):

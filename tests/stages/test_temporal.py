@@ -174,13 +174,15 @@ def test_a_shadow_of_another_model_is_refused_as_is_none_and_an_empty_one(
         ({"threshold": 1, "allocation": "owl"}, "allocation owl with threshold 1"),
         ({"threshold": 1, "scope": "row"}, "scope row with threshold 1"),
         ({"threshold": 1, "criterion": "sparsegpt"}, "self_attn.q_proj: threshold 1 with criterion sparsegpt"),
+        ({"threshold": 1, "criterion": "alps"}, "self_attn.q_proj: threshold 1 with criterion alps"),
+        ({"scope": "row", "criterion": "sparsegpt"}, "self_attn.q_proj: scope row with criterion sparsegpt"),
         ({"criterion": "temporal"}, "criterion temporal: scores by a shadow; give --shadow DIR"),
         ({"shadow": "there"}, "shadow there: criterion wanda does not read it"),
         ({"overrides": [{"match": "*", "threshold": "1"}]}, "threshold '1': must be a number"),
         ({"overrides": [{"match": "*", "threshold": 1, "sparsity": 0.5}]}, "sparsity and threshold are given"),
     ],
 )
-def test_what_makes_no_sense_with_a_threshold_or_a_shadow_is_refused(
+def test_what_makes_no_sense_with_a_threshold_a_scope_or_a_shadow_is_refused(
     options: dict[str, object], message: str, model: Path
 ) -> None:
     facts = model_facts(read_config(model), str(model))
