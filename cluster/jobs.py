@@ -22,6 +22,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster import authentication, package
 from cluster.connect import endpoint_of, probe, reachable
+from cluster.redact import without_credentials
 from stages.errors import Refusal
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -74,7 +75,7 @@ def submit(
         with package.staged(demo_model=True) as code:
             environment = {"working_dir": str(code), "env_vars": {**_stopping(), **env}}
             job_id = _accepted(client, url, _command(entrypoint), environment)
-        on_line(f"job {job_id} submitted to {url}")
+        on_line(f"job {job_id} submitted to {without_credentials(url)}")
         if not follow:
             return JobOutcome(job_id, str(client.get_job_status(job_id)), None)
         return _follow(client, job_id, url, on_line)
@@ -91,8 +92,8 @@ def _accepted(client: JobSubmissionClient, url: str, command: str, environment: 
                 raise
             if time.monotonic() > give_up:
                 raise Refusal(
-                    f"the Ray cluster at {url} has no node that takes jobs, for {READY_SECONDS} s now; "
-                    "are its nodes alive (`ray status`), and did they start with the dashboard's agent?"
+                    f"the Ray cluster at {without_credentials(url)} has no node that takes jobs, for {READY_SECONDS} s "
+                    "now; are its nodes alive (`ray status`), and did they start with the dashboard's agent?"
                 ) from error
         time.sleep(1)
 
@@ -122,7 +123,7 @@ def _url_from_cluster(address: str, credentials: authentication.Credentials) -> 
 
 def _preflight(url: str, credentials: authentication.Credentials) -> None:
     """Returns if a Ray dashboard answers at `url` and takes the token; raises Refusal otherwise."""
-    what = f"the Ray dashboard at {url}"
+    what = f"the Ray dashboard at {without_credentials(url)}"
     parts = urlsplit(url)
     reachable(f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}", what)
     headers = {"Authorization": f"Bearer {credentials.token}"} if credentials.token else {}
@@ -171,9 +172,10 @@ def _follow(client: JobSubmissionClient, job_id: str, url: str, on_line: Callabl
             _until_done(client, job_id, lines)
         info = _ask(client.get_job_info, job_id)
     except _Lost as error:
+        shown = without_credentials(url)
         raise Refusal(
-            f"lost the Ray dashboard at {url} while job {job_id} ran ({error}); the job may go on: "
-            f"`ray job logs --address {url} --follow {job_id}`"
+            f"lost the Ray dashboard at {shown} while job {job_id} ran ({error}); the job "
+            f"may go on: `ray job logs --address {shown} --follow {job_id}`"
         ) from error
     with contextlib.suppress(_Lost):  # the log went with the node that ran the job; its status is known all the same
         lines.finish(_ask(client.get_job_logs, job_id))

@@ -2,13 +2,16 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from cluster.redact import without_secrets
 from pipeline import cli_retrain, cli_track
 from pipeline.flags import Json, given, request_of, show, stdout_kept, with_options
 from pipeline.rundir import command_of
@@ -254,6 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments and "--" not in arguments[: arguments.index("--debug")]
     if debug:
         arguments.remove("--debug")
+        sys.excepthook = _show_traceback
     try:
         return app(args=arguments, prog_name="espalier", standalone_mode=False) or 0
     except (KeyboardInterrupt, Interrupted, typer.Abort):
@@ -265,10 +269,16 @@ def main(arguments: list[str] | None = None) -> int:
         # Typer's own complaints (an unknown flag, a missing argument) format themselves.
         format_message = getattr(error, "format_message", error.__str__ if isinstance(error, Refusal) else None)
         if format_message is not None:
-            errors.print(f"espalier: {' '.join(format_message().split())}", markup=False)
+            errors.print(f"espalier: {without_secrets(' '.join(format_message().split()))}", markup=False)
             return 2
-        errors.print(f"espalier: unexpected {type(error).__name__}: {error}; run again with --debug", markup=False)
+        text = without_secrets(f"{type(error).__name__}: {error}")
+        errors.print(f"espalier: unexpected {text}; run again with --debug", markup=False)
         return 1
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A whole traceback on stderr, but for what may not be shown."""
+    sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _how_to_resume(arguments: list[str]) -> str:

@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from cluster.redact import without_credentials
 from pipeline.figures import draw_perplexity
 from pipeline.mlflow_client import client_errors, default_tracking_uri, is_final, open_client, reason, sqlite_path
 from pipeline.report import duration, number, percent, table
@@ -97,14 +98,14 @@ def compare(selection: Sequence[str], *, tracking_uri: str | None = None, out: P
     written there. Raises Refusal for an unknown name (naming the nearest), for an experiment without a finished run,
     and for a server that does not answer.
     """
-    uri = tracking_uri or default_tracking_uri()
-    database = sqlite_path(uri)
+    given = tracking_uri or default_tracking_uri()
+    database, uri = sqlite_path(given), without_credentials(given)
     if database is not None and not database.exists():
         raise Refusal(
             f"no runs are recorded at {uri}: run `espalier prune` here, or set MLFLOW_TRACKING_URI to where they are"
         )
     try:
-        client = open_client(uri)
+        client = open_client(given)
         title, runs = _select(client, list(selection), uri)
     except client_errors() as fault:
         raise Refusal(

@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.authentication import DEFAULT_TOKEN_PATH, TOKEN, TOKEN_PATH, find_credentials
+from cluster.redact import without_credentials, without_secrets
 from pipeline import machine
 from pipeline.mlflow_client import default_tracking_uri, sqlite_path
 from stages.errors import Refusal
@@ -69,7 +70,9 @@ def examine() -> list[Finding]:
             findings += check()
         except Exception as error:  # one broken part of a machine must not hide what is known of the others
             name = check.__name__.strip("_")
-            findings.append(Finding(name, f"could not be examined: {type(error).__name__}: {error}", "missing"))
+            findings.append(
+                Finding(name, without_secrets(f"could not be examined: {type(error).__name__}: {error}"), "missing")
+            )
     return findings
 
 
@@ -253,21 +256,21 @@ def _tracking() -> list[Finding]:
     if database is not None:
         return [_tracking_database(name, database)]
     parts = urlsplit(uri)
-    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without a user's password
+    shown = without_credentials(uri)
     if parts.scheme not in ("http", "https"):
         if parts.scheme in ("", "file"):
-            return [Finding(name, f"{uri}: MLflow 3 refuses the file store", "missing", "use sqlite:///mlflow.db")]
+            return [Finding(name, f"{shown}: MLflow 3 refuses the file store", "missing", "use sqlite:///mlflow.db")]
         return [Finding(name, f"{shown} (not asked: only http, https and sqlite are)")]
     remedy = "start the server or correct MLFLOW_TRACKING_URI; until then a run logs to a local copy"
     try:
-        with urllib.request.urlopen(f"{shown.rstrip('/')}/health", timeout=2) as answer:
+        with urllib.request.urlopen(f"{shown.partition('?')[0].rstrip('/')}/health", timeout=2) as answer:
             return [Finding(name, f"{shown} answers ({answer.status})")]
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             return [Finding(name, f"{shown} answers, and asks for credentials ({error.code})")]
         return [Finding(name, f"{shown} answers {error.code} to /health", "missing", remedy)]
     except (OSError, ValueError) as error:
-        return [Finding(name, f"{shown} does not answer ({error})", "missing", remedy)]
+        return [Finding(name, f"{shown} does not answer ({without_secrets(str(error))})", "missing", remedy)]
 
 
 def _tracking_database(name: str, database: Path) -> Finding:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 from rich.console import Console
 
+from cluster.redact import storable
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
@@ -121,6 +123,6 @@ def stdout_kept() -> contextlib.AbstractContextManager[Any]:
 def show(result: dict[str, Any], as_json: bool, table: Callable[[], Any]) -> None:
     """The result on stdout: one JSON object, or what `table` makes of it."""
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(json.dumps(storable(result)))
     else:
         Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 140).print(table())

@@ -6,10 +6,13 @@ MLflow takes about 3 s to import, so it is imported where it is used.
 import logging
 import os
 import re
+import shlex
 import threading
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cluster.redact import without_credentials, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,13 +46,16 @@ def sqlite_path(tracking_uri: str) -> Path | None:
 
 
 def ui_command(tracking_uri: str) -> str:
-    """What to type to look at the runs kept at `tracking_uri`."""
+    """What to type to look at the runs kept at `tracking_uri`, a URI that may have lost its credentials in a record."""
+    given, tracking_uri = default_tracking_uri(), without_credentials(tracking_uri)
     if tracking_uri.startswith(("http://", "https://")):
         return f"python -m webbrowser {tracking_uri}"
     database = sqlite_path(tracking_uri)
     if database is not None and database.parent == Path.cwd():
         tracking_uri = f"sqlite:///{database.name}"
-    return f"mlflow ui --backend-store-uri {tracking_uri}"
+    if without_credentials(given) == tracking_uri != given:  # the shell knows them
+        return 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
+    return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"
 
 
 def open_client(tracking_uri: str) -> "MlflowClient":
@@ -138,7 +144,7 @@ def is_final(fault: Exception) -> bool:
 
 def reason(fault: Exception) -> str:
     """Why, in a few words: MLflow's messages hold the library's message, which holds the socket's."""
-    text = fault.strerror if isinstance(fault, OSError) and fault.strerror else str(fault)
+    text = without_secrets(fault.strerror if isinstance(fault, OSError) and fault.strerror else str(fault))
     for sign, words in (
         ("Connection refused", "connection refused"),
         ("Name or service not known", "unknown host"),

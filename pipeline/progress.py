@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from cluster.redact import without_secrets
+
 
 class Reporter:
     """Plain lines on `console`; `TerminalReporter` adds bars."""
@@ -17,8 +19,8 @@ class Reporter:
         self._work_started = 0.0
 
     def note(self, text: str) -> None:
-        """A line that matters to a person."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        """A line that matters to a person; what may not be shown is taken out of it."""
+        self.console.print(without_secrets(text), highlight=False, soft_wrap=True)
 
     def pass_begins(self, name: str, microbatches: int) -> Callable[[int], None]:
         """A stream begins; call what comes back with the number of microbatches done."""

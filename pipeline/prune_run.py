@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cluster.connect import connect, nodes
 from cluster.fleet import Fleet, Stream
+from cluster.redact import without_secrets
 from pipeline.assemble import copy_companions, write_index
 from pipeline.config import PruneConfig
 from pipeline.facts import ModelFacts
@@ -291,6 +292,7 @@ class PruneRun:
         return shapes_of(facts.linears, read_config(resolve(config.model), config.trust_remote_code))
 
     def _warn(self, text: str) -> None:
+        text = without_secrets(text)
         self.warnings.append(text)
         self.reporter.note(f"warning: {text}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from cluster.redact import storable
 from pipeline.figures import component_title, draw_errors, draw_timeline, unit_names
 from stages.energy import described
 
@@ -34,6 +35,7 @@ def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
 
     There is no errors.png where no unit was rebuilt, for then no error was measured.
     """
+    run = storable(run)
     directory.mkdir(parents=True, exist_ok=True)
     pictures = {
         "Error of each rebuilt unit, by block": draw_errors(run["blocks"], directory / "errors.png"),

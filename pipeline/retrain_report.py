@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.redact import storable
 from pipeline.figures import draw_losses
 from pipeline.report import count, duration, loading, number, recipe, size, surroundings, table, times, warnings
 from stages.measure import perplexity_of
@@ -13,6 +14,7 @@ HELD = {"parameters": "parameters", "optimizer": "optimizer state", "shadow": "s
 
 def write_report(run: Mapping[str, Any], losses: Sequence[float], directory: Path) -> list[Path]:
     """report.md and losses.png in `directory`, as the list of those written; `losses` are those of every step."""
+    run = storable(run)
     picture = draw_losses(losses, run["evaluations"], directory / "losses.png")
     sections = [
         f"# {run['model']['family']} trained",

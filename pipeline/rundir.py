@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from cluster.redact import storable
 from stages.checkpoint import file_digest, sync_directory
 from stages.errors import Refusal
 from stages.spec import HOME, sweep_directory
@@ -135,14 +136,14 @@ class RunDirectory:
     def write(self, run: dict[str, Any]) -> None:
         """Replace run.json in one step."""
         temporary = self.home / ".run.json.tmp"
-        write_synced(temporary, json.dumps(run, indent=1))
+        write_synced(temporary, json.dumps(storable(run), indent=1))
         os.replace(temporary, self.run_file)
         sync_directory(self.home)
 
     def note(self, event: str, **fields: Any) -> None:
         """Append one line to the journal and sync it."""
         with self._journal.open("ab") as journal:
-            journal.write(json.dumps({"event": event, **fields}).encode() + b"\n")
+            journal.write(json.dumps(storable({"event": event, **fields})).encode() + b"\n")
             journal.flush()
             os.fsync(journal.fileno())
 

@@ -3,17 +3,18 @@
 import itertools
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import typer
 
 from cluster.jobs import submit
+from cluster.redact import is_secret, without_credentials
+from pipeline.mlflow_client import default_tracking_uri
+from stages.errors import Refusal
 
 WRITTEN = ("--output", "--out")  # made absolute although they do not exist yet
 READ = ("--calibration", "--eval", "--config", "--data", "--against")
 FLAGS = ("--json",)  # take no value: what follows is an argument of its own
 PASSED_ON = ("MLFLOW_", "HF_", "TRANSFORMERS_", "TOKENIZERS_")
-SECRET_ENDINGS = ("TOKEN", "PASSWORD", "KEY", "SECRET", "AUTH")
 
 
 def submit_command(
@@ -23,7 +24,20 @@ def submit_command(
 
     The job runs in another directory, maybe on another machine: paths become absolute (see `absolute`), and what they
     name must be on storage that the nodes share. MLflow is the submitter's: MLFLOW_TRACKING_URI, else mlflow.db here.
+    Raises Refusal for a URI with credentials in `args`.
     """
+    for argument in args:
+        if without_credentials(argument) != argument:
+            raise Refusal(
+                f"submit: {without_credentials(argument)} holds a user, a password or a token, and Ray shows a job's "
+                "command on its dashboard; put it into the environment of the nodes, or into a file that --config names"
+            )
+    uri = default_tracking_uri()
+    if without_credentials(uri) != uri:
+        on_line(
+            f"MLflow at {without_credentials(uri)}: its credentials stay here, as Ray shows a job's variables on its "
+            "dashboard; the job uses the MLFLOW_TRACKING_URI of its node"
+        )
     entrypoint = ["python", "-m", "pipeline.cli", *absolute(args)]
     outcome = submit(entrypoint, address=address, env=job_environment(), on_line=on_line, follow=follow)
     return outcome.exit_code or 0
@@ -49,15 +63,12 @@ def absolute(args: list[str]) -> list[str]:
 def job_environment() -> dict[str, str]:
     """The variables that say where a run logs and downloads, as they are here, with MLflow's default filled in.
 
-    Secrets stay here, because Ray shows a job's variables on its dashboard: set those on the nodes.
+    Secrets stay here, and so do URIs that hold some, because Ray shows a job's variables on its dashboard and in the
+    process list: set those on the nodes.
     """
-    passed = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(PASSED_ON) and not name.endswith(SECRET_ENDINGS)
-    }
-    passed.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd() / 'mlflow.db'}")
-    return passed
+    passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON) and not is_secret(name)}
+    passed.setdefault("MLFLOW_TRACKING_URI", default_tracking_uri())
+    return {name: value for name, value in passed.items() if without_credentials(value) == value}
 
 
 def _absolute(value: str, option: str) -> str:

@@ -8,6 +8,7 @@ import yaml
 from rich.console import Group, JustifyMethod
 from rich.table import Table
 
+from cluster.redact import storable
 from pipeline.figures import draw_track
 from pipeline.mlflow_client import ui_command
 from pipeline.report import count, duration, number, operations, percent, plain, table
@@ -18,6 +19,7 @@ SAME_SPARSITY = 0.015  # a published point this near, in shares, is shown in the
 
 def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
     """report.md and curve.png in `directory`, from what run.json holds."""
+    run = storable(run)
     config, model = run["config"], run["model"]
     picture = draw_track(run["points"], run["trained"], run["beside"], directory / "curve.png", metric=run["metric"])
     header, rows = cells(run)

@@ -19,6 +19,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.redact import without_credentials, without_secrets
 from pipeline.local_copy import LocalCopy, Point
 from pipeline.mlflow_client import (
     KEY_LENGTH,
@@ -48,10 +49,15 @@ PARAM_LENGTH, TAG_LENGTH = 6000, 8000
 
 def recorded_run(directory: Path) -> str | None:
     """The MLflow run that a Recorder of this directory wrote down as soon as it had one, for a resume to continue."""
+    return _link(directory).get("run_id")
+
+
+def _link(directory: Path) -> dict[str, str]:
     try:
-        return str(json.loads((directory / LINK).read_text())["run_id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        link = json.loads((directory / LINK).read_text())
+        return {name: str(value) for name, value in link.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 @dataclass(frozen=True)
@@ -83,10 +89,11 @@ class Recorder:
         run_id: str | None = None,
         parent: str | None = None,
     ) -> None:
-        self.tracking_uri = tracking_uri or default_tracking_uri()
+        self._uri = tracking_uri or default_tracking_uri()
+        self.tracking_uri = without_credentials(self._uri)  # as it may be shown and stored
         self.run_id: str | None = None
         self._experiment, self._run_name, self._continues = experiment, run_name, run_id
-        self._params = {key_of(name): str(value)[:PARAM_LENGTH] for name, value in params.items()}
+        self._params = {key_of(name): without_secrets(str(value))[:PARAM_LENGTH] for name, value in params.items()}
         # Whether a run was made although the answer got lost can be told by this tag.
         self._token = uuid.uuid4().hex
         nested = {"mlflow.parentRunId": parent} if parent else {}
@@ -101,6 +108,8 @@ class Recorder:
         self._fault: str | None = None  # why the last attempt failed
         self._lost: list[str] = []  # what the server refused for good
         self._reached = self._unfinished = False
+        before = _link(self._directory).get("tracking_uri", self.tracking_uri)
+        self._moved = before if run_id and before != self.tracking_uri else None  # a resumed run, recorded elsewhere
         for point in self._copy.points():
             self._queue.put(point)
         self._thread = threading.Thread(target=self._work, name="espalier-record", daemon=True)
@@ -123,6 +132,11 @@ class Recorder:
         if self._lost:
             more = f" and {len(self._lost) - 3} more" if len(self._lost) > 3 else ""
             parts.append(f"MLflow at {self.tracking_uri} refused {'; '.join(self._lost[:3])}{more}")
+        if self._moved:
+            parts.append(
+                f"this run began in MLflow at {self._moved} and went on at {self.tracking_uri}, because "
+                "MLFLOW_TRACKING_URI now says so"
+            )
         if self._copy.fault:
             parts.append(f"no local copy of the metrics in {self.local_copy} ({self._copy.fault})")
         return "; ".join(parts) or None
@@ -222,7 +236,7 @@ class Recorder:
         """Find or make the MLflow run, give it its parameters, and note its id beside the local copy."""
         from mlflow.entities import Param, RunTag
 
-        client = open_client(self.tracking_uri)
+        client = open_client(self._uri)
         run = existing_run(client, self._continues) if self._continues else None
         if run is not None:
             client.update_run(run.info.run_id, status="RUNNING")
@@ -247,7 +261,7 @@ class Recorder:
         self._note_link()
 
     def _make_run(self, client: "MlflowClient") -> "Run":
-        experiment = experiment_id(client, self._experiment, self.tracking_uri)
+        experiment = experiment_id(client, self._experiment, self._uri)
         if self._fault is not None:  # the answer to an earlier attempt may have been lost, and not the run
             found = client.search_runs([experiment], f"tags.`espalier.recorder` = '{self._token}'", max_results=1)
             if found:

@@ -5,6 +5,7 @@ import pytest
 from cluster.jobs import JobOutcome
 from pipeline import submit
 from pipeline.submit import absolute, job_environment
+from stages.errors import Refusal
 
 
 @pytest.fixture
@@ -60,3 +61,23 @@ def test_the_exit_code_is_the_job_s(monkeypatch, given, expected) -> None:
 
     monkeypatch.setattr(submit, "submit", instead)
     assert submit.submit_command(["doctor"], address=None) == expected
+
+
+def test_uris_with_credentials_stay_here_and_their_owner_is_told(here, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://ann:planted@db/mlflow")
+    monkeypatch.setenv("HF_ENDPOINT", "https://ann:planted@mirror")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "planted")
+    monkeypatch.setenv("HF_TOKEN_PATH", "/secrets/token")
+    passed = job_environment()
+    assert "MLFLOW_TRACKING_URI" not in passed and "planted" not in str(passed)
+    assert passed["HF_TOKEN_PATH"] == "/secrets/token"
+    monkeypatch.setattr(submit, "submit", lambda entrypoint, **_: JobOutcome("id", "whatever", 0))
+    lines: list[str] = []
+    submit.submit_command(["doctor"], address=None, on_line=lines.append)
+    assert len(lines) == 1 and "postgresql://db/mlflow" in lines[0] and "planted" not in lines[0]
+
+
+def test_an_argument_with_credentials_is_refused(here) -> None:
+    with pytest.raises(Refusal, match=r"submit: --eval=https://host/x\?token=\*\*\* holds .*--config") as caught:
+        submit.submit_command(["eval", "model", "--eval=https://ann:planted@host/x?token=planted"], address=None)
+    assert "planted" not in str(caught.value)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.metrics import block_metrics, total_metrics
-from pipeline.mlflow_client import open_client
+from pipeline.mlflow_client import open_client, reason
 from pipeline.tracking import Recorder, default_tracking_uri, recorded_run, ui_command
 
 
@@ -283,3 +283,32 @@ def test_mlflow_is_not_imported_before_it_is_needed() -> None:
 def test_opening_a_client_keeps_migrations_quiet(database: str) -> None:
     open_client(database)
     assert logging.getLogger("alembic.runtime.migration").getEffectiveLevel() >= logging.ERROR
+
+
+def test_credentials_of_the_uri_are_in_no_warning_and_no_file(tmp_path: Path, dead_server: str) -> None:
+    uri = dead_server.replace("://", "://ann:planted-password@")
+    record = recorder(tmp_path, uri, params={"source": "https://ann:planted-password@host/x"})
+    assert record.tracking_uri == dead_server and record._uri == uri
+    assert "planted" not in record._params["source"]
+    record.close(timeout_seconds=1)
+    assert record.warning is not None and dead_server in record.warning and "planted" not in record.warning
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"planted" in path.read_bytes()]
+
+
+def test_a_fault_that_quotes_the_uri_is_told_without_its_credentials() -> None:
+    fault = RuntimeError("cannot open postgresql://ann:planted@" + "db." * 60)
+    assert reason(fault).startswith("cannot open postgresql://db.db.") and "planted" not in reason(fault)
+
+
+def test_the_command_to_look_at_a_database_with_a_password_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://ann:planted@db/mlflow")
+    assert ui_command("postgresql://db/mlflow") == 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
+    assert ui_command("postgresql://other/mlflow") == "mlflow ui --backend-store-uri postgresql://other/mlflow"
+
+
+def test_a_resumed_run_that_is_recorded_elsewhere_says_so(tmp_path: Path, dead_server: str) -> None:
+    (tmp_path / "mlflow.json").write_text(json.dumps({"run_id": "1" * 32, "tracking_uri": "postgresql://db/mlflow"}))
+    record = recorder(tmp_path, dead_server, run_id=recorded_run(tmp_path))
+    record.close(timeout_seconds=1)
+    assert record.warning is not None
+    assert f"began in MLflow at postgresql://db/mlflow and went on at {dead_server}" in record.warning
