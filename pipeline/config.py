@@ -1,5 +1,6 @@
 """What a run was asked for: one frozen, typed object, the same names on the command line, in YAML and in Python."""
 
+from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
@@ -88,6 +89,11 @@ class PruneConfig(ClusterConfig):
         description="Exchange pruned for kept weights before refitting; auto: swaps where units are refitted and that "
         "costs much more, else none.",
     )
+    solve: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Give the weights that stay the values that are best for their mask, by least squares, before any "
+        "refitting; auto: where the inputs' Gram matrix is there anyway (swaps, sparsegpt, alps).",
+    )
     reconstruct: str = Field(
         "component",
         description="What is refitted to its dense output as one: matrix, component (attention and MLP apart), block, "
@@ -151,6 +157,11 @@ class PruneConfig(ClusterConfig):
             if not name or not equals:
                 raise Refusal(f"criterion-option {name!r}: write name=value, such as alpha=0.5")
         return {name.strip(): text.strip() for name, _, text in pairs}
+
+    @field_validator("solve", mode="before")
+    @classmethod
+    def _solve(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value)  # YAML reads on and off as truths
 
     @field_validator("reconstruct")
     @classmethod
@@ -232,7 +243,7 @@ class PruneConfig(ClusterConfig):
     def recipe(self) -> Recipe:
         """What every shard does to its blocks; `refine: auto` counts as none until the model is known."""
         unit, window = parse_rebuild(self.reconstruct)
-        return Recipe(
+        recipe = Recipe(
             criterion=self.criterion,
             criterion_options=check_options(self.criterion, self.criterion_options),
             sparsity=self.sparsity if self.groups is None and self.threshold is None else None,
@@ -253,6 +264,8 @@ class PruneConfig(ClusterConfig):
             corrections=self._corrections,
             seed=self.seed,
         )
+        there = self.solve == "auto" and "hessian" in recipe.needs and self.criterion_options.get("update") is None
+        return replace(recipe, solve=True) if there or self.solve == "on" else recipe
 
     @property
     def _corrections(self) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stages.allocation import LayerRule
+from stages.alps import solve
 from stages.blocks import Weight
 from stages.criteria import find_criterion, score, score_rows
 from stages.criterion import Target
@@ -48,12 +49,22 @@ class Chooser:
         if criterion.solve is not None:
             target = Target(rule.sparsity, rule.pattern, rule.scope or (criterion.scopes or ("row",))[0])
             keep, values = criterion.solve(matrix, statistics, target, None, **options)
-            if recipe.refine == "none":
-                return keep, values
-            keep = self._refined(matrix, keep, statistics, rule)
-            return criterion.solve(matrix, statistics, target, keep, **options)
+            if recipe.refine != "none":
+                keep = self._refined(matrix, keep, statistics, rule)
+                keep, values = criterion.solve(matrix, statistics, target, keep, **options)
+            return keep, values if criterion.exact else self._solved(matrix, keep, statistics, values)
         keep = _mask(matrix, statistics, rule, name, options)
-        return (keep if few else self._refined(matrix, keep, statistics, rule, name, options)), None
+        if few:
+            return keep, None
+        keep = self._refined(matrix, keep, statistics, rule, name, options)
+        return keep, self._solved(matrix, keep, statistics, None)
+
+    def _solved(
+        self, matrix: Tensor, keep: Tensor, statistics: InputStatistics, values: Tensor | None
+    ) -> Tensor | None:
+        """The best values for the mask where the recipe wants them, else those that there are."""
+        gram = statistics.gram
+        return solve(matrix, keep, gram) if self.recipe.solve and gram is not None else values
 
     def _refined(
         self,

@@ -163,7 +163,9 @@ CRITERIA: dict[str, Criterion] = {
     "sparsegpt": Criterion(
         function=sparsegpt, prepare=inverse_diagonal, solve=solve_sparsegpt, scopes=(), needs=HESSIAN
     ),
-    "alps": Criterion(function=wanda, row_wise=True, solve=solve_alps, scopes=("matrix", "row"), needs=HESSIAN),
+    "alps": Criterion(
+        function=wanda, row_wise=True, solve=solve_alps, exact=True, scopes=("matrix", "row"), needs=HESSIAN
+    ),
     "temporal": Criterion(function=temporal, row_wise=True, needs=IMPORTANCE),
 }
 

@@ -55,6 +55,8 @@ class Criterion:
     solve: Callable[..., tuple[Tensor, Tensor | None]] | None = None
     """For a criterion that also moves the weights that stay: (weight, statistics, target, keep, **options)
     -> (keep, values or None), choosing the mask itself unless `keep` is one."""
+    exact: bool = False
+    """Its values are the best there are for its mask."""
     scopes: tuple[Scope, ...] = ("row", "matrix")
     """Within what its scores are compared, where there is a choice; the first unless said otherwise."""
     row_wise: bool = False

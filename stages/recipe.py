@@ -28,6 +28,7 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     allocation: Literal["uniform", "owl"] = "uniform"  # how a sparsity is spread over the blocks
     refine: Refine = "none"
+    solve: bool = False  # the weights that stay get the values that are best for the mask, before any fit
     reconstruct: Rebuild = "component"
     window: int = 1  # blocks rebuilt as one
     inputs: Literal["dense", "pruned"] = "dense"
@@ -58,7 +59,7 @@ class Recipe:
         overridden = (override.changes.get("criterion", self.criterion) for override in self.overrides)
         names = {self.criterion, *overridden}
         needs = frozenset[str]().union(*(find_criterion(name).needs for name in names))
-        return needs | {"hessian"} if self.refine == "swaps" else needs
+        return needs | {"hessian"} if self.solve or self.refine == "swaps" else needs
 
     @property
     def gathers(self) -> bool:

@@ -78,6 +78,7 @@ def test_every_field_is_a_flag_and_gets_there(asked: Any) -> None:
         "scope": "matrix",
         "allocation": "owl",
         "refine": "dsnot",
+        "solve": "on",
         "reconstruct": "window:2",
         "inputs": "dense",
         "sweeps": 2,
@@ -108,6 +109,16 @@ def test_both_targets_are_refused_wherever_they_come_from() -> None:
         PruneConfig(**LEAST, sparsity=0.5, pattern="2:4")
     with pytest.raises(Refusal, match="give one of the two"):
         build_config(LEAST | {"sparsity": 0.5, "pattern": "2:4"}, PruneConfig)
+
+
+def test_values_are_solved_for_where_the_gram_matrix_is_there_unless_said_otherwise() -> None:
+    def solves(**options: object) -> bool:
+        return build_config(LEAST | options, PruneConfig).recipe.solve
+
+    assert solves(refine="swaps") and solves(criterion="alps") and solves(criterion="sparsegpt")
+    assert not solves() and not solves(refine="dsnot") and not solves(refine="swaps", solve="off")
+    assert not solves(criterion="sparsegpt", criterion_options={"update": "no"})  # its masks alone were asked for
+    assert solves(solve="on") and solves(solve=True) and not solves(refine="swaps", solve=False)  # YAML's on and off
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.0, 1.5, float("nan"), float("inf")])

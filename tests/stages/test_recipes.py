@@ -39,6 +39,8 @@ RECIPES = {
     "alps": Recipe(criterion="alps", reconstruct="none"),
     "alps in rows": Recipe(criterion="alps", scope="row", refine="swaps"),
     "alps, pruned": Recipe(criterion="alps", inputs="pruned", sparsity=None, pattern=(2, 4)),
+    "solved": Recipe(solve=True, refine="dsnot"),
+    "solved, pruned": Recipe(criterion="ria", solve=True, inputs="pruned", reconstruct="matrix"),
     "symwanda": Recipe(criterion="symwanda", reconstruct="none"),
     "stochria": Recipe(criterion="stochria", criterion_options={"ratio": 0.5}, reconstruct="none", seed=3),
     "matrix scope": Recipe(criterion="owanda", scope="matrix", reconstruct="none"),
@@ -80,6 +82,23 @@ def test_the_same_bytes_for_any_cut_and_exact_zeros(
     for report in reports:
         for unit in report["units"]:
             assert unit["error_after"] <= unit["error_before"]
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_solved_values_leave_less_to_refit_on_the_same_masks(
+    tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., torch.Tensor], tmp_path: Path, criterion: str
+) -> None:
+    errors, zeros = [], []
+    for solve in (False, True):
+        recipe = Recipe(criterion=criterion, solve=solve, reconstruct="matrix", learning_rate=GENTLE)
+        home = tmp_path / str(solve)
+        shards = make_shards(tiny_checkpoint(), home, 1, LENGTH, recipe=recipe)
+        reports = prune(shards, tiny_tokens(SAMPLES, LENGTH))
+        errors.append(sum(unit["error_before"] for report in reports for unit in report["units"]))
+        tensors = [load_file(home / "output" / block_file(index)) for index in range(BLOCKS)]
+        zeros.append([w == 0 for block in tensors for name, w in block.items() if name.endswith("_proj.weight")])
+    assert errors[1] < (0.9 if criterion == "wanda" else 1) * errors[0]
+    assert all(torch.equal(one, other) for one, other in zip(*zeros, strict=True))
 
 
 def test_overrides_and_ratios_of_blocks_reach_their_layers(
