@@ -1,14 +1,14 @@
 """Block files and ends -> a plain Hugging Face checkpoint. The index is written last: without it there is no model."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.rundir import write_synced
-from stages.checkpoint import INDEX, Checkpoint, sync_directory
+from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
+from stages.files import write_text
+from stages.headers import INDEX
 
 # Weights and what the run writes itself; everything else beside them (tokenizer, chat template, licence) is copied.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx")
@@ -24,7 +24,7 @@ def copy_companions(model: Path, output: Path, dtype: str) -> None:
     for key in ("dtype", "torch_dtype"):
         if config.get(key, dtype) != dtype:
             config[key] = dtype
-            write_synced(output / "config.json", json.dumps(config, indent=2))
+            write_text(output / "config.json", json.dumps(config, indent=2))
 
 
 def write_index(output: Path, files: Iterable[str]) -> None:
@@ -40,8 +40,5 @@ def write_index(output: Path, files: Iterable[str]) -> None:
         for entry in Checkpoint.of_file(output / file).entries.values():
             weight_map[entry.name] = file
             total += entry.bytes
-    temporary = output / f".{INDEX}.tmp"
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_synced(temporary, json.dumps(index, indent=1))
-    os.replace(temporary, output / INDEX)
-    sync_directory(output)
+    write_text(output / INDEX, json.dumps(index, indent=1))

@@ -11,6 +11,7 @@ import yaml
 from cluster.redact import storable
 from pipeline.figures import component_title, draw_errors, draw_timeline, unit_names
 from stages.energy import described
+from stages.files import write_text
 
 PHASES = {
     "plan": "plan",
@@ -56,7 +57,7 @@ def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
         "## Do it again\n\n" + recipe(run),
         "## Where it ran\n\n" + surroundings(run),
     ]
-    report.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    write_text(report, "\n\n".join(section for section in sections if section) + "\n")
     return [report, *drawn.values()]
 
 

@@ -27,8 +27,9 @@ from pipeline.rundir import RunDirectory, check_free, check_same_model, disk_ful
 from pipeline.settle import window_length
 from pipeline.spending import Spending
 from pipeline.tracking import Recorder, recorded_run
-from stages.checkpoint import INDEX, resolve
+from stages.checkpoint import resolve
 from stages.flops import shapes_of, tracking_flops, training_flops
+from stages.headers import INDEX
 from stages.measure import perplexity_of
 from stages.meter import peak_bytes
 from stages.retrain_spec import RetrainSpec, Sources, SourceSpec

@@ -7,6 +7,7 @@ from typing import Any
 from cluster.redact import storable
 from pipeline.figures import draw_losses
 from pipeline.report import count, duration, loading, number, recipe, size, surroundings, table, times, warnings
+from stages.files import write_text
 from stages.measure import perplexity_of
 
 HELD = {"parameters": "parameters", "optimizer": "optimizer state", "shadow": "shadow"}
@@ -29,7 +30,7 @@ def write_report(run: Mapping[str, Any], losses: Sequence[float], directory: Pat
         "## Where it ran\n\n" + surroundings(run),
     ]
     report = directory / "report.md"
-    report.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    write_text(report, "\n\n".join(section for section in sections if section) + "\n")
     return [report, picture]
 
 

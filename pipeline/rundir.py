@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from cluster.redact import storable
-from stages.checkpoint import file_digest, sync_directory
 from stages.errors import Refusal
+from stages.files import file_digest, is_full, write_text
 from stages.spec import HOME, sweep_directory
 
 
@@ -83,7 +83,7 @@ class RunDirectory:
             reports = [directory.home / name for name in ("report.md", "run.json")]
             raise Refusal(f"{output}: this run is finished; see {next(path for path in reports if path.exists())}")
         directory._hold()
-        for leftover in [*output.glob(".*.tmp"), *directory.home.glob(".*.tmp")]:
+        for leftover in [*output.glob(".*.tmp"), *output.glob(".tmp*"), *directory.home.glob(".*.tmp")]:
             leftover.unlink()
         directory._end_torn_line()
         return directory, run
@@ -135,10 +135,7 @@ class RunDirectory:
 
     def write(self, run: dict[str, Any]) -> None:
         """Replace run.json in one step."""
-        temporary = self.home / ".run.json.tmp"
-        write_synced(temporary, json.dumps(storable(run), indent=1))
-        os.replace(temporary, self.run_file)
-        sync_directory(self.home)
+        write_text(self.run_file, json.dumps(storable(run), indent=1))
 
     def note(self, event: str, **fields: Any) -> None:
         """Append one line to the journal and sync it."""
@@ -231,14 +228,6 @@ def disk_full_refused(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(error):
             raise
         raise Refusal(f"output {output}: disk full; free some space, then `espalier resume {output}`") from error
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a small file so that it is on disk when this returns."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

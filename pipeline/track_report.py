@@ -13,6 +13,7 @@ from pipeline.figures import draw_track
 from pipeline.mlflow_client import ui_command
 from pipeline.report import count, duration, number, operations, percent, plain, table
 from stages.energy import described
+from stages.files import write_text
 
 SAME_SPARSITY = 0.015  # a published point this near, in shares, is shown in the row
 
@@ -32,7 +33,7 @@ def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
         "## Do it again\n\n```yaml\n" + _recipe(config) + "```",
     ]
     report = directory / "report.md"
-    report.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    write_text(report, "\n\n".join(sections) + "\n")
     return [report, picture]
 
 

@@ -4,9 +4,7 @@ What a model takes is made by its checkpoint's own processor: pixels, and a prom
 caption. Every sample has exactly `length` tokens, so that samples stream like windows of text.
 """
 
-import errno
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,8 +16,8 @@ import torch
 from torch import Tensor
 
 from stages.captions import Pair, open_image, read_pairs
-from stages.checkpoint import sync_directory
 from stages.errors import Refusal
+from stages.files import is_full, replacing
 from stages.skeleton import VARYING
 from stages.varying import BY_SAMPLE
 
@@ -246,20 +244,13 @@ def write_table(
     Raises Refusal when the disk is full, and for an image unlike those before it where they must be of one size.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             _write(file, samples, length, source)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise Refusal(f"{path}: the disk is full; free some space or put the output elsewhere") from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
     return ImageTable.open(path)
 
 

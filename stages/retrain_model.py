@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from stages.checkpoint import INDEX, PICKLES, Checkpoint
+from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
+from stages.headers import INDEX, PICKLES
 from stages.skeleton import Skeleton, auto_class, read_config
 
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from stages.checkpoint import Checkpoint, file_digest
+from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
+from stages.files import file_digest, write_text
 from stages.recipe import Tower
 from stages.shadow_spec import ShadowSpec
 from stages.skeleton import empty_model, read_config, tied_names
@@ -49,7 +50,7 @@ def write_shadow(
     model.save_pretrained(directory)
     files = {path.name: file_digest(path) for path in sorted(directory.glob("*.safetensors"))}
     record = asdict(spec) | {"updates": updates, "digest": digest(shapes), "files": files}
-    (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    write_text(directory / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def _untied_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:

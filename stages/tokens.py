@@ -6,7 +6,6 @@ scratch file beside the table, from which the table is written in one go.
 
 import errno
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow as pa
 
 from stages import corpus
 from stages.errors import Refusal
+from stages.files import replacing
 from stages.tokenise import tokenised
 
 if TYPE_CHECKING:
@@ -232,20 +232,8 @@ def _write(path: Path, rows: np.ndarray, metadata: dict[str, str]) -> None:
     values = pa.Array.from_buffers(pa.int32(), rows.size, [None, pa.py_buffer(rows)])
     column = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
     schema = pa.schema([pa.field("tokens", column.type)], metadata={**metadata, "digest": digest.hexdigest()})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            options = pa.ipc.IpcWriteOptions(allow_64bit=True)
-            # One batch, so that any span of rows is one stretch of the file and needs no copy.
-            with pa.ipc.new_file(file, schema, options=options) as writer:
-                writer.write_batch(pa.record_batch([column], schema=schema))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        options = pa.ipc.IpcWriteOptions(allow_64bit=True)
+        # One batch, so that any span of rows is one stretch of the file and needs no copy.
+        with pa.ipc.new_file(file, schema, options=options) as writer:
+            writer.write_batch(pa.record_batch([column], schema=schema))

@@ -20,8 +20,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stages.checkpoint import Checkpoint, sync_directory, write_tensors
+from stages.checkpoint import Checkpoint, write_tensors
 from stages.errors import Refusal
+from stages.files import sync, write_text
 from stages.zero_partition import MOMENTS, Piece
 
 STATE = "state.json"
@@ -93,13 +94,10 @@ def directory_of(home: Path, step: int) -> Path:
 def finish(home: Path, step: int, state: dict[str, Any]) -> Path:
     """Every rank's files are in `directory_of`: make it a checkpoint, and remove older ones. For one rank to do."""
     gathering, final = directory_of(home, step), home / f"checkpoint-{step:08d}"
-    with (gathering / STATE).open("w") as file:
-        json.dump(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(gathering / STATE, json.dumps(state))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(gathering, final)
-    sync_directory(home)
+    sync(home)
     for found in [*home.glob("checkpoint-*"), *home.glob("gathering-*")]:
         if int(found.name.rpartition("-")[2]) < step:
             shutil.rmtree(found, ignore_errors=True)

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages import checkpoint
-from stages.checkpoint import INDEX, Checkpoint, TensorEntry, file_digest, grouped, resolve, write_tensors
+from stages import checkpoint, files
+from stages.checkpoint import Checkpoint, grouped, resolve, write_tensors
 from stages.errors import Refusal
+from stages.files import file_digest
+from stages.headers import INDEX, TensorEntry
 
 
 @pytest.fixture
@@ -174,7 +176,7 @@ def test_groups_keep_the_order_and_the_limit() -> None:
 
 
 def test_a_digest_is_the_files_sha256(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "READ_CHUNK", 1000)
+    monkeypatch.setattr(files, "READ_CHUNK", 1000)
     path = tmp_path / "w.safetensors"
     digest = write_tensors(path, {"w": torch.randn(999)})
     assert digest == file_digest(path) == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"

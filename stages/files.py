@@ -1,0 +1,62 @@
+"""How files come to be: whole or not there, on disk when they are, and to be read by whom the umask lets read."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+READ_CHUNK = 16 << 20  # bytes hashed at a time
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, for whatever writes a file there; on leaving, the file becomes `path`.
+
+    It is synced, has the mode of any new file (0666 less the umask; some writers make theirs 0600), and takes its name
+    in one step that survives a power cut. After an exception the temporary file is gone and `path` as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777
+        yield temporary
+        os.chmod(temporary, mode)
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, UTF-8, in one step."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Make what a file holds, or a rename in a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """`sha256:...` of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(READ_CHUNK):
+            digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a failed write says that the disk, or a quota on it, is full."""
+    text = str(error)  # safetensors passes the number on in words
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left" in text or f"os error {errno.ENOSPC}" in text or f"os error {errno.EDQUOT}" in text
