@@ -36,7 +36,16 @@ def key_of(name: str) -> str:
 
 def default_tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or else a sqlite database in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(Path.cwd() / "mlflow.db")
+
+
+def _sqlite_uri(database: Path) -> str:
+    """The URI of a database file; from here where its folder's name holds what a URI gives a meaning.
+
+    SQLAlchemy ends a path at a question mark, and from 2.1 on (not before) reads %20 as a space: no spelling of such an
+    absolute path serves both.
+    """
+    return f"sqlite:///{os.path.relpath(database) if set('?%') & set(str(database)) else database}"
 
 
 def sqlite_path(tracking_uri: str) -> Path | None:
@@ -91,7 +100,7 @@ def _create_database(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        MlflowClient(tracking_uri=f"sqlite:///{building}").search_experiments(max_results=1)
+        MlflowClient(tracking_uri=_sqlite_uri(building)).search_experiments(max_results=1)
         try:
             os.link(building, path)
         except FileExistsError:

@@ -312,3 +312,20 @@ def test_a_resumed_run_that_is_recorded_elsewhere_says_so(tmp_path: Path, dead_s
     record.close(timeout_seconds=1)
     assert record.warning is not None
     assert f"began in MLflow at postgresql://db/mlflow and went on at {dead_server}" in record.warning
+
+
+def test_a_folder_of_any_name_keeps_its_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    name = "what? 100%20 #1"
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    record = recorder(folder / "out", default_tracking_uri())
+    record.metrics({"x": 1.0})
+    record.artifact(Path(__file__))
+    record.close()
+    assert record.warning is None
+    assert history(default_tracking_uri(), record.run_id, "x") == [(0, 1.0)]
+    assert sorted(path.name for path in folder.iterdir()) == ["mlartifacts", "mlflow.db", "out"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert ui_command(record.tracking_uri) == "mlflow ui --backend-store-uri sqlite:///mlflow.db"
