@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +14,7 @@ from typer.core import TyperGroup
 
 from cluster.redact import without_secrets
 from pipeline import cli_retrain, cli_track
-from pipeline.flags import Json, given, request_of, show, stdout_kept, with_options
-from pipeline.rundir import command_of
+from pipeline.flags import Json, given, request_of, show, stdout_kept, with_all_options, with_options
 from stages.errors import Refusal
 
 if TYPE_CHECKING:
@@ -43,16 +43,49 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             raise Interrupted from None
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is run, with the flags that only then are made: `espalier --help` needs none of them."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if command is None else with_all_options(command), rest
+
 
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Prune large language models on a Ray cluster, and see which recipe was best.",
 )
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "mlflow")  # whose versions a report of a fault should name
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def _show_version(wanted: bool) -> None:
+    """The version, and those of what it stands on, read from what is installed: nothing of it is imported."""
+    if not wanted:
+        return
+    python = ".".join(map(str, sys.version_info[:3]))
+    about = (f"{name} {installed(name) or 'not installed'}" for name in PACKAGES)
+    typer.echo(f"espalier {installed('espalier-llm') or '(not installed)'}   Python {python}   {'   '.join(about)}")
+    raise typer.Exit
+
+
+def installed(name: str) -> str | None:
+    """The version of an installed distribution."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@app.callback()
+def espalier(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """What stands before any command."""
 
 
 @app.command()
@@ -90,6 +123,8 @@ def resume(
 
     Example: espalier resume ./llama-50
     """
+    from pipeline.rundir import command_of
+
     if command_of(directory) == "retrain":
         cli_retrain.resume(directory, shards, ranks, zero_stage, as_json)
         return

@@ -60,11 +60,35 @@ def options_of(config: "type[BaseModel]") -> list[inspect.Parameter]:
         usual = PANELS.get(name, "What" if field.is_required() else "Where and how it runs")
         panel = PANELS_OF.get(config.__name__, {}).get(name, usual)
         metavar = None if is_bool else "NAME=VALUE" if many else _metavar(field.annotation)
-        option = typer.Option(flag, help=help_text, metavar=metavar, rich_help_panel=panel, show_default=False)
+        option = typer.Option(
+            flag,
+            help=help_text,
+            metavar=metavar,
+            rich_help_panel=panel,
+            show_default=False,
+            autocompletion=_one_of(_words(field.annotation)),
+        )
         kind = list[str] | None if many else bool | None if is_bool else str | None
         annotation = Annotated[kind, option]  # type: ignore[valid-type]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     return sorted(parameters, key=lambda p: ORDER.index(p.annotation.__metadata__[0].rich_help_panel))
+
+
+def _one_of(words: list[str]) -> Callable[[str], list[str]] | None:
+    """What a shell offers after an option that takes one of these words."""
+    if not words:
+        return None
+
+    def starting(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return starting
+
+
+def _words(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(word) for word in get_args(annotation)]
+    return [word for part in get_args(annotation) for word in _words(part)]
 
 
 def _metavar(annotation: Any) -> str:
@@ -81,18 +105,42 @@ def _metavar(annotation: Any) -> str:
 
 
 def with_options(where: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command that takes **values a flag for every field of the configuration class "module:name"."""
+    """Give a command that takes **values a flag for every field of the configuration class "module:name".
+
+    That class's module imports torch, so `with_all_options` makes the flags, when the command is called for.
+    """
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
-        module, _, name = where.partition(":")
-        kind = getattr(import_module(module), name)
         own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        parameters = [*own, *options_of(kind)]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+        _sign(command, own)
+        command.options_of = where  # type: ignore[attr-defined]
         return command
 
     return wrap
+
+
+def with_all_options(command: Any) -> Any:
+    """The command of typer's as it is called: with the flags that `with_options` promised, if it did."""
+    where = getattr(command.callback, "options_of", None)
+    if where is None:
+        return command
+    module, _, name = where.partition(":")
+    called = command.callback.__wrapped__
+
+    def whole(**values: Any) -> None:
+        called(**values)
+
+    whole.__doc__ = called.__doc__
+    own = inspect.signature(called).parameters.values()
+    _sign(whole, [*own, *options_of(getattr(import_module(module), name))])
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    alone.command(name=command.name)(whole)
+    return typer.main.get_command(alone)
+
+
+def _sign(function: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,53 @@ def test_ctrl_c_is_exit_code_130_and_says_how_to_go_on_if_there_is_a_way(
     assert capsys.readouterr().err == f"espalier: interrupted; `espalier resume {tmp_path}` goes on\n"
 
 
-def test_help_comes_without_importing_torch_or_ray() -> None:
-    code = "import sys; from pipeline.cli import main; main(['--help']); sys.exit(int('ray' in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ)
-    assert done.returncode == 0
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--version"], []])
+def test_help_and_version_come_without_importing_torch_ray_or_transformers(arguments: list[str]) -> None:
+    code = (
+        "import sys; from pipeline.cli import main; main(sys.argv[1:]); "
+        "print([name for name in ('torch', 'ray', 'transformers', 'mlflow', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=os.environ)
+    assert done.stdout.splitlines()[-1] == "[]" and "espalier" in (done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_h_is_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    long = capsys.readouterr().out
+    assert main([command, "-h"]) == 0
+    assert capsys.readouterr().out == long
+
+
+def test_version_names_what_a_report_of_a_fault_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith(f"espalier {version('espalier-llm')} ")
+    for name in ("torch", "transformers", "ray", "deepspeed", "mlflow"):
+        assert f"{name} {version(name)}" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("espalier pr", {"prune"}),
+        ("espalier prune --resid", {"--resident"}),
+        ("espalier prune --resident ", {"all", "one", "auto"}),
+        ("espalier retrain --schedule co", {"cosine", "constant"}),
+    ],
+)
+def test_a_shell_completes_commands_flags_and_words(line: str, offered: set[str]) -> None:
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1), "_ESPALIER_COMPLETE": "complete_bash"}
+    command = [sys.executable, "-m", "pipeline.cli"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | words)
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
+def test_completion_can_be_shown_for_a_shell() -> None:
+    command = [sys.executable, "-m", "pipeline.cli", "--show-completion", "bash"]
+    environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "_ESPALIER_COMPLETE=complete_bash" in done.stdout
 
 
 def test_json_goes_to_stdout_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typer.main import get_command
 
 from pipeline import cli, driver
 from pipeline.config import EvalConfig, PruneConfig
+from pipeline.flags import with_all_options
 from pipeline.options import build_config, read_yaml
 from stages.errors import Refusal
 from stages.masks import parse_pattern
@@ -207,5 +208,5 @@ def test_one_correction_serves_all_sweeps_and_a_list_one_each() -> None:
 
 
 def test_eval_has_the_flags_of_its_own_configuration() -> None:
-    command = get_command(cli.app).commands["eval"]  # type: ignore[attr-defined]
+    command = with_all_options(get_command(cli.app).commands["eval"])  # type: ignore[attr-defined]
     assert set(EvalConfig.model_fields) <= {parameter.name for parameter in command.params}
