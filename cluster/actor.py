@@ -15,6 +15,7 @@ import numpy as np
 import ray
 import torch
 
+from cluster.arithmetic import steady_products
 from cluster.transport import pack, unpack
 from stages.errors import OutOfStep, Refusal
 from stages.meter import peak_bytes
@@ -54,6 +55,7 @@ class ShardWorker:
     """What a shard's process does; `ShardActor` is this as a Ray actor."""
 
     def __init__(self, spec: ShardSpec, threads: int, run_file: str | None) -> None:
+        steady_products()
         torch.set_num_threads(threads)
         self._spec, self._run_file = spec, run_file
         self._shard: Shard | None = None

@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.arithmetic import steady_products
 from cluster.connect import nodes
 from stages.errors import Refusal
 from stages.retrain_spec import RetrainSpec
@@ -34,6 +35,7 @@ class RankWorker:
     """What a rank's process does; `ranks.Ranks` runs several as Ray actors."""
 
     def __init__(self, threads: int, device: str) -> None:
+        steady_products()
         torch.set_num_threads(threads)
         self._device = device
 

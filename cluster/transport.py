@@ -12,6 +12,7 @@ def pack(hidden: Tensor) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray) -> Tensor:
-    """The tensor that was packed, in memory of its own (the store's pages are read-only)."""
-    tensor = torch.from_numpy(packed.copy())
+    """The tensor that was packed, in memory of its own (the store's pages are read-only), where torch would put it."""
+    tensor = torch.empty(packed.shape, dtype=torch.from_numpy(np.empty(0, packed.dtype)).dtype)
+    np.copyto(tensor.numpy(), packed)
     return tensor.view(torch.bfloat16) if packed.dtype == np.uint16 else tensor

@@ -110,8 +110,10 @@ class Spool:
         first = len(self._held) + self._spilled
         record = index - first if index >= first else self._on_disk - self._spilled + index
         column = self._reader.get_batch(record).column(0)
-        raw = np.frombuffer(column.buffers()[2], dtype=np.uint8).copy()
-        return torch.from_numpy(raw).view(self._dtype).view(-1, self._channels)
+        raw = np.frombuffer(column.buffers()[2], dtype=np.uint8)
+        sample = torch.empty(raw.size // self._dtype.itemsize, dtype=self._dtype)  # aligned as those in memory are
+        np.copyto(sample.view(torch.uint8).numpy(), raw)
+        return sample.view(-1, self._channels)
 
     def spill(self) -> None:
         """Move what is held in memory to disk, once nothing more is appended and before anything is read."""

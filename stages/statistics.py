@@ -125,8 +125,7 @@ class InputStatistics:
         if not samples or not tokens:
             return
         with torch.no_grad(), torch.autocast(x_STI.device.type, enabled=False):
-            pivot_SI = x_STI[:, :PIVOT_TOKENS].float().mean(1)
-            first_SI, second_SI = self._centred_sums(x_STI, pivot_SI)
+            pivot_SI, first_SI, second_SI = self._centred_sums(x_STI)
             outputs_SO = _sums_of_squares(y_STO) if y_STO is not None else None
         pivot_SI = pivot_SI.double()
         deviation_SI = second_SI - first_SI.square() / tokens  # Σ(x − mean)²: no digits cancel, the pivot is near
@@ -168,24 +167,33 @@ class InputStatistics:
         channel = int((~torch.isfinite(squares_SC[sample])).nonzero()[0])
         raise Refusal(f"sample {self.samples + sample}: NaN or infinity in its {of_what}, first in channel {channel}")
 
-    def _centred_sums(self, x_STI: Tensor, pivot_SI: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ(x − pivot) and Σ(x − pivot)² of each sample, (S, I) float64: float32 in a chunk, float64 between chunks."""
-        samples, tokens, channels = x_STI.shape
+    def _centred_sums(self, x_STI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A pivot near the mean, float32, Σ(x − pivot) and Σ(x − pivot)², float64, each (S, I): summed in float32
+        within a chunk of tokens, in float64 between chunks.
+
+        A sum in MKL may depend on how its operands lie in memory. Here they lie in space of this call's own, which
+        torch aligns, each chunk and each result at its start: a sample's sums do not hang on its place among others.
+        """
+        samples, _, channels = x_STI.shape
         chunk = _chunk_tokens(x_STI)
-        chunks = -(-tokens // chunk)
-        first_SCI = torch.empty(samples, chunks, channels, device=x_STI.device)
-        second_SCI = torch.empty_like(first_SCI)
+        pivot_SI = torch.empty(samples, channels, device=x_STI.device)
+        first_SI = torch.zeros(samples, channels, dtype=torch.float64, device=x_STI.device)
+        second_SI = torch.zeros_like(first_SI)
         space_TI = torch.empty(chunk, channels, device=x_STI.device)
         ones_T = torch.ones(1, chunk, device=x_STI.device)
+        sums_1I = torch.empty(1, channels, device=x_STI.device)
         for sample, sample_TI in enumerate(x_STI):
             for position, part_TI in enumerate(sample_TI.split(chunk)):
                 x_TI, ones = space_TI[: len(part_TI)], ones_T[:, : len(part_TI)]
                 x_TI.copy_(part_TI)
+                if not position:
+                    near = min(PIVOT_TOKENS, len(x_TI))
+                    pivot_SI[sample] = torch.mm(ones[:, :near], x_TI[:near], out=sums_1I)[0] / near
                 x_TI.sub_(pivot_SI[sample])
                 # Column sums as a matrix product: several times faster than sum(0).
-                torch.mm(ones, x_TI, out=first_SCI[sample, position : position + 1])
-                torch.mm(ones, x_TI.mul_(x_TI), out=second_SCI[sample, position : position + 1])
-        return first_SCI.sum(1, dtype=torch.float64), second_SCI.sum(1, dtype=torch.float64)
+                first_SI[sample] += torch.mm(ones, x_TI, out=sums_1I)[0]
+                second_SI[sample] += torch.mm(ones, x_TI.mul_(x_TI), out=sums_1I)[0]
+        return pivot_SI, first_SI, second_SI
 
     def merge(self, other: "InputStatistics") -> None:
         """Add the sums of `other`, gathered over other samples of the same input."""
@@ -240,7 +248,8 @@ def _add_lower_gram(gram_II: Tensor, x_STI: Tensor) -> None:
     with _bfloat16_products(exact_in_bfloat16):
         for sample_TI in x_STI:
             for part_TI in sample_TI.split(GRAM_TOKENS):
-                x_TI = part_TI.float()
+                # In memory of its own, which torch aligns: where a sample lies in its batch decides no bit.
+                x_TI = part_TI.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
                 for start in range(0, len(gram_II), GRAM_ROWS):
                     end = start + GRAM_ROWS
                     gram_II[start:end, :end].addmm_(x_TI[:, start:end].T, x_TI[:, :end])

@@ -14,6 +14,12 @@ import torch
 if TYPE_CHECKING:
     from cluster.ranks import Ranks
 
+from cluster.arithmetic import steady_products
+
+if TYPE_CHECKING:
+    from cluster.ranks import Ranks
+
+steady_products()  # before the first product of this process, as every worker does
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
