@@ -11,11 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from stages.accounted import check_tensors, remarks
 from stages.blocks import layout_of, prunable
 from stages.checkpoint import Checkpoint
+from stages.ends import ENDS_FILE_BYTES
 from stages.errors import Refusal
 from stages.recipe import Tower
-from stages.shard import ENDS_FILE_BYTES, compute_dtype
+from stages.shard import compute_dtype
 from stages.skeleton import tied_names
 from stages.vision import SKELETONS
 
@@ -44,6 +46,7 @@ class ModelFacts:
     linears: tuple[tuple[str, int, int], ...]  # (checkpoint name, out, in) of every prunable matrix
     stored: tuple[tuple[int, ...], ...]  # their shapes on disk
     layers: tuple[tuple[tuple[str, int, int], ...], ...]  # of each block's: (name as reports call it, out, in)
+    remarks: tuple[str, ...] = ()  # what of the checkpoint is not read, in lines to be told
 
     @property
     def blocks(self) -> int:
@@ -89,10 +92,15 @@ def model_facts(
 ) -> ModelFacts:
     """Sizes from the config alone, names as the checkpoint has them (without it: as transformers would save them).
 
-    Raises Refusal for a family that is not known here, and for the vision tower of one that has none.
+    Raises Refusal for a family that is not known here, for the vision tower of one that has none, and for a checkpoint
+    that lacks what the model reads, or holds it quantised.
     """
     torch_dtype = compute_dtype(config, dtype)
     skeleton = SKELETONS[tower](config, torch_dtype, checkpoint=checkpoint)
+    unread = 0
+    if checkpoint is not None:
+        check_tensors(skeleton, checkpoint)
+        unread = sum(checkpoint.entry(name).bytes for name in skeleton.storage.unread)
     item = torch_dtype.itemsize
     linears, stored, units, sizes, layers = [], [], [], [], []
     largest = 0
@@ -126,14 +134,15 @@ def model_facts(
         context=skeleton.context,
         parameters=sum(sizes) // item + sum(outside.values()),
         ends_bytes=ends * item,
-        copied_bytes=sum(copied) * item,
-        copied_at_once=min(sum(copied) * item, max(ENDS_FILE_BYTES, max(copied, default=0) * item)),
+        copied_bytes=sum(copied) * item + unread,
+        copied_at_once=min(sum(copied) * item + unread, max(ENDS_FILE_BYTES, max(copied, default=0) * item)),
         block_bytes=tuple(sizes),
         unit_parameters=tuple(units),
         largest_matrix=largest,
         linears=tuple(linears),
         layers=tuple(layers),
         stored=tuple(stored),
+        remarks=tuple(remarks(skeleton, checkpoint)) if checkpoint is not None else (),
     )
 
 

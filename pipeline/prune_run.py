@@ -134,6 +134,8 @@ class PruneRun:
         for shard, fact in zip(self.run["shards"], facts, strict=True):
             shard |= {"node": fact.node, "device": fact.device}
         self.reporter.note(self._headline(layout))
+        for remark in self.facts.remarks:
+            self._warn(remark)
         self.run["dense_perplexity"] = self._dense_perplexity(fleet, evaluation)
         finished = self._sweeps(fleet, layout, self._stream(calibration), len(calibration), recorder)
         self.run["blocks"] = [finished[block] for block in sorted(finished)]

@@ -4,6 +4,7 @@ Nothing here keeps a tensor, a file handle or a memory map alive after it return
 chose to load.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,9 @@ from torch import Tensor
 from stages.errors import Refusal
 from stages.files import file_digest, is_full, replacing, sync
 from stages.headers import TensorEntry, entries_of, opened, read_headers, unread_files
+
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]  # of a hub id's files
+UNWANTED = ["original/*", "consolidated*", "*.bin.index.json"]  # the same weights once more, in other formats
 
 
 class Checkpoint:
@@ -94,10 +98,11 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
 def resolve(model: str) -> Path:
     """The local directory of a model: itself, or a hub id's snapshot (safetensors and text files only).
 
-    Raises Refusal if there is no such directory and the hub has no such model or cannot be reached.
+    Raises Refusal if there is no such directory and the hub has no such model or cannot be reached, and for an adapter.
     """
     path = Path(model).expanduser()
     if path.is_dir():
+        _refuse_adapter(path)
         if not (path / "config.json").is_file():
             raise Refusal(f"{path}: no config.json in it; give the directory of a Hugging Face checkpoint")
         return path.resolve()
@@ -108,14 +113,30 @@ def resolve(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.bin"]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*.bin", "original/*"]))
+        found = Path(snapshot_download(model, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except LocalEntryNotFoundError:
         raise Refusal(f"{model}: no such directory, and the hub cannot be reached; give a local checkpoint") from None
     except (HfHubHTTPError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise Refusal(f"{model}: no such directory, and the hub refuses that id ({first_line})") from None
+    _refuse_adapter(found)
+    return found
+
+
+def _refuse_adapter(directory: Path) -> None:
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        return
+    try:
+        base = json.loads(path.read_bytes()).get("base_model_name_or_path") or "its base model"
+    except (OSError, ValueError, AttributeError):
+        base = "its base model"
+    raise Refusal(
+        f"{directory}: an adapter (LoRA) of {base}, not a whole model; merge it first: peft's "
+        "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...), and give what that "
+        f"writes; if it is merged already, remove {path.name}"
+    )
 
 
 def grouped(entries: Iterable[TensorEntry], limit: int) -> list[list[TensorEntry]]:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from stages.allocation import outlier_share
 from stages.calibrate import BlockCalibration
 from stages.carry import Carry
-from stages.checkpoint import Checkpoint, grouped, resolve, write_tensors
+from stages.checkpoint import Checkpoint, resolve, write_tensors
 from stages.criteria import score_rows
+from stages.ends import copy_ends
 from stages.errors import OutOfStep
 from stages.gathered import Gathered
 from stages.measure import KeptStates, Measures, measure
@@ -40,8 +41,6 @@ from stages.spool import Spool, SpoolBudget
 from stages.varying import PassCalls
 from stages.vision import SKELETONS
 from stages.work import Work
-
-ENDS_FILE_BYTES = 256 << 20
 
 
 class Shard:
@@ -217,14 +216,8 @@ class Shard:
     # -- outside the blocks ----------------------------------------------------------------------------------------
 
     def copy_ends(self) -> dict[str, list[str]]:
-        """Copy every tensor outside the blocks to the output, a few at a time: file -> tensor names."""
-        files: dict[str, list[str]] = {}
-        for position, group in enumerate(grouped(self.skeleton.outside(self.checkpoint), ENDS_FILE_BYTES)):
-            file = f"model-ends-{position:05d}.safetensors"
-            names = [entry.name for entry in group]
-            write_tensors(Path(self.spec.output) / file, self.checkpoint.load(names, dtype=self.skeleton.dtype))
-            files[file] = names
-        return files
+        """Copy every tensor outside the blocks to the output: file -> tensor names."""
+        return copy_ends(self.skeleton, self.checkpoint, Path(self.spec.output))
 
     # -- the work --------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ logits: embedding scale, position embeddings, masks, rotary tables, final norm a
 
 import copy
 import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -26,8 +24,10 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from stages.blocks import BlockLayout, Call, layout_of
-from stages.checkpoint import Checkpoint, TensorEntry
+from stages.checkpoint import Checkpoint
+from stages.config_file import read_config_file
 from stages.errors import Refusal
+from stages.headers import TensorEntry
 from stages.recipe import Tower
 from stages.storage import Storage
 
@@ -59,16 +59,9 @@ class _Stub(nn.Module):
 
 def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's config. Raises Refusal if it cannot be read or names no model family known here."""
-    try:
-        config = json.loads((directory / "config.json").read_text())
-        model_type, quantised = config.get("model_type", ""), config.get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise Refusal(f"{directory / 'config.json'}: cannot be read ({error})") from None
-    layout_of(model_type)
-    if quantised:  # packed or scaled weights: their numbers are not the model's
-        method = quantised.get("quant_method", "an unknown method") if isinstance(quantised, dict) else quantised
-        raise Refusal(f"{directory}: quantised by {method}; prune the original checkpoint, then quantise the result")
-    return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    file = read_config_file(directory)
+    layout_of(file.model_type)
+    return file.config(trust_remote_code)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -170,12 +163,8 @@ class Skeleton:
 
     def outside(self, checkpoint: Checkpoint) -> list[TensorEntry]:
         """What lies in the checkpoint outside the blocks: ends, image towers, parts that the model does not read."""
-        inside = f"{self.layout.blocks}."
         names = {name for index in range(len(self.layers)) for name in self.parameters_of(index).values()}
         mine = {stored for name in names for stored in self.storage.of(name).names}
-        for stored, name in self.storage.unread.items():  # causal masks and the like that old checkpoints keep
-            if name.startswith(inside) or f"{self.model.base_model_prefix}.{name}".startswith(inside):
-                mine.add(stored)
         return [entry for entry in checkpoint.entries.values() if entry.name not in mine]
 
     def _fill_outer(self, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:

@@ -140,4 +140,4 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 
 def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -104,6 +104,11 @@ def test_a_ratio_outside_zero_to_one(refused: Refused, ratio: str) -> None:
 def test_a_pattern_that_does_not_fill_a_layer_names_the_layer(refused: Refused, model: Path) -> None:
     config = model / "config.json"
     config.write_text(config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 54'))
+    weights = load_file(model / "model.safetensors")
+    for name in (name for name in weights if ".mlp." in name):
+        wider = (0, 6, 0, 0) if "down_proj" in name else (0, 0, 0, 6)
+        weights[name] = torch.nn.functional.pad(weights[name], wider).contiguous()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
     line = refused("--pattern", "2:4")
     assert "block 0, mlp.down_proj" in line and "54" in line
 

@@ -194,7 +194,8 @@ def test_a_checkpoint_of_the_base_model_is_read_and_written_under_its_own_names(
     shard.copy_ends()
     shard.open(0)
     ours = shard.logits(stream([shard], tokens)[0])
-    assert set(written(directory, tmp_path / "output")) == set(tensors)
+    result = written(directory, tmp_path / "output")
+    assert set(result) == {*tensors, *masks} and all(same_bits(result[name], masks[name]) for name in masks)
     assert same_bits(ours, logits_of(tmp_path / "output", "float32")(tokens))
 
 
@@ -334,24 +335,6 @@ def test_an_unknown_family_is_refused_and_the_known_ones_are_named(tmp_path) -> 
         layout_of("bloom")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gptj", "hidden_size": 8}))
     with pytest.raises(Refusal, match="'gptj' is not supported"):
-        read_config(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(Refusal, match="'' is not supported"):
-        read_config(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "\udcff"])
-def test_an_unreadable_config_is_refused(tmp_path, text) -> None:
-    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(Refusal, match=r"config\.json: cannot be read"):
-        read_config(tmp_path)
-
-
-def test_a_quantised_checkpoint_is_refused(tiny_checkpoint, tmp_path) -> None:
-    config = json.loads((tiny_checkpoint() / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Refusal, match="quantised by fp8"):
         read_config(tmp_path)
 
 

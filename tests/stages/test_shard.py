@@ -165,7 +165,7 @@ def test_the_report_counts_what_is_in_the_file(shard, tiny_tokens, tmp_path) -> 
 
 
 def test_every_tensor_outside_the_blocks_is_copied_once(tiny_checkpoint, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("stages.shard.ENDS_FILE_BYTES", 10_000)  # less than the embedding: several files
+    monkeypatch.setattr("stages.ends.ENDS_FILE_BYTES", 10_000)  # less than the embedding: several files
     directory = tiny_checkpoint("llama", "bfloat16", sharded=True)
     shard = make_shards(directory, tmp_path, 1, LENGTH)[0]
     files = shard.copy_ends()
