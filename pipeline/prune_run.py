@@ -22,7 +22,7 @@ from pipeline.metrics import block_metrics, total_metrics
 from pipeline.progress import Reporter, reporter_for
 from pipeline.report import write_report
 from pipeline.rundir import RunDirectory, disk_full_refused
-from pipeline.settle import microbatch_size, window_length
+from pipeline.settle import microbatch_size, removes_nothing, window_length
 from pipeline.spending import Spending
 from pipeline.tracking import Recorder, recorded_run
 from stages.allocation import owl
@@ -70,6 +70,8 @@ class PruneRun:
             held.callback(self.reporter.close)
             held.callback(shutil.rmtree, self.scratch, ignore_errors=True)
             held.enter_context(self.spending)
+            if nothing := removes_nothing(self.facts, self.recipe):
+                self._warn(nothing)
             return self._recorded_run(*self._tokens())
 
     def _recorded_run(self, calibration: TokenTable | ImageTable, evaluation: TokenTable | None) -> dict[str, Any]:

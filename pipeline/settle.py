@@ -1,5 +1,6 @@
 """A request held against one model: what it left open is settled, what does not fit the model is refused."""
 
+import math
 from typing import Literal
 
 from pipeline.config import PruneConfig
@@ -58,6 +59,36 @@ def _check_scope(rule: LayerRule, where: str) -> None:
             f"{where}: scope {rule.scope} with criterion {rule.criterion}, which chooses by itself among how many "
             "weights; leave --scope out"
         )
+
+
+def removes_nothing(facts: ModelFacts, recipe: Recipe) -> str | None:
+    """One line where no weight would go from any layer: the amount is 0, or less than one weight of any row."""
+    if recipe.allocation == "owl" or recipe.threshold is not None:  # known only when the scores are
+        return None
+    most = 0.0  # weights, or parts of one, that the layer's smallest group would lose
+    largest = 1
+    for block, layers in enumerate(facts.layers):
+        for layer, out, into in layers:
+            rule = recipe.rule(block, layer, recipe.sparsity)
+            if rule.threshold is not None or (rule.pattern is not None and rule.pattern[0] < rule.pattern[1]):
+                return None
+            criterion, share = find_criterion(rule.criterion), rule.sparsity or 0.0
+            if not criterion.scopes and share:  # SparseGPT counts a weight more than the ratio
+                return None
+            scope = rule.scope or (criterion.scopes or ("row",))[0]
+            group = into if scope == "row" else out * into
+            most, largest = max(most, group * share), max(largest, group)
+    if int(most):
+        return None
+    if recipe.pattern is not None:
+        return f"pattern {recipe.pattern[0]}:{recipe.pattern[1]} removes no weight; keep fewer than {recipe.pattern[1]}"
+    if not most:
+        return "sparsity 0 removes no weight; give --sparsity above 0"
+    least = math.ceil(1000 / largest) / 1000
+    return (
+        f"sparsity {recipe.sparsity:g} removes no weight: of {largest:,} that are compared it is less than one; give "
+        f"--sparsity {least:g} or more"
+    )
 
 
 def _check_shadow(recipe: Recipe) -> None:

@@ -260,3 +260,14 @@ def test_the_table_for_a_person_shows_perplexities_memory_and_where_things_are(w
     shown = console.export_text()
     assert f"{wanda.perplexity:,.2f}" in shown and "50.0000%" in shown
     assert "shard 0" in shown and "shard 1" in shown and "estimate" in shown and str(wanda.output) in shown
+
+
+def test_sparsity_zero_says_that_it_removes_nothing_and_removes_nothing(
+    request_for: Callable[..., PruneConfig], tiny_model: Callable[..., Path]
+) -> None:
+    listener = Listener()
+    result = prune(request_for(sparsity=0), listener)
+    said = "sparsity 0 removes no weight; give --sparsity above 0"
+    assert result.run["warnings"] == [said] and listener.notes.count(f"warning: {said}") == 1
+    dense, pruned = tensors_of(tiny_model()), tensors_of(result.output)
+    assert dense.keys() == pruned.keys() and all(torch.equal(dense[name], pruned[name]) for name in dense)
