@@ -10,9 +10,11 @@ export MLFLOW_DISABLE_TELEMETRY = true
 .PHONY: demo test fast lint format clean
 
 demo: $(STAMP)
+	@echo "espalier: the demo takes one or two minutes on two cores"
 	$(BIN)/espalier demo
 
 test: $(STAMP)
+	@echo "espalier: all tests take about ten minutes on two cores; \`make fast\` those of a minute or two, without Ray"
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 fast: $(STAMP)
@@ -30,8 +32,9 @@ format: $(STAMP)
 # The stamp holds the checksum of what was installed, so an install that is there already is not repeated.
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "espalier: $(PYTHON) not found; install Python 3.11 or newer, or name yours: make PYTHON=python3.12"; exit 2; }
+	@echo "espalier: installing into $(VENV), once: 2.4 GB on disk without CUDA, two to five minutes; a line for each package follows"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)
 
 clean:
