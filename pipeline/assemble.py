@@ -6,25 +6,37 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stages.checkpoint import Checkpoint
+from stages.config_file import DTYPE_KEYS, read_config_file
 from stages.errors import Refusal
 from stages.files import write_text
 from stages.headers import INDEX
 
-# Weights and what the run writes itself; everything else beside them (tokenizer, chat template, licence) is copied.
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx")
+# Weights in any format, and what says where they lie; everything else beside them is copied: tokenizer, chat template,
+# licence, the code that a config's auto_map names (which nothing here runs). Of folders only more chat templates are:
+# others hold the same weights once more (original/, onnx/).
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
+TEMPLATES = "additional_chat_templates"
 COPIED_BYTES = 64 << 20  # larger files beside the weights are not part of a model
 
 
 def copy_companions(model: Path, output: Path, dtype: str) -> None:
-    """Copy config, tokenizer and the like; config.json names the dtype that the weights were saved in."""
+    """Copy config, tokenizer and the like; config.json names the dtype that the weights were saved in.
+
+    Raises Refusal if the model's config.json is no longer one.
+    """
     for path in sorted(model.iterdir()):
-        if path.is_file() and not path.name.endswith((*_NOT_COPIED, INDEX)) and path.stat().st_size <= COPIED_BYTES:
+        if path.is_file() and not path.name.endswith(_NOT_COPIED) and path.stat().st_size <= COPIED_BYTES:
             shutil.copyfile(path, output / path.name)
-    config = json.loads((output / "config.json").read_text())
-    for key in ("dtype", "torch_dtype"):
-        if config.get(key, dtype) != dtype:
-            config[key] = dtype
-            write_text(output / "config.json", json.dumps(config, indent=2))
+    for template in sorted((model / TEMPLATES).glob("*.jinja")):
+        (output / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, output / TEMPLATES / template.name)
+    file = read_config_file(model)
+    stale = [key for key in DTYPE_KEYS if file.values.get(key, dtype) != dtype]
+    named = "transformers_weights" in file.values  # the file to load, which here is another
+    if file.mended or stale or named:
+        config = file.values | dict.fromkeys(stale, dtype)
+        config.pop("transformers_weights", None)
+        write_text(output / "config.json", json.dumps(config, indent=2))
 
 
 def write_index(output: Path, files: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from pipeline.retrain_config import RetrainConfig
 from stages.blocks import layout_of
 from stages.captions import holds_images
 from stages.checkpoint import resolve
+from stages.config_file import stated_config
 from stages.errors import Refusal
 from stages.images import ImageTable, build_image_table, load_processor
 from stages.pixels import build_pixel_table
@@ -107,8 +108,10 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer. Raises Refusal if it has none that can be read."""
     from transformers import AutoTokenizer
 
+    directory = resolve(model)
+    stated = stated_config(directory, trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(resolve(model), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, **stated)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refusal(f"{model}: its tokenizer cannot be read ({first}); give token ids instead of text") from None

@@ -70,6 +70,15 @@ def read_config_file(directory: Path) -> ConfigFile:
     return ConfigFile(path, clean, mended=clean != values or raw.startswith(b"\xef\xbb\xbf"))
 
 
+def stated_config(directory: Path, trust_remote_code: bool = False) -> dict[str, PreTrainedConfig]:
+    """What transformers' other Auto classes are to be given, so that they do not stumble over the config.json that had
+    to be mended: "config" and it, or nothing. Raises Refusal as `read_config_file` does, for one that is there."""
+    if not (directory / "config.json").is_file():
+        return {}
+    file = read_config_file(directory)
+    return {"config": file.config(trust_remote_code)} if file.mended else {}
+
+
 def _clean(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """`values` with its dtypes, and those of the configs in it, as torch names them; "auto" is left out."""
     clean = {

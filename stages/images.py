@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stages.captions import Pair, open_image, read_pairs
+from stages.config_file import stated_config
 from stages.errors import Refusal
 from stages.files import is_full, replacing
 from stages.skeleton import VARYING
@@ -37,13 +38,14 @@ def load_processor(directory: Path, trust_remote_code: bool = False) -> Any:
     """The checkpoint's own processor of images and text. Raises Refusal if it has none that can be read."""
     from transformers import AutoProcessor
 
+    stated = stated_config(directory, trust_remote_code)
     try:
         try:
-            processor = AutoProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            processor = AutoProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code, **stated)
         except ImportError as error:
             if "orchvision" not in str(error):
                 raise
-            processor = _without_video(directory, trust_remote_code)
+            processor = _without_video(directory, trust_remote_code, **stated)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise Refusal(
@@ -58,7 +60,7 @@ def load_processor(directory: Path, trust_remote_code: bool = False) -> Any:
     return processor
 
 
-def _without_video(directory: Path, trust_remote_code: bool) -> Any:
+def _without_video(directory: Path, trust_remote_code: bool, **stated: Any) -> Any:
     """The processor without its part for videos, which alone needs torchvision."""
     import transformers
 
@@ -73,8 +75,9 @@ def _without_video(directory: Path, trust_remote_code: bool) -> Any:
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
             return None if argument is None else super().check_argument_for_proper_class(name, argument)
 
-    images = transformers.AutoImageProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    stated["trust_remote_code"] = trust_remote_code
+    images = transformers.AutoImageProcessor.from_pretrained(directory, **stated)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **stated)
     return ImagesOnly(images, tokenizer, None, chat_template=tokenizer.chat_template)
 
 
