@@ -66,6 +66,9 @@ class RetrainConfig(BaseModel):
     )
     ranks: Count | Literal["auto"] = Field("auto", description="Processes to train on; auto: one a GPU, or one a core.")
     offload: bool = Field(False, description="Keep optimizer state in CPU memory and step there; stages 2 and 3.")
+    activation_checkpointing: bool = Field(
+        False, description="Keep each block's input alone and compute the rest again on the way back: a third slower."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of weights and activations (masters are float32); auto: the model's."
     )

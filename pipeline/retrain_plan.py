@@ -23,7 +23,7 @@ MICROBATCH_TOKENS = 8192
 # What the ranks are told as the user said it.
 SAME = (
     *("zero_stage", "offload", "batch", "learning_rate", "schedule", "warmup", "weight_decay", "beta2", "clip"),
-    *("seed", "eval_every", "checkpoint_every", "trust_remote_code"),
+    *("seed", "eval_every", "checkpoint_every", "activation_checkpointing", "trust_remote_code"),
 )
 
 

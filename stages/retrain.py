@@ -20,7 +20,7 @@ from stages.batches import Order, Source, microbatches_of, open_source, predicte
 from stages.consolidate import IMPORTANCE, consolidate, consolidate_shadow
 from stages.engine import make_engine, new_state, updates_of
 from stages.meter import peak_bytes
-from stages.retrain_model import apply_mask, hold_zeros, load_model
+from stages.retrain_model import apply_mask, checkpoint_activations, hold_zeros, load_model
 from stages.retrain_spec import DTYPES, RetrainSpec
 from stages.schedule import rate_at
 from stages.shadow import ShadowTracker
@@ -87,6 +87,8 @@ class Rank:
             StoredPieces(checkpoint, MASTER).fill(model)
         if spec.masked:
             hold_zeros(model)
+        if spec.activation_checkpointing:
+            checkpoint_activations(model)
         engine = make_engine(model, spec, self.ranks)
         if checkpoint is not None:
             state = read_state(checkpoint)

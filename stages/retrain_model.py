@@ -123,6 +123,20 @@ def hold_zeros(model: PreTrainedModel) -> None:
             parameter.register_hook(_zero_where_zero(parameter))
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """From now on a training pass keeps each block's input alone, and computes what is within again on the way back.
+
+    By torch's re-entrant way: the other one compares the tensors of both passes, and under ZeRO's stage 3 parameters
+    are empty in one of them. The result is the same, bit for bit. Raises Refusal for a family that cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise Refusal(
+            f"activation-checkpointing: transformers' {type(model).__name__} has no way to do it; leave it out, and "
+            "use a smaller --microbatch"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
 def _zero_where_zero(parameter: torch.nn.Parameter) -> Any:
     def without_pruned(gradient: Tensor) -> Tensor:
         assert parameter.shape == gradient.shape, "a partitioned parameter is whole while its gradient is computed"

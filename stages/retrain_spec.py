@@ -58,6 +58,7 @@ class RetrainSpec:
     eval_every: int  # steps; 0: only after the last
     checkpoint_every: int  # steps; 0: only after the last
     shadow: ShadowSpec | None = None  # average the weights on the way
+    activation_checkpointing: bool = False  # keep blocks' inputs alone for the way back
     trust_remote_code: bool = False
 
     def accumulation(self, ranks: int) -> int:

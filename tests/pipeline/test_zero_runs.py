@@ -142,6 +142,14 @@ def test_losses_are_those_of_one_plain_process_and_zeros_stay(
     assert_zeros_are_those_of(pruned, result.output)
 
 
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_activation_checkpointing_changes_no_bit(zero_stage: int, run_in: Callable[..., RetrainResult]) -> None:
+    usual, again = run_in(zero_stage), run_in(zero_stage, activation_checkpointing=True)
+    assert again.losses == usual.losses and again.evaluations == usual.evaluations
+    before, after = weights(usual.output), weights(again.output)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_stage_three_keeps_half_of_what_stage_zero_does(run_in: Callable[..., RetrainResult]) -> None:
     held = {stage: run_in(stage, **({} if stage else {"steps": 1})).run["memory"] for stage in (0, 3)}
     for rank in range(2):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from stages.batches import Order, SourceSpec, TokenWindows, microbatches_of, open_source, predicted_tokens
 from stages.errors import Refusal
-from stages.retrain_model import apply_mask, check_mask, hold_zeros, load_model
+from stages.retrain_model import apply_mask, check_mask, checkpoint_activations, hold_zeros, load_model
 from stages.schedule import FLOOR, rate_at
 from stages.tokens import build_token_table
 from stages.zero_checkpoint import MASTER, StoredPieces, directory_of, finish, latest, read_state, write_pieces
@@ -210,3 +210,24 @@ def test_a_mask_comes_from_another_checkpoint_of_the_same_shapes(
         check_mask(directory, tiny_checkpoint(hidden=64))
     with pytest.raises(Refusal, match=r"mask .*: no tensor model\.layers\.2"):
         check_mask(directory, tiny_checkpoint(blocks=2))
+
+
+@pytest.mark.parametrize(("asked", "passes"), [(False, 1), (True, 2)])
+def test_checkpointed_activations_are_computed_again_on_the_way_back(
+    asked: bool, passes: int, tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., torch.Tensor]
+) -> None:
+    model = load_model(tiny_checkpoint(blocks=2), torch.float32, seed=0)
+    if asked:
+        checkpoint_activations(model)
+    seen: list[int] = []
+    model.get_submodule("model.layers.1.mlp").register_forward_hook(lambda *_: seen.append(1))
+    ids = tiny_tokens(2, 16).long()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert len(seen) == passes
+
+
+def test_a_family_that_cannot_checkpoint_activations_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:
+    model = load_model(tiny_checkpoint(blocks=2), torch.float32, seed=0)
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(Refusal, match="activation-checkpointing: transformers' LlamaForCausalLM"):
+        checkpoint_activations(model)
