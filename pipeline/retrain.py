@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cluster.connect import connect, nodes
 from cluster.ranks import Ranks
-from pipeline.assemble import copy_companions
+from pipeline.assemble import copy_companions, write_index
 from pipeline.evaluate import sparsity_of
 from pipeline.facts import ModelFacts
 from pipeline.inputs import Purpose, token_table
@@ -29,7 +29,7 @@ from pipeline.spending import Spending
 from pipeline.tracking import Recorder, recorded_run
 from stages.checkpoint import resolve
 from stages.flops import shapes_of, tracking_flops, training_flops
-from stages.headers import INDEX
+from stages.headers import WEIGHTS
 from stages.measure import perplexity_of
 from stages.meter import peak_bytes
 from stages.retrain_spec import RetrainSpec, Sources, SourceSpec
@@ -37,6 +37,7 @@ from stages.skeleton import read_config
 from stages.tokens import TokenTable
 
 STORE_BYTES = 128 << 20  # of Ray's object store: nothing large passes through it
+TRAINED = "model-trained"  # the one file of a model that others lie beside: what it does not read
 GATHERED = ("consolidated", "importances", "shadow")  # what the ranks leave beside the checkpoints
 SUMMARY = (
     *("output", "loss", "perplexity", "sparsity", "evaluations", "steps", "tokens", "seconds", "tokens_per_second"),
@@ -198,6 +199,9 @@ class _Run:
             f"{self.facts.parameters / 1e6:,.1f} M parameters, {spec.dtype}) on {self.ranks} "
             f"rank{'s' if self.ranks > 1 else ''}, {spec.steps:,} steps of {spec.batch} x {self.length} tokens"
         )
+        for remark in self.facts.remarks:
+            self.warnings.append(remark)
+            self.reporter.note(f"warning: {remark}")
         with closing(ranks.train(spec)) as events:
             for event in events:
                 self.heard.take(event, spec, recorder)
@@ -208,9 +212,13 @@ class _Run:
         """The consolidated model under its final names, its index last, with all that lies beside the weights."""
         output, consolidated = self.directory.output, self.directory.home / "consolidated"
         copy_companions(Path(spec.model), output, spec.dtype)
-        weights = [path for path in consolidated.iterdir() if path.suffix == ".safetensors" or path.name == INDEX]
-        for path in sorted(weights, key=lambda path: path.name == INDEX):
-            os.replace(path, output / path.name)
+        weights = {path: path.name for path in sorted(consolidated.glob("*.safetensors"))}
+        if len(weights) > 1:  # under its own name, the one file would be the whole model
+            weights = {path: f"{TRAINED}.safetensors" if name == WEIGHTS else name for path, name in weights.items()}
+        for path, name in weights.items():
+            os.replace(path, output / name)
+        if len(weights) > 1:
+            write_index(output, weights.values())
         if spec.shadow is not None:
             shutil.rmtree(output / "shadow", ignore_errors=True)
             os.replace(self.directory.home / "shadow", output / "shadow")

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from stages.retrain_model import load_model
+from stages.ends import copy_unread
+from stages.files import share
+from stages.retrain_model import has_weights, load_model
 from stages.retrain_spec import DTYPES, RetrainSpec
 from stages.shadow_store import write_shadow
 from stages.zero_checkpoint import MASTER, StoredPieces
@@ -16,13 +18,18 @@ IMPORTANCE = "importance"  # the kind of its pieces
 def consolidate(checkpoint: Path, output: Path, spec: RetrainSpec) -> PreTrainedModel:
     """The trained model, written to `output` as config.json and safetensors in the dtype that it was trained in.
 
-    What was not trained is as in the model that the run began with. The directory appears under its name when
-    everything is in it. Needs memory for the whole model once, in its dtype.
+    What was not trained is as in the model that the run began with; what the model does not read of its checkpoint lies
+    in files of its own, which no index names. The directory appears under its name when everything is in it. Needs
+    memory for the whole model once, in its dtype.
     """
-    model = load_model(Path(spec.model), DTYPES[spec.dtype], spec.seed, spec.trust_remote_code)
+    source = Path(spec.model)
+    model = load_model(source, DTYPES[spec.dtype], spec.seed, spec.trust_remote_code)
     StoredPieces(checkpoint, MASTER).fill(model)
     gathering = _emptied(output)
     model.save_pretrained(gathering)
+    share(gathering)
+    if has_weights(source):
+        copy_unread(source, gathering, spec.trust_remote_code)
     gathering.rename(output)
     return model
 

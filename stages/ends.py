@@ -1,9 +1,11 @@
-"""What lies outside the blocks, copied to the output."""
+"""What lies outside the blocks, or is not of the model at all, copied to the output."""
 
 from pathlib import Path
 
+import torch
+
 from stages.checkpoint import Checkpoint, grouped, write_tensors
-from stages.skeleton import Skeleton
+from stages.skeleton import Skeleton, read_config
 
 ENDS_FILE_BYTES = 256 << 20
 
@@ -23,3 +25,13 @@ def copy_ends(skeleton: Skeleton, checkpoint: Checkpoint, output: Path) -> dict[
         write_tensors(output / file, tensors)
         files[file] = names
     return files
+
+
+def copy_unread(source: Path, output: Path, trust_remote_code: bool = False) -> None:
+    """Copy what the model in `source` does not read of its checkpoint to `output`, bit for bit, in files of its own."""
+    checkpoint = Checkpoint(source)
+    skeleton = Skeleton(read_config(source, trust_remote_code), torch.float32, checkpoint=checkpoint)
+    unread = [checkpoint.entry(name) for name in skeleton.storage.unread]
+    for position, group in enumerate(grouped(unread, ENDS_FILE_BYTES)):
+        file = output / f"model-unread-{position:05d}.safetensors"
+        write_tensors(file, checkpoint.copies(entry.name for entry in group))

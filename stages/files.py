@@ -19,8 +19,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            mode = os.fstat(file.fileno()).st_mode & 0o777
+        mode = _mode_of_a_new_file(temporary)
         yield temporary
         os.chmod(temporary, mode)
         sync(temporary)
@@ -29,6 +28,22 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def share(directory: Path) -> None:
+    """Give all files in `directory` the mode of any new file: for those whose writer makes them 0600."""
+    probe = directory / f".mode.{os.getpid()}.tmp"
+    mode = _mode_of_a_new_file(probe)
+    probe.unlink()
+    for path in directory.iterdir():
+        if path.is_file():
+            path.chmod(mode)
+
+
+def _mode_of_a_new_file(path: Path) -> int:
+    """That of `path`, which is made; to ask for the umask would be to change it for all threads."""
+    with path.open("wb") as file:
+        return os.fstat(file.fileno()).st_mode & 0o777
 
 
 def write_text(path: Path, text: str) -> None:

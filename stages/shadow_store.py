@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
-from stages.files import file_digest, write_text
+from stages.files import file_digest, share, write_text
 from stages.recipe import Tower
 from stages.shadow_spec import ShadowSpec
 from stages.skeleton import empty_model, read_config, tied_names
@@ -48,6 +48,7 @@ def write_shadow(
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
     model.save_pretrained(directory)
+    share(directory)
     files = {path.name: file_digest(path) for path in sorted(directory.glob("*.safetensors"))}
     record = asdict(spec) | {"updates": updates, "digest": digest(shapes), "files": files}
     write_text(directory / RECORD, json.dumps(record, indent=1) + "\n")
