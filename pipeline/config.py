@@ -5,11 +5,12 @@ from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.options import Count, Length
+from pipeline.options import BOS_HELP, COLUMN_HELP, Count, Length
 from stages.allocation import Override, resolve_overrides
 from stages.criteria import CRITERIA, check_criterion, check_options
 from stages.errors import Refusal
 from stages.masks import check_sparsity, check_threshold, parse_pattern
+from stages.openings import Bos
 from stages.recipe import Rebuild, Recipe, Tower
 
 
@@ -22,6 +23,8 @@ class ClusterConfig(BaseModel):
     length: Length = Field(
         "auto", description="Tokens in a window; auto: 2048, or the model's context if that is shorter."
     )
+    bos: Bos = Field("auto", description=BOS_HELP)
+    text_column: str | None = Field(None, description=COLUMN_HELP)
     shards: Count | Literal["auto"] = Field(
         "auto", description="Actors that share the blocks; auto: one a GPU or core."
     )
@@ -46,7 +49,7 @@ class ClusterConfig(BaseModel):
 class EvalConfig(ClusterConfig):
     """What `espalier eval` was asked for."""
 
-    data: str = Field(description="Text: text file, JSONL, Parquet, a folder of those, or hub data set.")
+    data: str = Field(description="Text: text file, JSONL, CSV, Parquet, a folder of those, or hub data set.")
     against: str | None = Field(None, description="A second checkpoint, the dense one say, measured on the same text.")
 
 
@@ -55,7 +58,7 @@ class PruneConfig(ClusterConfig):
 
     output: str = Field(description="Directory for the pruned checkpoint; must be new or empty.")
     calibration: str | list[str] | list[list[int]] = Field(
-        description="Calibration text: text file, JSONL, Parquet, a folder of those, or hub data set; for a model "
+        description="Calibration text: text file, JSONL, CSV, Parquet, a folder of those, or hub data set; for a model "
         "that sees also a folder of images with captions.jsonl."
     )
     tower: Tower = Field(

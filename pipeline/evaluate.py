@@ -14,7 +14,7 @@ from cluster.connect import connect
 from cluster.fleet import Fleet
 from pipeline.config import EvalConfig
 from pipeline.facts import check_headers, model_facts
-from pipeline.inputs import load_tokenizer, stream_of
+from pipeline.inputs import bos_for, load_tokenizer, stream_of, tell
 from pipeline.layout import Layout, Load, arrange
 from pipeline.progress import Reporter, reporter_for
 from pipeline.settle import microbatch_size
@@ -52,7 +52,10 @@ def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, 
             path=Path(scratch) / "tokens.arrow",
             vocab_size=layouts[0].facts.vocabulary,
             purpose="evaluation",
+            bos=bos_for(config.bos, layouts[0].facts),
+            text_column=config.text_column,
         )
+        tell(table, reporter.note)
         held.enter_context(
             connect(
                 config.address,

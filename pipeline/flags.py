@@ -26,7 +26,7 @@ PANELS = {
     **dict.fromkeys(("scope", "allocation", "refine", "solve"), "Masks"),
     **dict.fromkeys(("reconstruct", "inputs", "sweeps", "correction"), "Reconstruction"),
     **dict.fromkeys(("epochs", "batch", "learning_rate"), "Reconstruction"),
-    **dict.fromkeys(("samples", "length", "eval", "seed"), "Text"),
+    **dict.fromkeys(("samples", "length", "bos", "text_column", "eval", "seed"), "Text"),
     **dict.fromkeys(("masked", "mask"), "Masks"),
     **dict.fromkeys(("steps", "tokens", "microbatch", "schedule", "warmup"), "Training"),
     **dict.fromkeys(("weight_decay", "beta2", "clip", "eval_every", "checkpoint_every"), "Training"),

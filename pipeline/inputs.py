@@ -14,14 +14,17 @@ from stages.blocks import layout_of
 from stages.captions import holds_images
 from stages.checkpoint import resolve
 from stages.config_file import stated_config
+from stages.corpus import holds_ids
 from stages.errors import Refusal
 from stages.images import ImageTable, build_image_table, load_processor
+from stages.openings import Bos
 from stages.pixels import build_pixel_table
 from stages.shard import compute_dtype
 from stages.skeleton import Skeleton, read_config
 from stages.tokens import TokenTable, build_token_table
 from stages.vision import VisionSkeleton
 
+LOST_WITHOUT_BOS = ("gemma",)  # how the names of families begin
 Purpose = Literal["calibration", "evaluation", "training"]
 
 
@@ -65,7 +68,7 @@ def token_table(
     purpose: Purpose,
     source: Any,
     config: PruneConfig | RetrainConfig,
-    vocabulary: int,
+    facts: ModelFacts,
     length: int,
     home: Path,
     samples: int | None = None,
@@ -75,13 +78,38 @@ def token_table(
     return kept_table(
         home / f"tokens-{purpose}.arrow",
         source,
-        partial(load_tokenizer, config.model, config.trust_remote_code) if reads else lambda: None,
+        partial(_tokenizer_for, source, config) if reads else lambda: None,
         length=length,
         samples=samples,
         seed=config.seed,
-        vocab_size=vocabulary,
+        vocab_size=facts.vocabulary,
         purpose=purpose,
+        bos=bos_for(config.bos, facts),
+        text_column=config.text_column,
     )
+
+
+def _tokenizer_for(source: Any, config: PruneConfig | RetrainConfig) -> Any:
+    """The model's tokenizer, or None where it has none and the source is one of ids. Raises Refusal."""
+    try:
+        return load_tokenizer(config.model, config.trust_remote_code)
+    except Refusal:
+        if isinstance(source, str) and holds_ids(source, config.text_column):
+            return None
+        raise
+
+
+def bos_for(bos: Bos, facts: ModelFacts) -> Bos:
+    """`bos`, but that auto is window for a model that is lost in a window without one."""
+    return "window" if bos == "auto" and facts.family.startswith(LOST_WITHOUT_BOS) else bos
+
+
+def tell(table: TokenTable, note: Callable[[str], None], warn: Callable[[str], None] | None = None) -> None:
+    """What was read and how, and what seemed odd about it."""
+    if table.read:
+        note(table.read)
+    for warning in table.warnings:
+        warn(warning) if warn else note(f"warning: {warning}")
 
 
 def kept_table(path: Path, source: Any, tokenizer: Callable[[], Any], **options: Any) -> TokenTable:

@@ -13,6 +13,14 @@ from stages.errors import Refusal
 Config = TypeVar("Config", bound=BaseModel)
 Count = Annotated[int, Field(ge=1)]
 
+# What the commands that read text say alike.
+BOS_HELP = (
+    "The token that begins a text, put before each document; window: at the head of each window too; none: nowhere, "
+    "and the end-of-text token between documents; auto: before each document if the tokenizer does so itself, and for "
+    "Gemma, which needs it, as window."
+)
+COLUMN_HELP = "Column of the records that holds the text, nested ones as data.text; default: found by name and content."
+
 
 def _window(value: int | str) -> int | str:
     if isinstance(value, int) and value < 2:

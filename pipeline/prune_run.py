@@ -16,7 +16,7 @@ from cluster.redact import without_secrets
 from pipeline.assemble import copy_companions, write_index
 from pipeline.config import PruneConfig
 from pipeline.facts import ModelFacts
-from pipeline.inputs import Purpose, image_file, image_table, stream_of, token_table
+from pipeline.inputs import Purpose, image_file, image_table, stream_of, tell, token_table
 from pipeline.layout import Layout, ShardLayout
 from pipeline.metrics import block_metrics, total_metrics
 from pipeline.progress import Reporter, reporter_for
@@ -101,8 +101,9 @@ class PruneRun:
             return calibration, None if config.eval is None else self._text("evaluation", config.eval)
 
     def _text(self, purpose: Purpose, source: Any, samples: int | None = None) -> TokenTable:
-        home, vocabulary = self.directory.home, self.facts.vocabulary
-        return token_table(purpose, source, self.config, vocabulary, self.length, home, samples)
+        table = token_table(purpose, source, self.config, self.facts, self.length, self.directory.home, samples)
+        tell(table, self.reporter.note, self._warn)
+        return table
 
     def _connected(self, held: ExitStack) -> ShardLayout:
         """Ray connected for as long as `held` is, and the shards laid out on what the cluster has."""

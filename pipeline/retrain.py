@@ -15,7 +15,7 @@ from cluster.ranks import Ranks
 from pipeline.assemble import copy_companions, write_index
 from pipeline.evaluate import sparsity_of
 from pipeline.facts import ModelFacts
-from pipeline.inputs import Purpose, token_table
+from pipeline.inputs import Purpose, tell, token_table
 from pipeline.metrics import total_metrics
 from pipeline.options import build_config, located
 from pipeline.progress import Reporter, reporter_for
@@ -191,7 +191,9 @@ class _Run:
 
     def _table(self, purpose: Purpose, source: Any) -> TokenTable:
         """The text in windows."""
-        return token_table(purpose, source, self.config, self.facts.vocabulary, self.length, self.directory.home)
+        table = token_table(purpose, source, self.config, self.facts, self.length, self.directory.home)
+        tell(table, self.reporter.note, self._warn)
+        return table
 
     def _train(self, ranks: Ranks, spec: RetrainSpec, recorder: Recorder) -> None:
         self.reporter.note(
@@ -253,11 +255,14 @@ class _Run:
             recorder.artifact(path)
         recorder.close()
         if recorder.warning:
-            self.warnings.append(recorder.warning)
-            self.reporter.note(f"warning: {recorder.warning}")
+            self._warn(recorder.warning)
             self.directory.write(run)
         for leftover in [*self.directory.home.glob("checkpoint-*"), *(self.directory.home / name for name in GATHERED)]:
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.reporter.note(f"warning: {text}")
 
     def _spent(self, spec: RetrainSpec) -> dict[str, Any]:
         """seconds, energy and flops by phase, since the run was last resumed."""

@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.options import Count, Length
+from pipeline.options import BOS_HELP, COLUMN_HELP, Count, Length
 from stages.errors import Refusal
+from stages.openings import Bos
 from stages.shadow_spec import ShadowSpec
 
 LENGTHS = ("steps", "epochs", "tokens")  # ways to say how long to train
@@ -24,7 +25,7 @@ class RetrainConfig(BaseModel):
     )
     output: str = Field(description="Directory for the trained checkpoint; must be new or empty.")
     data: str | list[str] | list[list[int]] = Field(
-        description="Text to train on: text file, JSONL, Parquet, a folder of those, or hub data set."
+        description="Text to train on: text file, JSONL, CSV, Parquet, a folder of those, or hub data set."
     )
     eval: str | list[str] | list[list[int]] | None = Field(None, description="Text to measure the loss on; same forms.")
     masked: bool = Field(False, description="Keep a pruned model's zeros exactly zero.")
@@ -42,6 +43,8 @@ class RetrainConfig(BaseModel):
     length: Length = Field(
         "auto", description="Tokens in a window; auto: 2048, or the model's context if that is shorter."
     )
+    bos: Bos = Field("auto", description=BOS_HELP)
+    text_column: str | None = Field(None, description=COLUMN_HELP)
     learning_rate: float = Field(1e-4, gt=0, description="Peak, of Adam with decoupled decay.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How the learning rate falls, to a tenth of the peak, or that it does not."

@@ -35,7 +35,7 @@ def split_text(path: Path, held_out: float) -> tuple[str, str]:
     Raises Refusal if the file is missing, empty or not UTF-8.
     """
     try:
-        text = path.read_bytes().decode()  # bytes, so that line breaks stay as they are
+        text = path.read_bytes().decode("utf-8-sig")  # bytes, so that line breaks stay as they are
     except FileNotFoundError:
         raise Refusal(f"data {path}: no such file; give a text file by --data FILE") from None
     except (IsADirectoryError, PermissionError) as error:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stages.documents import Document
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -29,22 +31,40 @@ class _Piece:
     opens_document: bool
 
 
-def tokenised(
-    documents: Iterator[Iterable[str]], tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[tuple[bool, np.ndarray]]:
-    """(whether it opens a document, ids) for each piece of each document."""
-    pieces = (piece for document in documents for piece in _pieces(document))
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Ids of a document, all or some of them, in order."""
+
+    ids: np.ndarray  # int64
+    document: Document
+    opens: bool  # whether they are the document's first
+
+
+def tokenised(documents: Iterator[Document], tokenizer: "PreTrainedTokenizerBase | None") -> Iterator[Part]:
+    """The documents' ids; those of documents that are ids already are as they were given."""
+    pieces = ((document, piece) for document in documents for piece in _pieces_of(document))
     for batch in _batches(pieces):
-        encoded = _encode([piece.before + piece.text + piece.after for piece in batch], tokenizer)
-        for index, piece in enumerate(batch):
+        texts = [piece.before + piece.text + piece.after for document, piece in batch if document.ids is None]
+        if texts and tokenizer is not None:
+            encoded = _encode(texts, tokenizer)
+        index = -1
+        for document, piece in batch:
+            if document.ids is not None:
+                yield Part(document.ids, document, True)
+                continue
+            index += 1
             ids = encoded["input_ids"][index]
             if piece.before or piece.after:
                 span = _own_tokens(encoded.encodings[index], piece) if encoded.encodings else None
                 ids = ids[span] if span else _encode([piece.text], tokenizer)["input_ids"][0]
-            yield piece.opens_document, np.array(ids, dtype=np.int64)
+            yield Part(np.array(ids, dtype=np.int64), document, piece.opens_document)
 
 
-def _encode(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> Any:
+def _pieces_of(document: Document) -> Iterable[_Piece]:
+    return _pieces(document.text) if document.ids is None else [_Piece("", "", "", opens_document=True)]
+
+
+def _encode(texts: list[str], tokenizer: Any) -> Any:
     # verbose=False: a corpus is longer than any model's context, which is no cause for a warning here.
     return tokenizer(
         texts,
@@ -96,13 +116,13 @@ def _cut(text: str) -> int:
     return blank if blank > 0 else PIECE
 
 
-def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+def _batches(pieces: Iterator[tuple[Document, _Piece]]) -> Iterator[list[tuple[Document, _Piece]]]:
     """Pieces in lists of about BATCH characters: enough for the tokenizer's threads, little enough for memory."""
-    batch: list[_Piece] = []
+    batch: list[tuple[Document, _Piece]] = []
     characters = 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece.text)
+    for document, piece in pieces:
+        batch.append((document, piece))
+        characters += len(piece.text) if document.ids is None else document.ids.size
         if characters >= BATCH or len(batch) == BATCH_PIECES:
             yield batch
             batch, characters = [], 0

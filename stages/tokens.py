@@ -6,17 +6,20 @@ scratch file beside the table, from which the table is written in one go.
 
 import errno
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow as pa
 
 from stages import corpus
+from stages.documents import Document, Reading
 from stages.errors import Refusal
 from stages.files import replacing
+from stages.openings import Bos, Opening, headed, opening_of
 from stages.tokenise import tokenised
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ class TokenTable:
         self.purpose = metadata["purpose"]
         self.source = metadata["source"]
         self.digest = metadata["digest"]  # sha256 of the little-endian int32 bytes, row after row
+        self.read = metadata.get("read", "")  # what was read and how, in a line for a person
+        self.warnings: list[str] = json.loads(metadata.get("warnings", "[]"))
         self._ids: np.ndarray = column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), self.length)
 
     @classmethod
@@ -75,6 +80,8 @@ def build_token_table(
     path: Path,
     vocab_size: int,
     purpose: str = "calibration",
+    bos: Bos = "auto",
+    text_column: str | None = None,
 ) -> TokenTable:
     """The table of `samples` windows of `length` token ids, written to `path` under a temporary name, then renamed.
 
@@ -83,32 +90,46 @@ def build_token_table(
     among the first 16 x samples windows (fewer if the text is shorter), in text order: the choice spreads over the text
     without reading a huge corpus whole.
 
-    `source` is a text file; a .jsonl, .json or .parquet file (column "text", or the only string column); a folder of
-    those; a hub id "owner/name[:config][:split]"; a list of strings; or a list of token id lists. A text file, a
-    record, a string, an id list is one document; the tokenizer's end-of-text id, if it has one, stands between two.
-    Id lists that all have exactly `length` ids are the windows as they are.
+    `source` is a text file; a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, whose records hold text, a
+    conversation or token ids in `text_column` or where `stages.columns.choose` finds them; any of these packed by gzip,
+    zstd or bzip2; a folder of those, or one that `datasets` saved; a hub id "owner/name[:config][:split]"; a list of
+    strings; or a list of token id lists. A text file, a record, a string, an id list is one document. Id lists that all
+    have exactly `length` ids are the windows as they are.
 
-    No special tokens are added. A document is tokenised in pieces of at most 128 k characters that end at a line break,
-    each seen with a little of its neighbours: the ids are those of the whole document tokenised in one go, as long as
-    no token reaches across such a line break. A text without line breaks is cut at a blank, or anywhere.
+    `bos`: "document" puts the BOS before each document, "window" also at the head of each window (the text then moves
+    on by one id less), "none" nowhere, with the end-of-text id, if there is one, between two documents; "auto" is
+    document where the tokenizer itself begins a text with it, else none. Where it is there already, as from a chat
+    template, none is added; token ids that are given get none.
+
+    A document is tokenised in pieces of at most 128 k characters that end at a line break, each seen with a little of
+    its neighbours: the ids are those of the whole document tokenised in one go, as long as no token reaches across such
+    a line break. A text without line breaks is cut at a blank, or anywhere.
 
     Raises Refusal for a missing, empty, unreadable or too short source, and for an id outside [0, vocab_size).
     """
     name = f"{purpose} text {corpus.describe(source)}"
     _check_request(length, samples, name)
-    rows_as_given = _is_id_lists(source) and all(len(ids) == length for ids in cast(Sequence[Sequence[int]], source))
-    stream = _id_stream(source, tokenizer, purpose, separate=not rows_as_given)
+    reading = Reading(tokenizer, text_column)
+    opening = Opening() if tokenizer is None else opening_of(tokenizer, bos, name)
+    if _is_id_lists(source):
+        documents = _given(cast(Sequence[Sequence[int]], source), purpose, length)
+    else:
+        documents = corpus.documents(cast(str | Path | Sequence[str], source), purpose, reading)
+    stream = _id_stream(_readable(documents, tokenizer, purpose), tokenizer, opening)
+    flat = headed(stream, length, opening) if opening.heads else (ids for ids, _ in stream)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryFile(dir=path.parent) as spool:
             limit = None if samples is None else CANDIDATES * samples
-            found, held = _spool_windows(_checked(stream, vocab_size, name), spool, length, limit)
+            found, held = _spool_windows(_checked(flat, vocab_size, name), spool, length, limit)
+            reading.conclude()
             _check_enough(found, held, length, samples, name)
             windows = np.memmap(spool, dtype=ID, mode="r+", shape=(found, length))
             kept = found if samples is None else _keep_sample(windows, samples, seed)
             metadata = {"length": str(length), "samples": str(kept), "purpose": purpose, "source": str(_label(source))}
-            _write(path, windows[:kept], metadata)
+            told = {"read": reading.account(name, opening), "warnings": json.dumps(reading.warnings)}
+            _write(path, windows[:kept], metadata | told)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Refusal(f"{path}: the disk is full; free some space or put the output elsewhere") from error
@@ -159,33 +180,40 @@ def _is_id_lists(source: object) -> bool:
 
 
 def _id_stream(
-    source: Any, tokenizer: "PreTrainedTokenizerBase | None", purpose: str, separate: bool
-) -> Iterator[np.ndarray]:
-    """The ids of the source in order, int64; `separate` puts the end-of-text id, if there is one, between documents."""
-    end = getattr(tokenizer, "eos_token_id", None) if separate else None
-    separator = np.array([] if end is None else [end], dtype=np.int64)
-    if _is_id_lists(source):
-        parts: Iterator[tuple[bool, np.ndarray]] = ((True, ids) for ids in _given_ids(source, purpose))
-    else:
-        if tokenizer is None:
+    documents: Iterator[Document], tokenizer: "PreTrainedTokenizerBase | None", opening: Opening
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """The ids of the documents in order, int64, with what opens each of them or stands between two; and whether a
+    document was given as ids."""
+    last: Document | None = None
+    for part in tokenised(documents, tokenizer):
+        if part.opens and not part.document.whole:
+            if opening.ids.size and part.document.ids is None:
+                if not opening.begins(part.ids):
+                    yield opening.ids, False
+            elif last is not None and not last.whole and not opening.begins(part.ids):
+                yield opening.end, part.document.ids is not None
+        yield part.ids, part.document.ids is not None
+        last = part.document
+
+
+def _readable(
+    documents: Iterator[Document], tokenizer: "PreTrainedTokenizerBase | None", purpose: str
+) -> Iterator[Document]:
+    for document in documents:
+        if document.ids is None and tokenizer is None:
             raise Refusal(f"{purpose} text needs the model's tokenizer; without one, give lists of token ids")
-        parts = tokenised(corpus.documents(source, purpose), tokenizer)
-    between = False
-    for opens_document, ids in parts:
-        if opens_document and between:
-            yield separator
-        yield ids
-        between = True
+        yield document
 
 
-def _given_ids(lists: Sequence[Sequence[int]], purpose: str) -> Iterator[np.ndarray]:
+def _given(lists: Sequence[Sequence[int]], purpose: str, length: int) -> Iterator[Document]:
+    as_they_are = all(len(ids) == length for ids in lists)
     for index, ids in enumerate(lists):
         array = np.asarray(ids)
         if array.size == 0:
             continue
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise Refusal(f"{purpose} id list {index} does not hold plain integers; give a list of token id lists")
-        yield array.astype(np.int64)
+        yield Document(ids=array.astype(np.int64), whole=as_they_are)
 
 
 # --- ids -> windows -> file -------------------------------------------------------------------------------------------

@@ -60,6 +60,8 @@ def test_a_target_flag_replaces_the_other_target_of_the_yaml(asked: Any, tmp_pat
 def test_every_field_is_a_flag_and_gets_there(asked: Any) -> None:
     options = {
         "length": 64,
+        "bos": "window",
+        "text_column": "body",
         "shards": 2,
         "threads": 3,
         "microbatch": 4,
