@@ -7,6 +7,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from stages.arriving import Arriving, Values
+from stages.meter import freed_at_once
 from stages.retrain_spec import DTYPES, RetrainSpec
 
 MOST_BUCKET = 50_000_000  # elements reduced or gathered at once; DeepSpeed sets such buffers aside
@@ -29,16 +31,17 @@ def join(backend: str, address: str, rank: int, ranks: int) -> None:
     )
 
 
-def make_engine(model: nn.Module, spec: RetrainSpec, ranks: int) -> Any:
+def make_engine(model: nn.Module, spec: RetrainSpec, ranks: int, values: Values | None = None) -> Any:
     """The model under ZeRO, with Adam of decoupled decay. Its learning rate is for the caller to set, at every step.
 
-    Vectors (biases, norm gains) do not decay.
+    Vectors (biases, norm gains) do not decay. With `values`, of stage 3 alone, the model is hollow and gets them.
     """
     config = settings(spec, ranks, sum(parameter.numel() for parameter in model.parameters()))
     optimizer = _optimizer(model, spec)  # before stage 3 takes the parameters' shapes away
-    if spec.zero_stage == 3:
-        _partition(model.to(DTYPES[spec.dtype]), config)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    with freed_at_once():
+        if spec.zero_stage == 3:
+            _partition(model.to(DTYPES[spec.dtype]), config, values)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     # In 16 bits without ZeRO, DeepSpeed has stepped once already: on gradients of zero and, so far, at a rate of zero.
     optimizer.state.clear()
     if spec.zero_stage == 3 and spec.dtype == "float32" and not spec.offload:
@@ -46,9 +49,10 @@ def make_engine(model: nn.Module, spec: RetrainSpec, ranks: int) -> Any:
     return engine
 
 
-def _partition(model: nn.Module, config: dict[str, Any]) -> None:
+def _partition(model: nn.Module, config: dict[str, Any], values: Values | None) -> None:
     """Cut each parameter among the ranks, one after the other: so no device ever holds the whole model."""
-    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    whole = model if values is None else Arriving(model, values)
+    deepspeed.zero.Init(module=whole, config_dict_or_path=config)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(get_accelerator().current_device_name())
 

@@ -12,6 +12,9 @@ from typing import Any
 
 from stages.devices import allocated_peak
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
+KEPT_AT_MOST = 32 << 20  # where glibc's own threshold stops to grow
+
 
 def peak_bytes(device: str = "cpu") -> int:
     """The most memory this process ever held: resident set on a CPU, allocated device memory on a GPU."""
@@ -30,6 +33,25 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Within it, memory of 1 MiB or more goes back to the system when it is freed, where the C library can do that.
+
+    glibc begins so, and keeps ever larger pieces for itself as such are freed (up to 32 MiB): after it as if it had.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if option is None:
+        yield
+        return
+    option(M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        option(M_MMAP_THRESHOLD, KEPT_AT_MOST)
+        option(M_TRIM_THRESHOLD, 2 * KEPT_AT_MOST)
+        release_memory()
 
 
 @dataclass(frozen=True, slots=True)

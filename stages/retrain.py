@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from stages.arriving import Values, hollow_model
 from stages.batches import Order, Source, microbatches_of, open_source, predicted_tokens
 from stages.consolidate import IMPORTANCE, consolidate, consolidate_shadow
 from stages.engine import make_engine, new_state, updates_of
 from stages.meter import peak_bytes
-from stages.retrain_model import apply_mask, checkpoint_activations, hold_zeros, load_model
+from stages.retrain_model import Mask, checkpoint_activations, hold_zeros, load_model
 from stages.retrain_spec import DTYPES, RetrainSpec
 from stages.schedule import rate_at
 from stages.shadow import ShadowTracker
@@ -77,19 +79,13 @@ class Rank:
 
     def _open(self) -> Any:
         """The engine, its state that of the newest checkpoint where there is one."""
-        spec = self.spec
-        source = Path(spec.model)
-        model = load_model(source, DTYPES[spec.dtype], spec.seed, spec.trust_remote_code)
-        if spec.mask is not None:
-            apply_mask(model, source, Path(spec.mask), spec.trust_remote_code)
-        checkpoint = latest(self.home)
-        if checkpoint is not None:  # the 16-bit weights, or the partitions, are made from these
-            StoredPieces(checkpoint, MASTER).fill(model)
+        spec, checkpoint = self.spec, latest(self.home)
+        model, values = self._model(checkpoint)
         if spec.masked:
             hold_zeros(model)
         if spec.activation_checkpointing:
             checkpoint_activations(model)
-        engine = make_engine(model, spec, self.ranks)
+        engine = make_engine(model, spec, self.ranks, values)
         if checkpoint is not None:
             state = read_state(checkpoint)
             self.step, self.losses = state["step"], state["losses"]
@@ -105,6 +101,33 @@ class Rank:
             if checkpoint is not None:
                 self.tracker.load(*sorted(checkpoint.glob("shadow-*-of-*.safetensors")))
         return engine
+
+    def _model(self, checkpoint: Path | None) -> tuple[PreTrainedModel, Values | None]:
+        """The model to train, its values those of the checkpoint; in stage 3 hollow, and where it gets them from."""
+        spec = self.spec
+        source, dtype = Path(spec.model), DTYPES[spec.dtype]
+        mask = None if spec.mask is None else Mask(source, Path(spec.mask), spec.trust_remote_code)
+        stored = None if checkpoint is None else StoredPieces(checkpoint, MASTER)
+        hollow = hollow_model(source, dtype, spec.trust_remote_code) if spec.zero_stage == 3 else None
+        if hollow is None:
+            model = load_model(source, dtype, spec.seed, spec.trust_remote_code)
+            if mask is not None:
+                mask.fill(model)
+            if stored is not None:  # the 16-bit weights, or the partitions, are made from these
+                stored.fill(model)
+            return model, None
+        model, first = hollow
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+        def values(name: str) -> Tensor:
+            if stored is not None and name in stored:
+                return stored.read(name, 0, shapes[name].numel()).view(shapes[name])
+            value = first(name)
+            if mask is not None:
+                mask.apply(name, value)
+            return value
+
+        return model, values
 
     def close(self) -> None:
         """Let go of the model, so that the process can take up another run."""

@@ -89,14 +89,24 @@ def check_mask(model: Path, mask: Path, trust_remote_code: bool = False) -> Skel
     return skeleton
 
 
-def apply_mask(model: PreTrainedModel, directory: Path, mask: Path, trust_remote_code: bool = False) -> None:
-    """Make zero in `model`, loaded from `directory`, what is zero in the blocks of the checkpoint `mask`."""
-    skeleton, checkpoint = check_mask(directory, mask, trust_remote_code), Checkpoint(mask)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in _prunable(skeleton):
-            given = skeleton.storage.load(checkpoint, [name], torch.float32, "cpu")[name]
-            parameters[name].masked_fill_(given == 0, 0)
+class Mask:
+    """The zeros of the checkpoint `mask` in the blocks of the model in `directory`, read a parameter at a time."""
+
+    def __init__(self, directory: Path, mask: Path, trust_remote_code: bool = False) -> None:
+        skeleton = check_mask(directory, mask, trust_remote_code)
+        self._storage, self._checkpoint = skeleton.storage, Checkpoint(mask)
+        self.names = frozenset(_prunable(skeleton))
+
+    def fill(self, model: PreTrainedModel) -> None:
+        """Make zero in the model what is zero in the mask."""
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                self.apply(name, parameter)
+
+    def apply(self, name: str, values: Tensor) -> None:
+        """Make zero in `values`, the parameter `name`, what is zero in the mask: nothing outside the blocks."""
+        if name in self.names:
+            values.masked_fill_(self._storage.load(self._checkpoint, [name], torch.float32, "cpu")[name] == 0, 0)
 
 
 def _prunable(skeleton: Skeleton) -> list[str]:

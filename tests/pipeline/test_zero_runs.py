@@ -79,7 +79,7 @@ def run_in(two_ranks: Ranks, request_to_train: Callable[..., RetrainConfig]) -> 
 
     @cache
     def run(zero_stage: int, **options: Any) -> RetrainResult:
-        name = " ".join(["stage", str(zero_stage), *map(str, options.values())])
+        name = " ".join(["stage", str(zero_stage), *(f"{option} {value}" for option, value in options.items())])
         return retrain(request_to_train(name, zero_stage=zero_stage, **options), Listener(), two_ranks)
 
     return run

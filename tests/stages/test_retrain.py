@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from stages.arriving import Arriving, hollow_model
 from stages.batches import Order, SourceSpec, TokenWindows, microbatches_of, open_source, predicted_tokens
 from stages.errors import Refusal
-from stages.retrain_model import apply_mask, check_mask, checkpoint_activations, hold_zeros, load_model
+from stages.retrain_model import Mask, check_mask, checkpoint_activations, hold_zeros, load_model
 from stages.schedule import FLOOR, rate_at
 from stages.tokens import build_token_table
 from stages.zero_checkpoint import MASTER, StoredPieces, directory_of, finish, latest, read_state, write_pieces
@@ -202,7 +203,7 @@ def test_a_mask_comes_from_another_checkpoint_of_the_same_shapes(
     save_file(tensors, pruned / "model.safetensors", metadata={"format": "pt"})
     model = load_model(directory, torch.float32, seed=0)
     dense = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    apply_mask(model, directory, pruned)
+    Mask(directory, pruned).fill(model)
     for key, tensor in model.state_dict().items():
         wanted = dense[key].masked_fill(tensors[key] == 0, 0) if key == name else dense[key]
         assert torch.equal(tensor, wanted), key
@@ -231,3 +232,33 @@ def test_a_family_that_cannot_checkpoint_activations_is_refused(tiny_checkpoint:
     model.supports_gradient_checkpointing = False
     with pytest.raises(Refusal, match="activation-checkpointing: transformers' LlamaForCausalLM"):
         checkpoint_activations(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_hollow_model_gets_its_weights_one_at_a_time_and_they_are_those_of_the_whole_one(
+    tied: bool, tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., torch.Tensor]
+) -> None:
+    directory = tiny_checkpoint(family="qwen3", dtype="bfloat16", tied=tied)
+    whole = load_model(directory, torch.bfloat16, seed=0)
+    made = hollow_model(directory, torch.bfloat16)
+    assert made is not None
+    model, values = made
+    expected = dict(whole.named_parameters())
+    assert [name for name, _ in model.named_parameters()] == list(expected)
+    assert all(parameter.untyped_storage().nbytes() <= 8 for parameter in model.parameters())
+    taken = []
+    for name, parameter in zip(expected, Arriving(model, values).parameters(), strict=True):
+        assert torch.equal(parameter, expected[name]), name
+        taken.append(parameter)
+        held = sum(other.untyped_storage().nbytes() > 8 for other in model.parameters())
+        assert held == len(taken)
+    ids = tiny_tokens(2, 16).long()
+    assert torch.equal(model(input_ids=ids).logits, whole(input_ids=ids).logits)
+    assert {name: buffer.dtype for name, buffer in model.named_buffers()} == {
+        name: buffer.dtype for name, buffer in whole.named_buffers()
+    }
+
+
+def test_a_model_that_begins_at_random_is_made_whole(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    shutil.copy(tiny_checkpoint() / "config.json", tmp_path)
+    assert hollow_model(tmp_path, torch.float32) is None
