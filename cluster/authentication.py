@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.watchdog import TOKEN_FILE
 from stages.errors import Refusal
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -68,7 +69,7 @@ def find_credentials() -> Credentials:
 
 def new_token_file(directory: Path) -> Path:
     """A file in `directory` with a fresh 256-bit token, readable by its owner alone."""
-    path = directory / "auth_token"
+    path = directory / TOKEN_FILE
     with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     return path

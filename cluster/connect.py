@@ -5,11 +5,9 @@ call to the cluster's control service (GCS) is made first and its answer turned 
 """
 
 import contextlib
-import fcntl
 import gc
 import logging
 import os
-import shutil
 import socket
 import tempfile
 import uuid
@@ -21,11 +19,12 @@ from typing import Any
 import ray
 
 from cluster import authentication, package
+from cluster.folders import own_folder
+from cluster.watchdog import watched
 from stages.errors import Refusal
 
 PROBE_SECONDS = 4.0  # for the TCP connection and again for the call: together under the ten seconds promised
 LONGEST_TEMP = 16  # characters; Ray's socket paths add up to 90, and Linux allows 107
-HOME_PREFIX = "espalier-"
 JOB_SETTINGS = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
 
 
@@ -86,7 +85,8 @@ def local_cluster(*, cpus: int, object_store_bytes: int, gpus: int = 0) -> Itera
 
     Its files, the token's and the spilled objects' included, are in a private temporary directory that goes with it.
     """
-    with _home() as home:
+    temporary = tempfile.gettempdir()
+    with own_folder(Path(temporary if len(temporary) <= LONGEST_TEMP else "/tmp")) as home, watched(home):
         token_path = authentication.new_token_file(home)
         settings: dict[str, str | None] = {
             authentication.MODE: "token",
@@ -245,23 +245,6 @@ def _raylets_here() -> set[str]:
     from ray._private.services import find_node_ids
 
     return set(find_node_ids())
-
-
-@contextlib.contextmanager
-def _home() -> Iterator[Path]:
-    """A private directory for the block, locked while its owner lives; those of owners that were killed go first."""
-    parent = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST_TEMP else "/tmp")
-    for lock in parent.glob(f"{HOME_PREFIX}*/lock"):
-        with contextlib.suppress(OSError), open(lock) as file:  # locked, or somebody else's: not ours to remove
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent)
-    home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir=parent))
-    with open(home / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield home
-        finally:
-            shutil.rmtree(home, ignore_errors=True)
 
 
 def _first_line(error: Exception) -> str:

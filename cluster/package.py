@@ -2,9 +2,10 @@
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from cluster.folders import own_folder
 
 PACKAGES = ("pipeline", "cluster", "stages")
 LEFT_OUT = ("__pycache__", "*.pyc", ".*", "mlflow.db", "mlruns")
@@ -30,7 +31,8 @@ def staged(*, demo_model: bool) -> Iterator[Path]:
             dropped.add(DEMO_MODEL[1])
         return dropped
 
-    with tempfile.TemporaryDirectory(prefix="espalier-code-") as directory:
+    with own_folder() as folder:
+        code = folder / "code"
         for name in PACKAGES:
-            shutil.copytree(root() / name, Path(directory) / name, ignore=ignore)
-        yield Path(directory)
+            shutil.copytree(root() / name, code / name, ignore=ignore)
+        yield code

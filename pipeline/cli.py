@@ -1,6 +1,7 @@
 """The `espalier` command. Results go to stdout, everything else to stderr; a refusal is one line and exit code 2."""
 
 import os
+import shlex
 import sys
 import traceback
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from typer.core import TyperGroup
 from cluster.redact import without_secrets
 from pipeline import cli_retrain, cli_track
 from pipeline.flags import Json, given, request_of, show, stdout_kept, with_all_options, with_options
+from pipeline.stopping import exit_code, how_to_go_on
 from stages.errors import Refusal
 
 if TYPE_CHECKING:
@@ -287,7 +289,7 @@ def show_result(result: "PruneResult", as_json: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0 done, 1 a bug, 2 refused, 130 interrupted."""
+    """Run the command line; 0 done, 1 a bug, 2 refused, 130 interrupted, 143 and 129 by SIGTERM and SIGHUP."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments and "--" not in arguments[: arguments.index("--debug")]
     if debug:
@@ -295,9 +297,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.excepthook = _show_traceback
     try:
         return app(args=arguments, prog_name="espalier", standalone_mode=False) or 0
-    except (KeyboardInterrupt, Interrupted, typer.Abort):
-        errors.print(f"espalier: interrupted{_how_to_resume(arguments)}", markup=False)
-        return 130
+    except (KeyboardInterrupt, Interrupted, typer.Abort) as stop:
+        errors.print(f"espalier: interrupted; {_how_to_go_on(arguments, stop)}", markup=False)
+        return exit_code(stop)
     except Exception as error:
         if debug:
             raise
@@ -316,17 +318,7 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
     sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
-def _how_to_resume(arguments: list[str]) -> str:
+def _how_to_go_on(arguments: list[str], stop: BaseException) -> str:
     if arguments[:1] == ["resume"]:
-        return f"; `espalier {' '.join(arguments)}` goes on"
-    for position, argument in enumerate(arguments):
-        output = argument.removeprefix("--output=") if argument.startswith("--output=") else None
-        if argument == "--output" and position + 1 < len(arguments):
-            output = arguments[position + 1]
-        if output and (Path(output) / "espalier" / "run.json").exists():
-            return f"; `espalier resume {output}` goes on"
-    return ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return f"`espalier {shlex.join(arguments)}` goes on"
+    return how_to_go_on(stop) or "give the same command again"

@@ -1,7 +1,6 @@
 """`espalier eval`: perplexity of a checkpoint, and how far it is from another, run shard by shard, so that no process
 holds either whole."""
 
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from cluster.connect import connect
 from cluster.fleet import Fleet
+from cluster.folders import own_folder
 from pipeline.config import EvalConfig
 from pipeline.facts import check_headers, model_facts
 from pipeline.inputs import bos_for, load_tokenizer, stream_of, tell
@@ -41,7 +41,7 @@ def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, 
         sizes = " and ".join(str(layout.facts.vocabulary) for layout in layouts)
         raise Refusal(f"against {config.against}: vocabularies of {sizes} tokens; compare models of one tokenizer")
     home = Path(config.scratch).expanduser().absolute() if config.scratch else None
-    with tempfile.TemporaryDirectory(prefix="espalier-eval-", dir=home) as scratch, ExitStack() as held:
+    with own_folder(home) as scratch, ExitStack() as held:
         held.callback(reporter.close)
         table = build_token_table(
             config.data,
@@ -49,7 +49,7 @@ def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, 
             length=length,
             samples=None,
             seed=0,
-            path=Path(scratch) / "tokens.arrow",
+            path=scratch / "tokens.arrow",
             vocab_size=layouts[0].facts.vocabulary,
             purpose="evaluation",
             bos=bos_for(config.bos, layouts[0].facts),
@@ -64,7 +64,9 @@ def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, 
                 object_store_bytes=max(layout.object_store_bytes for layout in layouts),
             )
         )
-        specs, *others = (layout.place(output=scratch, scratch=scratch, recipe=None).specs for layout in layouts)
+        specs, *others = (
+            layout.place(output=str(scratch), scratch=str(scratch), recipe=None).specs for layout in layouts
+        )
         for other in others:
             against = _measures(config, other, table, reporter, "kept")
             specs[-1] = replace(specs[-1], reference=other[-1].model)

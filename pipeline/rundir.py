@@ -11,7 +11,9 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import shutil
+import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
@@ -19,9 +21,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from cluster.redact import storable
+from pipeline.stopping import at_the_last
 from stages.errors import Refusal
 from stages.files import file_digest, is_full, write_text
 from stages.spec import HOME, sweep_directory
+
+LOCK = "lock"  # in a run's own directory; held, and named in it, is the process at work
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what a file system without them answers
 
 
 class RunDirectory:
@@ -83,6 +89,8 @@ class RunDirectory:
             reports = [directory.home / name for name in ("report.md", "run.json")]
             raise Refusal(f"{output}: this run is finished; see {next(path for path in reports if path.exists())}")
         directory._hold()
+        run["status"] = "running"
+        directory.write(run)
         for leftover in [*output.glob(".*.tmp"), *output.glob(".tmp*"), *directory.home.glob(".*.tmp")]:
             leftover.unlink()
         directory._end_torn_line()
@@ -93,16 +101,32 @@ class RunDirectory:
         """Within it the run is made, or gone on with; then it is let go.
 
         A Refusal of a run that has not `worked`, so that nothing in it is of use to a resumed one, takes the directory
-        back: the same command may be given again.
+        back: the same command may be given again. One that is interrupted is noted as such, and with it how to go on.
         """
-        try:
-            yield
-        except Refusal:
-            if not worked():
-                self.discard()
-            raise
-        finally:
-            self.release()
+        with at_the_last(self._interrupted):
+            try:
+                yield
+            except KeyboardInterrupt as stop:
+                stop.add_note(self._interrupted())
+                raise
+            except Exception as failure:
+                if isinstance(failure, Refusal) and not worked():
+                    self.discard()
+                else:
+                    self._ended_as("failed")
+                raise
+            finally:
+                self.release()
+
+    def _interrupted(self) -> str:
+        """How to go on with a run that is noted as interrupted."""
+        self._ended_as("interrupted")
+        return f"`espalier resume {shlex.quote(str(self.output))}` goes on"
+
+    def _ended_as(self, status: str) -> None:
+        if (run := recorded(self.output)) is not None and run["status"] == "running":
+            with contextlib.suppress(OSError):  # of a full disk, say: what ended the run is to be told
+                self.write(run | {"status": status})
 
     def release(self) -> None:
         """Let another process go on from here."""
@@ -118,14 +142,18 @@ class RunDirectory:
                 path.rmdir()
 
     def _hold(self) -> None:
-        self._lock = (self.home / "lock").open("w")
+        self._lock = (self.home / LOCK).open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refusal(f"{self.output}: another process is at work on this run; let it end, or end it") from None
+            busy = _at_work(self.output) or "another process is at work on this run"
+            raise Refusal(f"{self.output}: {busy}; let it end, or end it") from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+            if error.errno not in NO_LOCKS:
                 raise
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
 
     def _end_torn_line(self) -> None:
         """A kill may have torn the last line: end it, so that the next one stands by itself."""
@@ -181,6 +209,20 @@ class RunDirectory:
         return list(noted) if noted and all(_is_whole(self.output / f, digest) for f, digest in noted.items()) else None
 
 
+def _at_work(output: Path) -> str | None:
+    """Which process is at work on the run in `output`; None if none is, or the file system has no locks."""
+    try:
+        with (output / HOME / LOCK).open() as lock:
+            who = lock.read() or "another process"
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return f"{who} is at work on this run"
+    except OSError as error:
+        if error.errno not in (*NO_LOCKS, errno.ENOENT):
+            raise
+    return None
+
+
 def check_free(output: Path) -> None:
     """Raises Refusal unless `output` is missing or an empty directory, saying whose it is."""
     if output.exists() and not output.is_dir():
@@ -192,6 +234,8 @@ def check_free(output: Path) -> None:
         raise Refusal(f"output {output}: not empty; give a directory that is new or empty")
     if run["status"] == "finished":
         raise Refusal(f"output {output}: holds a finished run; give another directory, or remove this one")
+    if busy := _at_work(output):
+        raise Refusal(f"output {output}: {busy}; let it end, or give another directory")
     raise Refusal(f"output {output}: belongs to a run that is not finished; `espalier resume {output}` goes on with it")
 
 

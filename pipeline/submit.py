@@ -38,7 +38,7 @@ def submit_command(
             f"MLflow at {without_credentials(uri)}: its credentials stay here, as Ray shows a job's variables on its "
             "dashboard; the job uses the MLFLOW_TRACKING_URI of its node"
         )
-    entrypoint = ["python", "-m", "pipeline.cli", *absolute(args)]
+    entrypoint = ["python", "-m", "pipeline", *absolute(args)]
     outcome = submit(entrypoint, address=address, env=job_environment(), on_line=on_line, follow=follow)
     return outcome.exit_code or 0
 

@@ -114,7 +114,7 @@ class Command:
 
     def __init__(self, arguments: Sequence[object], environment: dict[str, str], directory: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
+            [sys.executable, "-m", "pipeline", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

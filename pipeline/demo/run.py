@@ -4,7 +4,6 @@ import itertools
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.connect import connect
+from cluster.folders import own_folder
 from pipeline.config import PruneConfig
 from pipeline.demo.sources import write_texts
 from pipeline.driver import prune
@@ -46,8 +46,8 @@ def run_demo(output: Path | None = None, address: str | None = None) -> dict[str
     reporter = reporter_for(Console(stderr=True))
     rows: list[dict[str, Any]] = []
     try:
-        with tempfile.TemporaryDirectory(prefix="espalier-demo-") as texts:
-            calibration, held_out = write_texts(Path(texts), CALIBRATION_BYTES, HELD_OUT_BYTES)
+        with own_folder() as texts:
+            calibration, held_out = write_texts(texts, CALIBRATION_BYTES, HELD_OUT_BYTES)
             with connect(address, cpus=2, object_store_bytes=256 << 20):
                 for title, recipe in RECIPES.items():
                     reporter.note(f"\n{title}")

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster import connect
+from cluster import connect, folders
 from cluster.connect import existing_cluster, nodes
+from cluster.folders import own_folder
 from stages.errors import Refusal
 
 pytestmark = pytest.mark.ray
@@ -179,12 +180,12 @@ def test_garbage_with_references_in_it_does_not_end_the_process_while_ray_shuts_
     assert (ended.returncode, ended.stdout) == (0, "shut down True\nalive\n"), ended.stderr
 
 
-def test_the_files_of_a_killed_run_go_with_the_next_and_those_of_a_live_one_stay(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(connect.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(connect, "LONGEST_TEMP", 200)
-    killed = tmp_path / f"{connect.HOME_PREFIX}killed"
-    killed.mkdir()
-    (killed / "lock").touch()
-    with connect._home() as live, connect._home() as second:
-        assert live.exists() and second.exists() and not killed.exists()
-    assert list(tmp_path.iterdir()) == []
+def test_the_files_of_a_killed_run_go_with_the_next_and_those_of_a_live_one_stay(tmp_path) -> None:
+    killed, young, old = (tmp_path / f"{folders.PREFIX}{name}" for name in ("killed", "young", "old"))
+    for folder in (killed, young, old):
+        folder.mkdir()
+    (killed / folders.LOCK).touch()
+    os.utime(old, (0, 0))  # killed before it had a lock; `young` may be about to lock its folder
+    with own_folder(tmp_path) as live, own_folder(tmp_path) as second:
+        assert live.exists() and second.exists() and young.exists() and not killed.exists() and not old.exists()
+    assert list(tmp_path.iterdir()) == [young]

@@ -62,22 +62,6 @@ def test_a_bug_is_one_line_and_exit_code_one_and_a_traceback_on_request(
         main(["resume", str(tmp_path), "--debug"])
 
 
-def test_ctrl_c_is_exit_code_130_and_says_how_to_go_on_if_there_is_a_way(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("pipeline.driver.prune", interrupted)
-    arguments = ["prune", "m", f"--output={tmp_path}", "--calibration", "c"]
-    assert main(arguments) == 130
-    assert capsys.readouterr().err == "espalier: interrupted\n"
-    (tmp_path / "espalier").mkdir()
-    (tmp_path / "espalier" / "run.json").write_text("{}")
-    assert main(arguments) == 130
-    assert capsys.readouterr().err == f"espalier: interrupted; `espalier resume {tmp_path}` goes on\n"
-
-
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--version"], []])
 def test_help_and_version_come_without_importing_torch_ray_or_transformers(arguments: list[str]) -> None:
     code = (
@@ -115,13 +99,13 @@ def test_version_names_what_a_report_of_a_fault_needs(capsys: pytest.CaptureFixt
 )
 def test_a_shell_completes_commands_flags_and_words(line: str, offered: set[str]) -> None:
     words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1), "_ESPALIER_COMPLETE": "complete_bash"}
-    command = [sys.executable, "-m", "pipeline.cli"]
+    command = [sys.executable, "-m", "pipeline"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | words)
     assert set(done.stdout.split()) == offered, done.stderr
 
 
 def test_completion_can_be_shown_for_a_shell() -> None:
-    command = [sys.executable, "-m", "pipeline.cli", "--show-completion", "bash"]
+    command = [sys.executable, "-m", "pipeline", "--show-completion", "bash"]
     environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "_ESPALIER_COMPLETE=complete_bash" in done.stdout

@@ -279,7 +279,7 @@ def test_more_shards_than_blocks_are_refused_and_the_run_stays(interrupted: tupl
 
 def test_two_processes_do_not_work_on_one_run(interrupted: tuple[Path, dict[str, Any]]) -> None:
     mine, _ = RunDirectory.reopen(interrupted[0])
-    with pytest.raises(Refusal, match="another process is at work"):
+    with pytest.raises(Refusal, match=rf"process {os.getpid()} on \S+ is at work on this run"):
         RunDirectory.reopen(interrupted[0])
     mine.release()
     RunDirectory.reopen(interrupted[0])[0].release()
