@@ -162,10 +162,12 @@ def leave():
     return "`espalier resume out` goes on"
 
 with stopping.heard(), stopping.at_the_last(leave):
-    print("ready", flush=True)
-    swallowed = 0
+    swallowed = -1  # from here on an interruption is swallowed, so it is ready in the loop
     while swallowed < int(sys.argv[1]):
         try:
+            if swallowed < 0:
+                swallowed = 0
+                print("ready", flush=True)
             time.sleep(600)
         except BaseException:
             swallowed += 1
