@@ -20,7 +20,8 @@ COPIED_BYTES = 64 << 20  # larger files beside the weights are not part of a mod
 
 
 def copy_companions(model: Path, output: Path, dtype: str) -> None:
-    """Copy config, tokenizer and the like; config.json names the dtype that the weights were saved in.
+    """Copy config, tokenizer and the like. config.json names the `dtype` that all weights were saved in; with "auto",
+    where each kept its own, what it named before.
 
     Raises Refusal if the model's config.json is no longer one.
     """
@@ -31,7 +32,7 @@ def copy_companions(model: Path, output: Path, dtype: str) -> None:
         (output / TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(template, output / TEMPLATES / template.name)
     file = read_config_file(model)
-    stale = [key for key in DTYPE_KEYS if file.values.get(key, dtype) != dtype]
+    stale = [key for key in DTYPE_KEYS if dtype != "auto" and file.values.get(key, dtype) != dtype]
     named = "transformers_weights" in file.values  # the file to load, which here is another
     if file.mended or stale or named:
         config = file.values | dict.fromkeys(stale, dtype)

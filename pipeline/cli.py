@@ -185,7 +185,8 @@ def plan(
     spool_memory: Annotated[str, typer.Option(help="Memory of a shard for activations.")] = "1GiB",
     reconstruct: Annotated[str, typer.Option(help="component or none.")] = "component",
     tower: Annotated[str, typer.Option(help="language or vision.")] = "language",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    compute: Annotated[str, typer.Option(help="What blocks are computed in: auto, fp32, bf16 or fp16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="What weights are held in: auto, float32, bfloat16 or float16.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Shards, bytes and memory from a config alone: no weights, no GPU, no cluster needed.
@@ -207,6 +208,7 @@ def plan(
         spool_memory=spool_memory,
         reconstruct=reconstruct,
         dtype=dtype,
+        compute=compute,
         tower=tower,
     )
     show(result, as_json, lambda: plan_table(result))

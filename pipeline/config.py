@@ -40,7 +40,14 @@ class ClusterConfig(BaseModel):
         ByteSize(1 << 30), validate_default=True, description="Memory of a shard for activations; beyond it, disk."
     )
     scratch: str | None = Field(None, description="Directory for activations; default: beside the result.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Compute and save in; auto: the model's.")
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="What blocks are computed in; auto: the weights' own dtype if the devices have units for it, "
+        "else fp32.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="What weights are held and saved in; auto: each tensor as in its file."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where shards work; auto: GPUs if there are.")
     address: str | None = Field(None, description="An existing Ray cluster (host:port); default: one of its own.")
     trust_remote_code: bool = Field(False, description="Let the checkpoint's own Python code run.")

@@ -68,6 +68,8 @@ def resume(output: Path, shards: int | None = None, reporter: Reporter | None = 
     directory, run = RunDirectory.reopen(output.expanduser().absolute())
     with directory.at_work():
         config = build_config(_request(run["config"], shards), PruneConfig)
+        if "compute" in run:  # what the run found units for, whatever this machine has
+            config = config.model_copy(update={"compute": run["compute"]})
         facts, fingerprint = _inspect(config)
         check_same_model(run, fingerprint)
         layout = arrange(config, facts, Load.of_pruning(config))

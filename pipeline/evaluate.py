@@ -69,7 +69,7 @@ def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, 
         )
         for other in others:
             against = _measures(config, other, table, reporter, "kept")
-            specs[-1] = replace(specs[-1], reference=other[-1].model)
+            specs[-1] = replace(specs[-1], reference=other[-1].model, reference_compute=other[-1].compute)
         measures = _measures(config, specs, table, reporter, "compared" if others else "measures")
     result: dict[str, Any] = {
         "model": config.model,

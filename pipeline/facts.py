@@ -16,9 +16,9 @@ from stages.blocks import layout_of, prunable
 from stages.checkpoint import Checkpoint
 from stages.ends import ENDS_FILE_BYTES
 from stages.errors import Refusal
+from stages.precision import weights_dtype
 from stages.recipe import Tower
-from stages.shard import compute_dtype
-from stages.skeleton import tied_names
+from stages.skeleton import Skeleton, tied_names
 from stages.vision import SKELETONS
 
 SAMPLED_STRETCHES, STRETCH_BYTES = 64, 4096
@@ -26,21 +26,22 @@ SAMPLED_STRETCHES, STRETCH_BYTES = 64, 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """Sizes of one model, in bytes of the dtype it will be computed in."""
+    """Sizes of one model, in bytes as it is stored."""
 
     path: str
     family: str
     tower: Tower
-    dtype: str
-    itemsize: int
+    dtype: str  # of its weights, most of them
     hidden: int
     vocabulary: int
     context: int
     parameters: int
     ends_bytes: int  # outside the blocks, held by the first or the last shard
+    ends_parameters: int
     copied_bytes: int  # outside the blocks, only copied
     copied_at_once: int  # of these, what is in memory together
     block_bytes: tuple[int, ...]
+    block_parameters: tuple[int, ...]
     unit_parameters: tuple[tuple[int, ...], ...]  # parameters of each component, block by block
     largest_matrix: int
     linears: tuple[tuple[str, int, int], ...]  # (checkpoint name, out, in) of every prunable matrix
@@ -95,18 +96,20 @@ def model_facts(
     Raises Refusal for a family that is not known here, for the vision tower of one that has none, and for a checkpoint
     that lacks what the model reads, or holds it quantised.
     """
-    torch_dtype = compute_dtype(config, dtype)
-    skeleton = SKELETONS[tower](config, torch_dtype, checkpoint=checkpoint)
+    weights_in = weights_dtype(config, dtype, checkpoint)
+    skeleton = SKELETONS[tower](config, weights_in, checkpoint=checkpoint)
+    held = _Held(skeleton, checkpoint if dtype == "auto" else None, weights_in.itemsize)
     unread = 0
     if checkpoint is not None:
         check_tensors(skeleton, checkpoint)
         unread = sum(checkpoint.entry(name).bytes for name in skeleton.storage.unread)
-    item = torch_dtype.itemsize
-    linears, stored, units, sizes, layers = [], [], [], [], []
+    linears, stored, units, sizes, counts, layers = [], [], [], [], [], []
     largest = 0
     for index, layer in enumerate(skeleton.layers):
         tensors = layer.state_dict()
-        sizes.append(sum(tensor.numel() for tensor in tensors.values()) * item)
+        names = skeleton.parameters_of(index)
+        sizes.append(sum(held.bytes(names[inside], tensor.numel()) for inside, tensor in tensors.items()))
+        counts.append(sum(tensor.numel() for tensor in tensors.values()))
         components = prunable(layer, skeleton.layout)
         parts = {name: tuple(f"{p}." for p in skeleton.layout.parts(name)) for name in components}
         units.append(tuple(sum(t.numel() for n, t in tensors.items() if n.startswith(parts[c])) for c in components))
@@ -121,22 +124,22 @@ def model_facts(
                 stored.append(tuple(matrix.shape))
     tied = tied_names(skeleton.model)
     outside = {name: p.numel() for name, p in skeleton.model.named_parameters() if name not in tied}
-    ends = sum(size for name, size in outside.items() if name in skeleton.ends)
-    copied = [size for name, size in outside.items() if name not in skeleton.ends]
+    copied = [held.bytes(name, size) for name, size in outside.items() if name not in skeleton.ends]
     return ModelFacts(
         path=path,
         family=config.model_type,
         tower=tower,
-        dtype=str(torch_dtype).removeprefix("torch."),
-        itemsize=item,
+        dtype=str(weights_in).removeprefix("torch."),
         hidden=skeleton.hidden_size,
         vocabulary=skeleton.vocabulary,
         context=skeleton.context,
-        parameters=sum(sizes) // item + sum(outside.values()),
-        ends_bytes=ends * item,
-        copied_bytes=sum(copied) * item + unread,
-        copied_at_once=min(sum(copied) * item + unread, max(ENDS_FILE_BYTES, max(copied, default=0) * item)),
+        parameters=sum(counts) + sum(outside.values()),
+        ends_bytes=sum(held.bytes(name, size) for name, size in outside.items() if name in skeleton.ends),
+        ends_parameters=sum(size for name, size in outside.items() if name in skeleton.ends),
+        copied_bytes=sum(copied) + unread,
+        copied_at_once=min(sum(copied) + unread, max(ENDS_FILE_BYTES, max(copied, default=0))),
         block_bytes=tuple(sizes),
+        block_parameters=tuple(counts),
         unit_parameters=tuple(units),
         largest_matrix=largest,
         linears=tuple(linears),
@@ -144,6 +147,21 @@ def model_facts(
         stored=tuple(stored),
         remarks=tuple(remarks(skeleton, checkpoint)) if checkpoint is not None else (),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """How large parameters are as they lie in a checkpoint, or without one in a dtype of so many bytes."""
+
+    skeleton: Skeleton
+    checkpoint: Checkpoint | None
+    itemsize: int
+
+    def bytes(self, name: str, size: int) -> int:
+        """Of the parameter of that name, `size` numbers."""
+        if self.checkpoint is not None and name in self.skeleton.storage:
+            return sum(self.checkpoint.entry(part).bytes for part in self.skeleton.storage.of(name).names)
+        return size * self.itemsize
 
 
 def check_headers(facts: ModelFacts, checkpoint: Checkpoint) -> str:

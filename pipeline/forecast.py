@@ -6,14 +6,16 @@ from typing import Any
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from pipeline.config import PruneConfig
-from pipeline.facts import model_facts
+from pipeline.facts import ModelFacts, model_facts
 from pipeline.layout import DRIVER_BYTES, Load, estimates_by_resident
 from pipeline.machine import cores, memory_available
 from pipeline.options import build_config
 from pipeline.plan import choose_resident, split_blocks
 from pipeline.settle import window_length
-from stages.checkpoint import resolve
+from stages.checkpoint import Checkpoint, resolve
+from stages.devices import has_units
 from stages.errors import Refusal
+from stages.precision import Compute, chosen_compute, dtype_of
 from stages.skeleton import read_config
 
 
@@ -30,9 +32,10 @@ def forecast(
     spool_memory: str,
     reconstruct: str,
     dtype: str,
+    compute: str = "auto",
     tower: str = "language",
 ) -> dict[str, Any]:
-    """What each shard would hold, and whether blocks stay resident. Reads config.json only.
+    """What each shard would hold, and whether blocks stay resident. Reads config.json and headers only.
 
     Raises Refusal if the model cannot be read, or does not fit even one block at a time (with the figures).
     """
@@ -48,11 +51,13 @@ def forecast(
             "spool_memory": spool_memory,
             "reconstruct": reconstruct,
             "dtype": dtype,
+            "compute": compute,
             "tower": tower,
         },
         PruneConfig,
     )
-    facts = model_facts(read_config(directory), model, config.dtype, tower=config.tower)
+    facts = model_facts(read_config(directory), model, config.dtype, _checkpoint(directory), config.tower)
+    chosen_in = _compute(config, facts, gpus_per_node > 0)
     places = nodes * gpus_per_node or shards or min(facts.blocks, cores())
     count = shards or min(places, facts.blocks)
     if gpus_per_node and count > places:
@@ -60,13 +65,14 @@ def forecast(
     tokens_per_window = window_length(facts, config.length)
     ranges = split_blocks(facts.block_bytes, count, config.recipe.window)
     estimates = estimates_by_resident(
-        config, facts, Load.of_pruning(config), tokens_per_window, ranges, gpus_per_node > 0
+        config, facts, Load.of_pruning(config), tokens_per_window, ranges, gpus_per_node > 0, chosen_in
     )
     room = _bytes(gpu_memory, "gpu-memory") if gpus_per_node else _machine_share(memory, count, nodes)
     resident = choose_resident("auto", estimates, room)
     chosen = estimates[resident]
     return {
         "model": facts.summary() | {"bytes": facts.total_bytes},
+        "compute": chosen_in,
         "tokens": samples * tokens_per_window,
         "resident": resident,
         "memory_per_shard": room,
@@ -86,6 +92,19 @@ def forecast(
             for index, ((first, last), estimate) in enumerate(zip(ranges, chosen, strict=True))
         ],
     }
+
+
+def _checkpoint(directory: Path) -> Checkpoint | None:
+    """The headers, which know each tensor's dtype, where there are any."""
+    return Checkpoint(directory) if next(directory.glob("*.safetensors"), None) else None
+
+
+def _compute(config: PruneConfig, facts: ModelFacts, gpu: bool) -> Compute:
+    """GPUs of today are taken to have units for either narrow dtype; of CPUs this one is asked."""
+    if config.compute != "auto":
+        return config.compute
+    own = dtype_of(facts.dtype)
+    return chosen_compute(own, gpu or has_units(own, "cpu"))
 
 
 def _machine_share(memory: str | None, shards: int, nodes: int) -> int:

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from cluster.fleet import Stream
 from pipeline.config import PruneConfig
 from pipeline.facts import ModelFacts
@@ -19,7 +21,6 @@ from stages.errors import Refusal
 from stages.images import ImageTable, build_image_table, load_processor
 from stages.openings import Bos
 from stages.pixels import build_pixel_table
-from stages.shard import compute_dtype
 from stages.skeleton import Skeleton, read_config
 from stages.tokens import TokenTable, build_token_table
 from stages.vision import VisionSkeleton
@@ -57,11 +58,13 @@ def image_table(config: PruneConfig, length: int, home: Path) -> ImageTable | No
         raise Refusal(f"calibration {given} with tower vision: no folder of images, and it sees no text; give one")
     model = resolve(config.model)
     settings = read_config(model, config.trust_remote_code)
-    dtype, processor = compute_dtype(settings, config.dtype), load_processor(model, config.trust_remote_code)
+    processor = load_processor(model, config.trust_remote_code)
     wanted: dict[str, Any] = {"length": length, "samples": config.samples, "seed": config.seed}
     if config.tower == "vision":
-        return build_pixel_table(source, processor, VisionSkeleton(settings, dtype), path=image_file(home), **wanted)
-    return build_image_table(source, processor, Skeleton(settings, dtype), path=image_file(home), **wanted)
+        return build_pixel_table(
+            source, processor, VisionSkeleton(settings, torch.float32), path=image_file(home), **wanted
+        )
+    return build_image_table(source, processor, Skeleton(settings, torch.float32), path=image_file(home), **wanted)
 
 
 def token_table(

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.connect import Node, nodes
-from cluster.devices import smallest_gpu_bytes
+from cluster.devices import smallest_gpu_bytes, units_everywhere
 from pipeline.config import ClusterConfig, PruneConfig
 from pipeline.facts import ModelFacts
 from pipeline.machine import cores, memory_available
 from pipeline.plan import ShardEstimate, as_dicts, choose_resident, estimate_shard, free_bytes, split_blocks
 from pipeline.settle import microbatch_size, window_length
+from stages.devices import has_units
 from stages.errors import Refusal
+from stages.precision import COMPUTED, Compute, chosen_compute, dtype_of, own_compute
 from stages.spec import ShardSpec
 from stages.work import Recipe
 
@@ -43,6 +45,7 @@ class ShardLayout:
 
     specs: list[ShardSpec]
     resident: Literal["all", "one"]
+    compute: Compute  # what blocks are computed in
     estimate: dict[str, Any]
 
 
@@ -54,6 +57,7 @@ class Layout:
     facts: ModelFacts
     load: Load
     length: int
+    compute: Compute | None  # None: what the cluster has units for
     shards: int | None  # None: as many as the cluster has room for
     local_cpus: int
     local_gpus: int
@@ -70,7 +74,8 @@ class Layout:
             what = "GPUs" if device == "cuda" else f"CPUs for {config.threads} threads each"
             raise Refusal(f"shards {shards}: the cluster has {what} for {room}; give --shards {room} or add nodes")
         ranges = split_blocks(facts.block_bytes, shards, self.load.window)
-        estimates = estimates_by_resident(config, facts, self.load, self.length, ranges, device == "cuda")
+        compute = self.compute or chosen_compute(dtype_of(facts.dtype), _units(facts, members, device, config.threads))
+        estimates = estimates_by_resident(config, facts, self.load, self.length, ranges, device == "cuda", compute)
         resident = choose_resident(config.resident, estimates, _memory_per_shard(members, shards, device))
         specs = [
             ShardSpec(
@@ -85,6 +90,7 @@ class Layout:
                 length=self.length,
                 tower=facts.tower,
                 dtype=config.dtype,
+                compute=compute,
                 device=device,
                 resident=resident,
                 spool_memory=int(config.spool_memory),
@@ -94,7 +100,7 @@ class Layout:
             for index, (first, last) in enumerate(ranges)
         ]
         estimate = {"driver": DRIVER_BYTES, "resident": resident, "shards": as_dicts(estimates[resident])}
-        return ShardLayout(specs=specs, resident=resident, estimate=estimate)
+        return ShardLayout(specs=specs, resident=resident, compute=compute, estimate=estimate)
 
 
 def arrange(config: ClusterConfig, facts: ModelFacts, load: Load) -> Layout:
@@ -107,13 +113,18 @@ def arrange(config: ClusterConfig, facts: ModelFacts, load: Load) -> Layout:
     if config.device == "cuda" and not gpus and config.address is None:
         raise Refusal("device cuda: this machine has no CUDA device; use --device cpu or --address of a GPU cluster")
     wanted = shards or min(-(-facts.blocks // load.window), gpus or max(1, cores() // config.threads))
-    microbatch_bytes = length * facts.hidden * facts.itemsize
+    compute: Compute | None = None if config.compute == "auto" else config.compute
+    if compute is None and config.address is None:  # the cluster will be this machine
+        own = dtype_of(facts.dtype)
+        compute = chosen_compute(own, has_units(own, "cuda" if gpus else "cpu"))
+    microbatch_bytes = length * facts.hidden * COMPUTED[compute or "fp32"].itemsize
     microbatch_bytes *= microbatch_size(config.microbatch, length, facts.packed)
     return Layout(
         config=config,
         facts=facts,
         load=load,
         length=length,
+        compute=compute,
         shards=shards,
         local_cpus=wanted * config.threads,
         local_gpus=gpus,
@@ -122,7 +133,13 @@ def arrange(config: ClusterConfig, facts: ModelFacts, load: Load) -> Layout:
 
 
 def estimates_by_resident(
-    config: ClusterConfig, facts: ModelFacts, load: Load, length: int, ranges: list[tuple[int, int]], gpu: bool
+    config: ClusterConfig,
+    facts: ModelFacts,
+    load: Load,
+    length: int,
+    ranges: list[tuple[int, int]],
+    gpu: bool,
+    compute: Compute,
 ) -> dict[str, list[ShardEstimate]]:
     """Each shard's estimate, with all its blocks in memory and with one at a time."""
     return {
@@ -131,6 +148,7 @@ def estimates_by_resident(
                 facts,
                 first,
                 last,
+                compute=compute,
                 resident=resident,
                 tokens=load.samples * length,
                 step_tokens=load.batch * length,
@@ -151,6 +169,12 @@ def check_disk(output: Path, facts: ModelFacts) -> None:
             f"output {output}: the pruned model takes {facts.total_bytes / 1e9:.2f} GB, the disk has "
             f"{free / 1e9:.2f} GB free; give a directory on a larger one"
         )
+
+
+def _units(facts: ModelFacts, members: list[Node], device: str, threads: int) -> bool:
+    """Whether all that may hold a shard of the connected cluster have units for the model's dtype."""
+    places = [node.node_id for node in members if node.cpus >= threads]
+    return own_compute(dtype_of(facts.dtype)) == "fp32" or units_everywhere(dtype_of(facts.dtype), device, places)
 
 
 def _memory_per_shard(members: list[Node], shards: int, device: str) -> int:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pipeline.facts import ModelFacts
 from stages.errors import Refusal
+from stages.precision import COMPUTED, Compute, fitted_in
 from stages.recipe import Recipe, pieces
 
 PROCESS_BYTES = 600 << 20  # a shard's process with torch, transformers and Ray loaded and nothing else
@@ -55,6 +56,7 @@ def estimate_shard(
     first: int,
     last: int,
     *,
+    compute: Compute,
     resident: str,
     tokens: int,
     step_tokens: int,
@@ -62,26 +64,30 @@ def estimate_shard(
     recipe: Recipe | None,
     gpu: bool,
 ) -> ShardEstimate:
-    """What blocks `first` to `last` need: weights, one unit's training state, activations set aside.
+    """What blocks `first` to `last` need: weights as they are stored, one block's in `compute` while it runs, one
+    unit's training state, activations set aside.
 
     `peak` is the process's memory on a CPU, the device's on a GPU (where activations wait in the host's memory).
     """
-    sizes = facts.block_bytes[first:last]
-    ends = facts.ends_bytes if first == 0 or last == facts.blocks else 0
+    sizes, item = facts.block_bytes[first:last], COMPUTED[compute].itemsize
+    ends = facts.ends_parameters * item if first == 0 or last == facts.blocks else 0
     window = recipe.window if recipe else 1
+    largest = window * max(facts.block_parameters[first:last])
     weights = ends + (sum(sizes) if resident == "all" else window * max(sizes))
     training, kept = 0, 0.0
     if recipe is not None:
-        training = max(_fit_bytes(facts, first, last, step_tokens, recipe), _hessian_bytes(facts, recipe))
+        training = max(_fit_bytes(facts, first, last, step_tokens, recipe, compute), _hessian_bytes(facts, recipe))
         kept = _kept_streams(recipe)
-    spooled = int(kept * tokens * facts.hidden * facts.itemsize * (last - first))
-    carried = 2 * tokens * facts.hidden * facts.itemsize if resident == "one" or (recipe and recipe.sequential) else 0
+    spooled = int(kept * tokens * facts.hidden * item * (last - first))
+    carried = 2 * tokens * facts.hidden * item if resident == "one" or (recipe and recipe.sequential) else 0
     in_memory = min(spooled + carried, spool_memory)
     both = min(training + in_memory, max(training, spool_memory))  # activations make room for the fit
     copied = 0 if first or gpu else facts.copied_at_once
     copy = window * max(sizes)  # the pruned copy of the blocks in work
     if recipe is not None and "importance" in recipe.needs:
-        copy += copy // facts.itemsize * 4  # what the shadow says of them
+        copy += largest * 4  # what the shadow says of them
+    if facts.dtype != str(COMPUTED[compute]).removeprefix("torch."):
+        copy += largest * item  # as they are while they run
     return ShardEstimate(
         weights=weights,
         training=training,
@@ -91,9 +97,9 @@ def estimate_shard(
     )
 
 
-def _fit_bytes(facts: ModelFacts, first: int, last: int, step_tokens: int, recipe: Recipe) -> int:
-    """Memory that fitting the largest unit takes: bf16 working copy, fp32 master, two moments; the largest gradient
-    twice; a step's activations."""
+def _fit_bytes(facts: ModelFacts, first: int, last: int, step_tokens: int, recipe: Recipe, compute: Compute) -> int:
+    """Memory that fitting the largest unit takes: working copy, fp32 master, two moments; the largest gradient twice;
+    a step's activations."""
     if recipe.reconstruct == "none":
         return 0
     if recipe.reconstruct == "matrix":
@@ -102,7 +108,11 @@ def _fit_bytes(facts: ModelFacts, first: int, last: int, step_tokens: int, recip
         unit = max(max(units) for units in facts.unit_parameters[first:last])
     else:
         unit = recipe.window * max(sum(units) for units in facts.unit_parameters[first:last])
-    return 14 * unit + 6 * facts.largest_matrix + step_tokens * facts.hidden * 40 * recipe.window
+    return (
+        (12 + fitted_in(COMPUTED[compute]).itemsize) * unit
+        + 6 * facts.largest_matrix
+        + step_tokens * facts.hidden * 40 * recipe.window
+    )
 
 
 def _hessian_bytes(facts: ModelFacts, recipe: Recipe) -> int:

@@ -120,7 +120,7 @@ class PruneRun:
             self.nodes = len(nodes())
             placed = layout.place(str(self.directory.output), str(self.scratch), self.recipe)
         shards = [{"index": spec.index, "first": spec.first, "last": spec.last - 1} for spec in placed.specs]
-        self.run |= {"estimate": placed.estimate, "shards": shards}
+        self.run |= {"estimate": placed.estimate, "shards": shards, "compute": placed.compute}
         self.directory.write(self.run)
         return placed
 
@@ -147,7 +147,7 @@ class PruneRun:
             if ends is None:
                 self.directory.note_ends(ends := list(fleet.copy_ends()))
             output = self.directory.output
-            copy_companions(resolve(self.config.model), output, self.facts.dtype)
+            copy_companions(resolve(self.config.model), output, self.config.dtype)
             write_index(output, [*(report["file"] for report in self.run["blocks"]), *ends])
         self.run |= self._measured(fleet, evaluation)
         records = fleet.record()
@@ -286,8 +286,8 @@ class PruneRun:
         peak = max(shard["peak"] for shard in layout.estimate["shards"])
         return (
             f"{config.recipe_name}: {Path(config.model).name} ({facts.family}, {facts.parameters / 1e6:,.1f} M "
-            f"parameters, {facts.blocks} blocks, {facts.dtype}) on {len(layout.specs)} shards, "
-            f"resident {layout.resident}; estimate {peak / 1e9:.2f} GB a shard"
+            f"parameters, {facts.blocks} blocks, {facts.dtype} computed in {layout.compute}) on {len(layout.specs)} "
+            f"shards, resident {layout.resident}; estimate {peak / 1e9:.2f} GB a shard"
         )
 
     def _shapes(self) -> Shapes:

@@ -65,7 +65,8 @@ def plan_table(result: Mapping[str, Any]) -> Group:
     model = result["model"]
     head = (
         f"{model['path']}: {model['family']}, {model['parameters'] / 1e9:,.2f} G parameters in {model['blocks']} "
-        f"blocks, {megabytes(model['bytes'])} in {model['dtype']}; {result['tokens']:,} calibration tokens"
+        f"blocks, {megabytes(model['bytes'])} in {model['dtype']}, computed in "
+        f"{result['compute']}; {result['tokens']:,} calibration tokens"
     )
     table = _table(
         "shard",

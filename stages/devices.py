@@ -8,11 +8,28 @@ def on_accelerator(device: torch.device | str) -> bool:
     return torch.device(device).type not in ("cpu", "meta")
 
 
-def matrix_units_bf16(device: torch.device) -> bool:
-    """True where bf16 matrix products run on units of their own, several times faster than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+# Of a processor's capabilities, as torch names them, those that multiply matrices of a dtype.
+UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"), torch.float16: ("amx_fp16", "avx512_fp16", "fp16")}
+
+
+def has_units(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether matrix products of `dtype` run on units of their own there, as fast as float32's at least.
+
+    On a CPU also oneDNN, which computes them, must see the units: where it is limited to lesser instructions
+    (ONEDNN_MAX_CPU_ISA) they are imitated, a hundred times slower.
+    """
+    kind = torch.device(device).type
+    if dtype not in UNITS:
+        return dtype == torch.float32
+    if kind == "cuda":
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind != "cpu" or not any(torch.cpu.get_capabilities().get(unit, False) for unit in UNITS[dtype]):
+        return False
+    seen: bool = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }[dtype]()
+    return seen
 
 
 def allocated_peak(device: torch.device | str) -> int | None:

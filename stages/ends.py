@@ -20,7 +20,7 @@ def copy_ends(skeleton: Skeleton, checkpoint: Checkpoint, output: Path) -> dict[
     for position, group in enumerate(grouped(skeleton.outside(checkpoint), ENDS_FILE_BYTES)):
         file = f"model-ends-{position:05d}.safetensors"
         names = [entry.name for entry in group]
-        tensors = checkpoint.load((name for name in names if name not in unread), dtype=skeleton.dtype)
+        tensors = checkpoint.load((name for name in names if name not in unread), dtype=skeleton.weights)
         tensors |= checkpoint.copies(name for name in names if name in unread)
         write_tensors(output / file, tensors)
         files[file] = names

@@ -10,6 +10,7 @@ from torch import nn
 from stages.blocks import trace
 from stages.calibrate import BlockCalibration
 from stages.errors import OutOfStep
+from stages.precision import computing
 from stages.skeleton import Skeleton
 from stages.spec import ShardSpec
 from stages.spool import SpoolBudget
@@ -79,11 +80,12 @@ class Gathered:
             skeleton = self._skeleton
             nothing = torch.zeros(1, length, skeleton.hidden_size, dtype=skeleton.dtype, device=self._spec.device)
             call = self._calls.of_one(index, length)
-            anatomy = trace(block, lambda: call.run(block, nothing), skeleton.layout)
-            anatomy.calls = {name: inside(inner, call) for name, inner in anatomy.calls.items()}
-            self._calibrations[index] = BlockCalibration(
-                index, block, anatomy, call, recipe, self._pieces[index], self._directory, self._budget
-            )
+            with computing(block):
+                anatomy = trace(block, lambda: call.run(block, nothing), skeleton.layout)
+                anatomy.calls = {name: inside(inner, call) for name, inner in anatomy.calls.items()}
+                self._calibrations[index] = BlockCalibration(
+                    index, block, anatomy, call, recipe, self._pieces[index], self._directory, self._budget
+                )
         return self._calibrations[index]
 
     def whole(self, index: int, sweep: int = 0) -> BlockCalibration:

@@ -14,8 +14,8 @@ from torch.optim.adamw import adamw
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from stages.blocks import Call
-from stages.devices import matrix_units_bf16
 from stages.masks import masked
+from stages.precision import cast_for_good, computing
 from stages.spool import Spool
 from stages.units import UnitModules
 
@@ -33,6 +33,7 @@ class FitSettings:
     batch: int = 2  # samples a step
     learning_rate: float = 0.4  # in units of `rate_unit`
     seed: int = 0
+    dtype: torch.dtype = torch.float32  # of its products
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,11 +172,12 @@ def relative_error(
     """‖f̃(x) − f(x)‖² / ‖f(x)‖² over the given samples, one sample at a time, summed in float64."""
     device = next(unit.parameters()).device
     error = total = 0.0
-    for index in samples:
-        target = targets.batch([index])[0].to(device).float()
-        output = unit(inputs[index].to(device)[None], [call.at([index]) for call in calls])[0].float()
-        error += float((output - target).square().sum(dtype=torch.float64))
-        total += float(target.square().sum(dtype=torch.float64))
+    with computing(unit):
+        for index in samples:
+            target = targets.batch([index])[0].to(device).float()
+            output = unit(inputs[index].to(device)[None], [call.at([index]) for call in calls])[0].float()
+            error += float((output - target).square().sum(dtype=torch.float64))
+            total += float(target.square().sum(dtype=torch.float64))
     return error / total if total else error
 
 
@@ -191,7 +193,7 @@ def _cpu_attention_flops(
 def forward_flops(unit: UnitModules, calls: Sequence[Call], sample: Tensor) -> int:
     """FLOPs of the matrix products, attention's included, in one forward pass over one sample (L, D)."""
     mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with computing(unit), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         unit(sample.to(next(unit.parameters()).device)[None], calls)
     return counter.get_total_flops()
 
@@ -211,8 +213,10 @@ def fit(
     modules are called for one sample (`at` says how for others); `rate_unit` is what learning rates are counted in (see
     there).
     Minimises the mean squared error of the unit's output against `targets` over the kept weights, the biases and
-    the norm gains: AdamW without weight decay, float32 masters, bf16 products where the device has units for them.
-    If the held-out error did not fall, the parameters come back as they were.
+    the norm gains: AdamW without weight decay on float32 masters, products in the settings' dtype. Errors are those of
+    the weights as they are stored.
+    If the held-out error did not fall, or a weight outgrew the dtype that it is stored in, the parameters come back as
+    they were.
     """
     fitted, held = split_samples(len(inputs))
     before = relative_error(unit, calls, inputs, targets, held)
@@ -223,7 +227,7 @@ def fit(
         for name, parameter in candidate.named().items():
             parameter.copy_(masters[name] if name not in keep else masters[name] * keep[name])
     after = relative_error(candidate, calls, inputs, targets, held)
-    improved = after < before  # false for nan, too
+    improved = after < before and _finite(candidate)  # false for nan, too
     chosen = candidate if improved else unit
     passes = 3 * len(fitted) * settings.epochs + 2 * len(held)  # a backward pass costs two forward passes
     report = Fit(
@@ -235,6 +239,10 @@ def fit(
         flops=float(passes * forward_flops(unit, [call.at(held[:1]) for call in calls], inputs[held[0]])),
     )
     return {name: parameter.detach() for name, parameter in chosen.named().items()}, report
+
+
+def _finite(unit: UnitModules) -> bool:
+    return all(bool(torch.isfinite(parameter.sum(dtype=torch.float32))) for parameter in unit.parameters())
 
 
 def _steps(samples: int, settings: FitSettings) -> int:
@@ -252,10 +260,10 @@ def _train(
     samples: list[int],
 ) -> dict[str, Tensor]:
     """The float32 masters after all steps, by name."""
-    device = next(unit.parameters()).device
-    dtype = torch.bfloat16 if matrix_units_bf16(device) else torch.float32
+    device, dtype = next(unit.parameters()).device, settings.dtype
     calls = [call.to(dtype) for call in calls]
-    working = copy.deepcopy(unit).to(dtype).requires_grad_(False)
+    working = copy.deepcopy(unit).requires_grad_(False)
+    cast_for_good(working, dtype)
     for parameter in working.named().values():
         parameter.requires_grad_(True)
     masters = {name: parameter.detach().float().clone() for name, parameter in unit.named().items()}

@@ -25,21 +25,22 @@ from torch import Tensor, nn
 from stages.allocation import outlier_share
 from stages.calibrate import BlockCalibration
 from stages.carry import Carry
-from stages.checkpoint import Checkpoint, resolve, write_tensors
+from stages.checkpoint import write_tensors
 from stages.criteria import score_rows
 from stages.ends import copy_ends
 from stages.errors import OutOfStep
 from stages.gathered import Gathered
 from stages.measure import KeptStates, Measures, measure
 from stages.meter import Timeline, peak_bytes
+from stages.precision import as_saved, computing
 from stages.recipe import WorkOrder
 from stages.resident import ResidentBlocks
 from stages.shadow_store import Shadow
-from stages.skeleton import Skeleton, read_config
+from stages.skeleton import Skeleton
 from stages.spec import ShardSpec, block_file, sweep_directory
 from stages.spool import Spool, SpoolBudget
 from stages.varying import PassCalls
-from stages.vision import SKELETONS
+from stages.vision import open_skeleton
 from stages.work import Work
 
 
@@ -61,11 +62,7 @@ class Shard:
         spec = self.spec
         with self.timeline.phase("load"), torch.no_grad():
             if not hasattr(self, "skeleton"):
-                directory = resolve(spec.model)
-                config = read_config(directory, spec.trust_remote_code)
-                self.checkpoint = Checkpoint(directory)
-                dtype = compute_dtype(config, spec.dtype)
-                self.skeleton = SKELETONS[spec.tower](config, dtype, spec.device, self.checkpoint)
+                self.skeleton, self.checkpoint = open_skeleton(spec, spec.model, spec.compute)
                 self.blocks = ResidentBlocks(spec, self.skeleton, self.checkpoint)
                 self._calls = PassCalls(self.skeleton.calls)
                 self.gathered = Gathered(spec, self.skeleton, self._calls, self._scratch, self._budget)
@@ -130,7 +127,8 @@ class Shard:
         """Take all that was received through every block but the last, one block in memory at a time."""
         carry = self._full_carry(self.spec.first)
         for index in range(self.spec.first, self.spec.last - 1):
-            carry.advance(functools.partial(self._through, index), index + 1)
+            with computing(self.blocks.hold([index])[index]):
+                carry.advance(functools.partial(self._through, index), index + 1)
 
     def emit(self, microbatch: int) -> Tensor:
         """The last block's output for one microbatch."""
@@ -149,7 +147,8 @@ class Shard:
         for index in blocks:
             carry = self._full_carry(index)
             block = self.blocks.load(index, sweep)
-            carry.advance(functools.partial(self._run, index, block), index + 1)
+            with computing(block):
+                carry.advance(functools.partial(self._run, index, block), index + 1)
 
     def _in_step(self, microbatch: int) -> None:
         if microbatch != self._expected:
@@ -166,7 +165,7 @@ class Shard:
 
     def _run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         hidden = hidden.to(self.spec.device)
-        with torch.no_grad():
+        with torch.no_grad(), computing(block):
             return self._calls.following(index, *hidden.shape[:2]).run(block, hidden)
 
     def _through(self, index: int, hidden: Tensor) -> Tensor:
@@ -174,7 +173,7 @@ class Shard:
         phase = "stream" if self.gathered.under_way else "evaluate"
         with self.timeline.phase(phase, index if self.spec.resident == "one" else None):
             block = self.blocks.hold([index])[index]
-            with self.gathered.watching(index, block):
+            with computing(block), self.gathered.watching(index, block):
                 hidden = self._run(index, block, hidden)
         tokens, seconds = self._streamed.get(index, (0, 0.0))
         self._streamed[index] = tokens + hidden.shape[0] * hidden.shape[1], seconds + time.perf_counter() - started
@@ -207,9 +206,7 @@ class Shard:
         """What turns the dense model's hidden states into logits: its final norm and head, never its blocks."""
         if self.spec.reference is None:
             return self.skeleton
-        directory = resolve(self.spec.reference)
-        config, checkpoint = read_config(directory, self.spec.trust_remote_code), Checkpoint(directory)
-        skeleton = Skeleton(config, compute_dtype(config, self.spec.dtype), self.spec.device, checkpoint)
+        skeleton, checkpoint = open_skeleton(self.spec, self.spec.reference, self.spec.reference_compute)
         skeleton.load_ends(checkpoint, embedding=False)
         return skeleton
 
@@ -268,7 +265,8 @@ class Shard:
         reports = [report | self._commit(work, report) for report in work.reports()]
         if carry:
             for index in order.blocks:
-                carry.advance(functools.partial(self._run, index, work.modules[index]), index + 1)
+                with computing(work.modules[index]):
+                    carry.advance(functools.partial(self._run, index, work.modules[index]), index + 1)
         if order.sweep == recipe.sweeps:
             for index in order.blocks:
                 self.gathered.drop(index)
@@ -304,7 +302,8 @@ class Shard:
         directory.mkdir(parents=True, exist_ok=True)
         with self.timeline.phase("commit", index):
             tensors = self.skeleton.stored(index, dict(work.modules[index].state_dict()))
-            digest = write_tensors(directory / block_file(index), tensors)
+            saved = as_saved(tensors, self.checkpoint, self.skeleton.weights)
+            digest = write_tensors(directory / block_file(index), saved)
         tokens, streamed = self._streamed.get(index, (0, 0.0))
         seconds = report["seconds"] | {"stream": streamed, "commit": time.perf_counter() - started}
         return {
@@ -316,10 +315,3 @@ class Shard:
             "digest": digest,
             "peak_memory": peak_bytes(self.spec.device),
         }
-
-
-def compute_dtype(config: Any, wanted: str) -> torch.dtype:
-    """The dtype named, or the checkpoint's own for "auto" (float32 where its config names none)."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    return getattr(config, "dtype", None) or torch.float32

@@ -28,6 +28,7 @@ from stages.checkpoint import Checkpoint
 from stages.config_file import read_config_file
 from stages.errors import Refusal
 from stages.headers import TensorEntry
+from stages.precision import check_range, note_dtypes
 from stages.recipe import Tower
 from stages.storage import Storage
 
@@ -83,16 +84,23 @@ class Skeleton:
     """A model of `config` without weights; `dtype` is what its hidden states are computed in.
 
     `checkpoint` tells under which names its tensors lie on disk; without it they are those that transformers saves.
+    Blocks are held as they are stored, or in `weights`; see `stages.precision`.
     """
 
     tower: ClassVar[Tower] = "language"
 
     def __init__(
-        self, config: PreTrainedConfig, dtype: torch.dtype, device: str = "cpu", checkpoint: Checkpoint | None = None
+        self,
+        config: PreTrainedConfig,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        checkpoint: Checkpoint | None = None,
+        weights: torch.dtype | None = None,
     ) -> None:
-        self.config, self.dtype, self.device = config, dtype, device
+        self.config, self.dtype, self.device, self.weights = config, dtype, device, weights
         self.layout: BlockLayout = layout_of(config.model_type, self.tower)
         self.model = empty_model(config, dtype).eval()
+        self._computed = note_dtypes(self.model, dtype)
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         self.storage = Storage(self.model, shapes, None if checkpoint is None else checkpoint.entries)
         holder, _, attribute = self.layout.blocks.rpartition(".")
@@ -152,14 +160,24 @@ class Skeleton:
         }
 
     def load_block(self, index: int, checkpoint: Checkpoint) -> nn.Module:
-        """Layer `index` with its weights from a checkpoint that uses the names known here."""
+        """Layer `index` with its weights, as they are stored, from a checkpoint that uses the names known here."""
         return self.assembled(index, self.load_tensors(index, self.parameters_of(index), checkpoint))
 
     def load_tensors(self, index: int, inside: Iterable[str], checkpoint: Checkpoint) -> dict[str, Tensor]:
         """Those tensors of layer `index`, by their names inside it, from such a checkpoint."""
         names = self.parameters_of(index)
-        tensors = self.storage.load(checkpoint, [names[name] for name in inside], self.dtype, self.device)
+        tensors = self.storage.load(checkpoint, [names[name] for name in inside], self.weights, self.device)
+        check_range(tensors, self.dtype)
         return {name: tensors[names[name]] for name in inside}
+
+    def _load_outer(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+        """Those tensors outside the blocks, in the dtypes that they are computed in."""
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            stored = self.storage.load(checkpoint, [name], self.weights, self.device)
+            check_range(stored, self.dtype)
+            tensors[name] = stored.pop(name).to(self._computed[name])
+        return tensors
 
     def outside(self, checkpoint: Checkpoint) -> list[TensorEntry]:
         """What lies in the checkpoint outside the blocks: ends, image towers, parts that the model does not read."""
@@ -175,7 +193,7 @@ class Skeleton:
             shape = getattr(module, attribute).shape
             value = tensors.get(name)
             if value is None:
-                value = torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
+                value = torch.zeros((), dtype=self._computed[name], device=self.device).expand(shape)
             setattr(module, attribute, nn.Parameter(value, requires_grad=False))
 
     def load_ends(self, checkpoint: Checkpoint, embedding: bool = True, head: bool = True) -> None:
@@ -193,13 +211,13 @@ class Skeleton:
         for name in (name for name in self.outer if name not in unwanted):
             source = name if name in self.storage else tied.get(name, name)
             if source not in tensors:
-                tensors |= self.storage.load(checkpoint, [source], self.dtype, self.device)
+                tensors |= self._load_outer(checkpoint, [source])
             tensors[name] = tensors[source]
         self._fill_outer(self.outer, tensors)
 
     def open_eyes(self, checkpoint: Checkpoint) -> None:
         """Load what looks at images: the vision tower and what projects its features to the blocks' width."""
-        self._fill_outer(self.vision, self.storage.load(checkpoint, self.vision, self.dtype, self.device))
+        self._fill_outer(self.vision, self._load_outer(checkpoint, self.vision))
         self.sees = True
 
     def close_eyes(self) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from stages.precision import Compute
 from stages.recipe import Recipe, Tower, pieces
 
 HOME = "espalier"  # a run's own directory inside its output
@@ -23,13 +24,15 @@ class ShardSpec:
     scratch: str
     length: int
     tower: Tower = "language"  # whose blocks these are
-    dtype: str = "auto"
+    dtype: str = "auto"  # what weights are held and saved in; auto: each tensor as in its file
+    compute: Compute | None = None  # what blocks are computed in; None: what most weights are stored in
     device: str = "cpu"
     resident: Literal["all", "one"] = "all"
     spool_memory: int = 1 << 30
     trust_remote_code: bool = False
     recipe: Recipe | None = None
     reference: str | None = None  # the model to compare with, where that is not this one before it was pruned
+    reference_compute: Compute | None = None
 
     @property
     def pieces(self) -> list[tuple[int, ...]]:

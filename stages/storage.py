@@ -5,6 +5,7 @@ model lacks a prefix, and published ones use names older than today's modules. T
 would read into a parameter is what we read, and a pruned block is written under the names that it was read from.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers.core_model_loading import (
 
 from stages.checkpoint import Checkpoint, grouped
 from stages.errors import Refusal
+from stages.headers import DTYPES
 
 LOADED_AT_A_TIME = 256 << 20  # bytes of experts' matrices on their way into their common tensor
 
@@ -100,9 +102,9 @@ class Storage:
         return self._stored.get(parameter) or Stored(whole=parameter)
 
     def load(
-        self, checkpoint: Checkpoint, parameters: Iterable[str], dtype: torch.dtype, device: str
+        self, checkpoint: Checkpoint, parameters: Iterable[str], dtype: torch.dtype | None, device: str
     ) -> dict[str, Tensor]:
-        """The named parameters in `dtype`, from a checkpoint that uses these names.
+        """The named parameters in `dtype`, or as they are stored, from a checkpoint that uses these names.
 
         Raises Refusal if one is missing or of another shape than the config says.
         """
@@ -116,11 +118,13 @@ class Storage:
         return loaded
 
     def _load_experts(
-        self, checkpoint: Checkpoint, parameter: str, stored: Stored, dtype: torch.dtype, device: str
+        self, checkpoint: Checkpoint, parameter: str, stored: Stored, dtype: torch.dtype | None, device: str
     ) -> Tensor:
+        entries = [checkpoint.entry(name) for name in stored.names]
+        if dtype is None:  # one that holds each of them exactly
+            dtype = functools.reduce(torch.promote_types, {DTYPES.get(e.dtype, torch.float32) for e in entries})
         stack = torch.empty(self.shapes[parameter], dtype=dtype, device=device)
         places = stored.split(stack)
-        entries = [checkpoint.entry(name) for name in stored.names]
         for group in grouped(entries, LOADED_AT_A_TIME):
             for name, tensor in checkpoint.load([e.name for e in group], dtype=dtype, device=device).items():
                 if tensor.shape != places[name].shape:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from stages.blocks import Call
-from stages.checkpoint import Checkpoint
+from stages.checkpoint import Checkpoint, resolve
+from stages.precision import COMPUTED, Compute, named_dtype, own_compute, weights_dtype
 from stages.recipe import Tower
-from stages.skeleton import Skeleton
+from stages.skeleton import Skeleton, read_config
+from stages.spec import ShardSpec
 
 MOST_PATCHES = 1 << 16  # of an image where images may be of any size
 
@@ -29,9 +31,14 @@ class VisionSkeleton(Skeleton):
     tower: ClassVar[Tower] = "vision"
 
     def __init__(
-        self, config: PreTrainedConfig, dtype: torch.dtype, device: str = "cpu", checkpoint: Checkpoint | None = None
+        self,
+        config: PreTrainedConfig,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        checkpoint: Checkpoint | None = None,
+        weights: torch.dtype | None = None,
     ) -> None:
-        super().__init__(config, dtype, device, checkpoint)
+        super().__init__(config, dtype, device, checkpoint, weights)
         with ExitStack() as hooks:
             before = _watched(self.model, hooks)
             hidden = self.embed(self._blank(1))
@@ -112,3 +119,11 @@ def _watched(model: nn.Module, hooks: ExitStack) -> set[str]:
 
 
 SKELETONS: Mapping[Tower, type[Skeleton]] = {"language": Skeleton, "vision": VisionSkeleton}
+
+
+def open_skeleton(spec: ShardSpec, model: str, compute: Compute | None) -> tuple[Skeleton, Checkpoint]:
+    """The skeleton of `model`, seen as a shard is to see it, and its checkpoint."""
+    directory = resolve(model)
+    config, checkpoint = read_config(directory, spec.trust_remote_code), Checkpoint(directory)
+    dtype = COMPUTED[compute or own_compute(weights_dtype(config, spec.dtype, checkpoint))]
+    return SKELETONS[spec.tower](config, dtype, spec.device, checkpoint, named_dtype(spec.dtype)), checkpoint

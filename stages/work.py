@@ -19,6 +19,7 @@ from stages.choose import Chooser
 from stages.masks import count_zeros, masked
 from stages.meter import Timeline, release_memory
 from stages.observe import observing
+from stages.precision import computing, fitted_in
 from stages.recipe import Recipe, WorkOrder, derived_seed
 from stages.reconstruct import FitSettings, Target, fit, rate_unit
 from stages.skeleton import Skeleton
@@ -139,7 +140,7 @@ class Work:
                 said = None if importance is None else weight.of(importance)
                 kept, values = chooser.choose(weight, weight.of(stored), statistics[weight.name], said)
                 weight.of(keep).copy_(kept)
-                if values is not None:
+                if values is not None and (values.dtype != torch.float16 or bool(torch.isfinite(values).all())):
                     moved = stored.clone() if moved is stored else moved
                     weight.of(moved).copy_(values)
             self.keep[f"{block}.{parameter}"] = keep
@@ -163,6 +164,7 @@ class Work:
                 count = counting(gathered[step], module, f"calibration, block {step}")
                 root = next(entry.module for entry in unit.steps if entry.block == step)
                 hooks.enter_context(observing(module, anatomy, count, root=root))
+            hooks.enter_context(computing(chain))
             for samples, batch in _batches(inputs):
                 chain(batch.to(self.skeleton.device), [step.call.at(samples) for step in unit.steps])
         return gathered
@@ -188,7 +190,7 @@ class Work:
             raise _Reached
 
         block = self.modules[unit.first]
-        with torch.no_grad(), observing(block, entry.anatomy, None, {module: [reached]}):
+        with torch.no_grad(), computing(block), observing(block, entry.anatomy, None, {module: [reached]}):
             for samples, batch in _batches(self._carried):
                 with suppress(_Reached):
                     entry.call.at(samples).run(block, batch.to(self.skeleton.device))
@@ -227,6 +229,7 @@ class Work:
                 batch=recipe.batch,
                 learning_rate=recipe.learning_rate * (SWEEP_RATE if self.order.sweep else 1),
                 seed=derived_seed(recipe.seed, unit.first, unit.name, self.order.sweep),
+                dtype=fitted_in(self.skeleton.dtype),
             ),
             rate_unit(sizes, self.skeleton.hidden_size),
         )

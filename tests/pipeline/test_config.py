@@ -70,6 +70,7 @@ def test_every_field_is_a_flag_and_gets_there(asked: Any) -> None:
         "spool_memory": 1 << 20,
         "scratch": "s",
         "dtype": "float32",
+        "compute": "bf16",
         "device": "cpu",
         "address": "a:1",
         "output": "o",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -15,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from pipeline.cli import main
 from pipeline.config import PruneConfig
 from pipeline.facts import ModelFacts, check_headers, model_facts
-from pipeline.plan import choose_resident, estimate_shard, split_blocks
+from pipeline.plan import ShardEstimate, choose_resident, estimate_shard, split_blocks
 from pipeline.settle import settled
 from stages.checkpoint import Checkpoint
+from stages.devices import has_units
 from stages.errors import Refusal
+from stages.precision import Compute
 from stages.recipe import Recipe
 from stages.skeleton import read_config
 
@@ -60,7 +63,14 @@ def facts(tiny_model: Callable[..., Path]) -> ModelFacts:
 
 
 def peak(facts: ModelFacts, first: int = 0, last: int = 4, **changes: object) -> int:
-    usual = {"resident": "all", "tokens": 1000, "step_tokens": 64, "spool_memory": 1 << 30, "recipe": Recipe()}
+    usual = {
+        "compute": "fp32",
+        "resident": "all",
+        "tokens": 1000,
+        "step_tokens": 64,
+        "spool_memory": 1 << 30,
+        "recipe": Recipe(),
+    }
     return estimate_shard(facts, first, last, **(usual | {"gpu": False} | changes)).peak  # type: ignore[arg-type]
 
 
@@ -95,6 +105,41 @@ def test_estimates_grow_with_what_is_held(facts: ModelFacts) -> None:
     assert peak(facts, step_tokens=64) < peak(facts, step_tokens=128)
 
 
+def test_weights_count_as_they_are_stored_and_a_block_and_activations_as_they_are_computed(
+    tiny_model: Callable[..., Path],
+) -> None:
+    model = tiny_model(dtype="bfloat16")
+    narrow = model_facts(read_config(model), str(model), checkpoint=Checkpoint(model))
+    assert narrow.dtype == "bfloat16" and narrow.total_bytes == 2 * narrow.parameters
+
+    def estimate(compute: Compute, **changes: Any) -> ShardEstimate:
+        usual = {"resident": "all", "tokens": 1000, "step_tokens": 64, "spool_memory": 1 << 30, "gpu": False}
+        return estimate_shard(narrow, 1, 3, compute=compute, **(usual | {"recipe": Recipe()} | changes))
+
+    same, wide = estimate("bf16"), estimate("fp32")
+    assert same.weights == wide.weights == sum(narrow.block_bytes[1:3])
+    assert wide.spool_memory == 2 * same.spool_memory == 4 * 2 * 1000 * 32 * 4
+    assert wide.training - same.training == 2 * max(max(units) for units in narrow.unit_parameters)  # the working copy
+    idle = {"recipe": None, "tokens": 0}
+    assert estimate("fp32", **idle).peak - estimate("bf16", **idle).peak == 4 * narrow.block_parameters[1]
+
+
+def test_a_plan_says_what_blocks_are_computed_in(
+    tiny_model: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_model(dtype="bfloat16"))
+    plans = {}
+    for compute in ("auto", "fp32", "bf16"):
+        assert main(["plan", model, "--samples", "8", "--length", "64", "--compute", compute, "--json"]) == 0
+        plans[compute] = json.loads(capsys.readouterr().out)
+    assert [plans[name]["compute"] for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+    assert plans["auto"]["compute"] == ("bf16" if has_units(torch.bfloat16, "cpu") else "fp32")
+    assert plans["fp32"]["model"]["bytes"] == plans["bf16"]["model"]["bytes"]
+    assert sum(s["spool_memory"] for s in plans["fp32"]["shards"]) == 2 * sum(
+        s["spool_memory"] for s in plans["bf16"]["shards"]
+    )
+
+
 def test_swaps_are_the_default_where_refitting_costs_much_more(facts: ModelFacts) -> None:
     def refine(**asked: Any) -> str:
         return settled(PruneConfig(model="m", output="o", calibration="c", length=32, **asked), facts).refine
@@ -108,7 +153,16 @@ def test_swaps_are_the_default_where_refitting_costs_much_more(facts: ModelFacts
 def test_activations_beyond_the_budget_go_to_disk(facts: ModelFacts) -> None:
     def estimate(budget: int):
         return estimate_shard(
-            facts, 0, 4, resident="all", tokens=1000, step_tokens=64, spool_memory=budget, recipe=Recipe(), gpu=False
+            facts,
+            0,
+            4,
+            compute="fp32",
+            resident="all",
+            tokens=1000,
+            step_tokens=64,
+            spool_memory=budget,
+            recipe=Recipe(),
+            gpu=False,
         )
 
     all_in_memory, none = estimate(1 << 30), estimate(0)
@@ -122,7 +176,16 @@ def test_blocks_stay_in_memory_if_they_fit_and_go_one_by_one_if_not(facts: Model
     estimates = {
         resident: [
             estimate_shard(
-                large, 0, 4, resident=resident, tokens=0, step_tokens=0, spool_memory=0, recipe=None, gpu=False
+                large,
+                0,
+                4,
+                compute="fp32",
+                resident=resident,
+                tokens=0,
+                step_tokens=0,
+                spool_memory=0,
+                recipe=None,
+                gpu=False,
             )
         ]
         for resident in ("all", "one")

@@ -37,16 +37,6 @@ def test_one_to_four_shards_give_the_whole_models_logits(
             assert same_bits(ours, theirs), f"{count} shards, resident {resident}, microbatch {number}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_float32_checkpoint_computed_in_bfloat16_equals_transformers(
-    tiny_checkpoint, tiny_tokens, tmp_path, family
-) -> None:
-    directory, tokens = tiny_checkpoint(family, "float32"), tiny_tokens(2, LENGTH)
-    shards = make_shards(directory, tmp_path, 2, LENGTH, dtype="bfloat16")
-    logits = shards[-1].logits(stream(shards, tokens)[0])
-    assert same_bits(logits, whole_model(directory, torch.bfloat16)(tokens))
-
-
 def test_the_sliding_window_is_seen(tiny_checkpoint, tiny_tokens, tmp_path) -> None:
     """Guards the test above: a token outside the window matters not to Mistral's first block, but to Llama's."""
     tokens = tiny_tokens(1, LENGTH)

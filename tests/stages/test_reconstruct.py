@@ -44,6 +44,8 @@ class Mlp(nn.Module):
 class Problem:
     """A unit of a norm and an MLP, its masks, the pruned copy, and spooled inputs with the dense outputs."""
 
+    fitted_in = torch.float32
+
     def __init__(self, home, samples: int = 10, dtype: torch.dtype = torch.float32) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(5)
@@ -72,20 +74,14 @@ class Problem:
             CALLS,
             self.inputs,
             Target(self.targets),
-            FitSettings(**{"learning_rate": 0.01} | settings),
+            FitSettings(**{"learning_rate": 0.01, "dtype": self.fitted_in} | settings),
             self.rms,
         )
 
 
-@pytest.fixture
-def in_float32(monkeypatch) -> None:
-    """The path of devices without bf16 matrix units, whatever this machine has."""
-    monkeypatch.setattr(reconstruct, "matrix_units_bf16", lambda device: False)
-
-
 @pytest.fixture(params=["float32", "bfloat16"])
 def either_path(request, monkeypatch) -> None:
-    monkeypatch.setattr(reconstruct, "matrix_units_bf16", lambda device: request.param == "bfloat16")
+    monkeypatch.setattr(Problem, "fitted_in", getattr(torch, request.param))
 
 
 def plainly(problem: Problem, settings: FitSettings) -> dict[str, Tensor]:
@@ -116,7 +112,7 @@ def plainly(problem: Problem, settings: FitSettings) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("samples", "epochs", "batch"), [(2, 1, 2), (10, 1, 2), (10, 3, 4), (1, 2, 2)], ids=["one step", "5", "9", "alone"]
 )
-def test_the_fit_is_plain_adamw_on_masked_parameters(tmp_path, in_float32, samples, epochs, batch) -> None:
+def test_the_fit_is_plain_adamw_on_masked_parameters(tmp_path, samples, epochs, batch) -> None:
     problem = Problem(tmp_path, samples)
     settings = {"epochs": epochs, "batch": batch, "learning_rate": 0.01, "seed": 7}
     parameters, report = problem.fit(**settings)
@@ -195,6 +191,27 @@ def test_a_unit_that_did_not_improve_is_put_back(tmp_path, either_path, learning
         assert same_bits(tensor, before[name]), name
 
 
+def test_a_weight_that_outgrows_float16_puts_the_unit_back(tmp_path, monkeypatch) -> None:
+    """Written back it would be infinite. The error does not show it: no held-out sample reaches it, like an expert that
+    none is routed to."""
+    problem = Problem(tmp_path, samples=16, dtype=torch.float16)
+    problem.pruned.parts[1].up.weight.data[0, 0] = 65504.0  # the largest there is
+    problem.keep["0.mlp.up.weight"][0, 0] = True
+
+    def beyond(*arguments: object) -> dict[str, Tensor]:
+        masters = {name: parameter.float().clone() for name, parameter in problem.dense.named().items()}
+        masters["0.mlp.up.weight"][0, 0] = 65600.0
+        return masters
+
+    monkeypatch.setattr(reconstruct, "_train", beyond)
+    errors = iter([0.5, 0.1])
+    monkeypatch.setattr(reconstruct, "relative_error", lambda *arguments: next(errors))
+    parameters, report = problem.fit()
+    assert not report.improved and report.error_after == report.error_before == 0.5
+    for name, parameter in problem.pruned.named().items():
+        assert parameters[name].dtype == torch.float16 and torch.equal(parameters[name], parameter)
+
+
 def test_the_unit_that_came_in_is_left_as_it_was(tmp_path, either_path) -> None:
     problem = Problem(tmp_path)
     before = {name: parameter.clone() for name, parameter in problem.pruned.named().items()}
@@ -212,7 +229,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_another_order(tmp_pa
     assert not torch.equal(fits[0]["0.mlp.up.weight"], fits[2]["0.mlp.up.weight"])
 
 
-def test_the_global_random_state_plays_no_part(tmp_path, in_float32) -> None:
+def test_the_global_random_state_plays_no_part(tmp_path) -> None:
     first = Problem(tmp_path).fit()[0]
     torch.rand(3)
     state = torch.get_rng_state()
