@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from pipeline.assemble import copy_companions, write_index
 from pipeline.evaluate import sparsity_of
 from pipeline.facts import ModelFacts
 from pipeline.inputs import Purpose, tell, token_table
+from pipeline.layout import DRIVER_BYTES
 from pipeline.metrics import total_metrics
 from pipeline.options import build_config, located
 from pipeline.progress import Reporter, reporter_for
 from pipeline.retrain_config import RetrainConfig
 from pipeline.retrain_heard import Heard
+from pipeline.retrain_memory import check_ranks_fit, estimate_rank
 from pipeline.retrain_plan import devices, inspect, spec_of
 from pipeline.retrain_report import write_report
 from pipeline.rundir import RunDirectory, check_free, check_same_model, disk_full_refused
@@ -41,7 +43,7 @@ TRAINED = "model-trained"  # the one file of a model that others lie beside: wha
 GATHERED = ("consolidated", "importances", "shadow")  # what the ranks leave beside the checkpoints
 SUMMARY = (
     *("output", "loss", "perplexity", "sparsity", "evaluations", "steps", "tokens", "seconds", "tokens_per_second"),
-    *("ranks", "memory", "peak_memory", "mlflow_run_id", "tracking_uri", "warnings"),
+    *("ranks", "memory", "peak_memory", "estimate", "mlflow_run_id", "tracking_uri", "warnings"),
 )
 
 
@@ -148,7 +150,7 @@ class _Run:
             recorder = self._recorder(spec)
             try:
                 with self.spending.phase("connect"):
-                    ranks = held.enter_context(self._connected())
+                    ranks = held.enter_context(self._connected(spec))
                 with self.spending.phase("train"):
                     self._train(ranks, spec, recorder)
                 with self.spending.phase("assemble"):
@@ -169,7 +171,9 @@ class _Run:
         )
 
     @contextmanager
-    def _connected(self) -> Iterator[Ranks]:
+    def _connected(self, spec: RetrainSpec) -> Iterator[Ranks]:
+        estimate = estimate_rank(self.facts, spec, self.ranks, self.length, self.device)
+        self.run["estimate"] = {"driver": DRIVER_BYTES, "ranks": [asdict(estimate)] * self.ranks}
         if self.given is not None:
             yield self.given
             return
@@ -177,7 +181,8 @@ class _Run:
         cpus = self.ranks * config.threads
         gpus = self.ranks if self.device == "cuda" else 0
         with connect(config.address, cpus=cpus, gpus=gpus, object_store_bytes=STORE_BYTES):
-            self.nodes = len(nodes())
+            self.nodes = len(members := nodes())
+            check_ranks_fit(estimate, spec, self.ranks, members, self.device)
             if self.nodes > 1:
                 self.reporter.note("several nodes: --output must lie on storage that all of them share")
             with Ranks(self.ranks, threads=config.threads, device=self.device, on_event=self.reporter.note) as ranks:

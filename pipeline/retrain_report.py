@@ -57,7 +57,9 @@ def _evaluations(run: Mapping[str, Any]) -> str:
 def _memory(run: Mapping[str, Any]) -> str:
     named = {name: title for name, title in HELD.items() if any(name in held for held in run["memory"])}
     rows = [
-        [str(rank), *(size(held.get(name)) for name in named), size(peak)]
-        for rank, (held, peak) in enumerate(zip(run["memory"], run["peak_memory"]["ranks"], strict=True))
+        [str(rank), *(size(held.get(name)) for name in named), size(expected["peak"]), size(peak)]
+        for rank, (held, expected, peak) in enumerate(
+            zip(run["memory"], run["estimate"]["ranks"], run["peak_memory"]["ranks"], strict=True)
+        )
     ]
-    return table(["rank", *named.values(), "peak"], rows)
+    return table(["rank", *named.values(), "estimated peak", "measured peak"], rows)

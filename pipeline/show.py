@@ -117,9 +117,12 @@ def training_table(run: Mapping[str, Any]) -> Group:
     for step, loss in run["evaluations"]:
         table.add_row(str(step), f"{loss:.4f}", perplexity(perplexity_of(loss)))
     tracked = any("shadow" in held for held in run["memory"])
-    memory = _table("rank", "parameters", "optimizer state", *(["shadow"] if tracked else []), "peak memory")
-    for rank, (held, peak) in enumerate(zip(run["memory"], run["peak_memory"]["ranks"], strict=True)):
-        memory.add_row(str(rank), *map(megabytes, held.values()), megabytes(peak))
+    memory = _table(
+        "rank", "parameters", "optimizer state", *(["shadow"] if tracked else []), "estimate", "peak memory"
+    )
+    peaks = zip(run["memory"], run["estimate"]["ranks"], run["peak_memory"]["ranks"], strict=True)
+    for rank, (held, expected, peak) in enumerate(peaks):
+        memory.add_row(str(rank), *map(megabytes, held.values()), megabytes(expected["peak"]), megabytes(peak))
     spent = f"{run['tokens']:,} tokens in {human_seconds(run['seconds']['steps'])}"
     speed = f", {run['tokens_per_second']:,.0f} a second" if run["tokens_per_second"] else ""
     curve: list[Table | str] = [table, ""] if run["evaluations"] else []

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from stages.arriving import Arriving, Values
 from stages.meter import freed_at_once
-from stages.retrain_spec import DTYPES, RetrainSpec
-
-MOST_BUCKET = 50_000_000  # elements reduced or gathered at once; DeepSpeed sets such buffers aside
+from stages.retrain_spec import DTYPES, MOST_BUCKET, MOST_GATHERED, RetrainSpec
 
 
 def join(backend: str, address: str, rank: int, ranks: int) -> None:
@@ -87,6 +85,7 @@ def settings(spec: RetrainSpec, ranks: int, elements: int) -> dict[str, Any]:
         "allgather_bucket_size": bucket,
         # By default stage 3 keeps tensors of up to 100 000 elements whole on every rank.
         "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": MOST_GATHERED,
     }
     if spec.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -7,6 +7,9 @@ import torch
 
 from stages.shadow_spec import ShadowSpec
 
+# What DeepSpeed sets aside, as the engine tells it and the estimate of a rank's memory counts it.
+MOST_BUCKET = 50_000_000  # elements reduced or gathered at once
+MOST_GATHERED = 1_000_000_000  # elements of parameters that stage 3 keeps whole at once
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[Precision, torch.dtype] = {
