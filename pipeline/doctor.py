@@ -157,7 +157,7 @@ def _processor() -> list[Finding]:
             "bf16 on the CPU",
             "no bf16 matrix units (AMX, AVX-512 bf16)",
             "slow",
-            "on this CPU reconstruction computes in fp32, about 4 times slower than on one that has them",
+            "bf16 checkpoints are computed in fp32 here (--compute auto), slower than bf16 on a CPU that has them",
         ),
     ]
 
@@ -165,12 +165,19 @@ def _processor() -> list[Finding]:
 def _arithmetic() -> list[Finding]:
     import torch
 
+    from stages.devices import has_units
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = {dtype: machine.gflops(dtype, device) for dtype in (torch.bfloat16, torch.float32)}
     bf16, fp32 = rates[torch.bfloat16], rates[torch.float32]
-    value = f"bf16 {bf16:.0f} GFLOP/s, fp32 {fp32:.0f} GFLOP/s (measured on the {device.type})"
-    if bf16 < 1.5 * fp32:
-        return [Finding("arithmetic", value, "slow", "bf16 is hardly faster than fp32 here: expect fp32 times")]
+    ratio = f"{bf16 / fp32:.1f} times faster" if bf16 > fp32 else f"{fp32 / bf16:.1f} times slower"
+    measured = f"bf16 {bf16:.3g} GFLOP/s, fp32 {fp32:.3g} (measured on the {device.type}): bf16 is {ratio}"
+    units = has_units(torch.bfloat16, device)
+    value = f"{measured}; --compute auto computes bf16 checkpoints in {'bf16' if units else 'fp32'}"
+    if not units:
+        return [Finding("arithmetic", value, "slow", "expect fp32 times; --compute bf16 is there to compare with")]
+    if bf16 < fp32:
+        return [Finding("arithmetic", value, "slow", "--compute fp32 is faster here, though there are units for bf16")]
     return [Finding("arithmetic", value)]
 
 

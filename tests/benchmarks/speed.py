@@ -1,8 +1,10 @@
 """One-shot pruning on two shards of one thread: stream, masks and commit, beside llm-compressor's oneshot.
 
     python tests/benchmarks/speed.py [--peer-python ENV/bin/python] [--criterion sparsegpt] [--pattern 2:4] [--repeat 3]
+    python tests/benchmarks/speed.py --compute fp32 bf16 [--isa AVX2] [--samples 1]
 
-The peer uses as many threads as we do in all. Runs alternate, so that both see the same machine.
+The peer uses as many threads as we do in all. Runs alternate, so that all see the same machine. `--isa` limits oneDNN
+and MKL to the instructions of a lesser processor, where bf16 products are imitated.
 """
 
 import argparse
@@ -21,8 +23,8 @@ from pipeline import PruneConfig, prune
 SAMPLES, LENGTH = 32, 512
 
 
-def ours(model: Path, scratch: Path, arguments: argparse.Namespace) -> float:
-    """Seconds of stream and work (the work commits)."""
+def ours(model: Path, scratch: Path, arguments: argparse.Namespace, compute: str) -> dict[str, float]:
+    """Seconds of stream and of work (which commits)."""
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{scratch}/mlflow.db"
     with tempfile.TemporaryDirectory(dir=scratch) as output:
         target = {"pattern": arguments.pattern} if arguments.pattern else {"sparsity": 0.5}
@@ -30,25 +32,27 @@ def ours(model: Path, scratch: Path, arguments: argparse.Namespace) -> float:
             PruneConfig(
                 model=str(model),
                 output=f"{output}/pruned",
-                calibration=token_ids(SAMPLES, LENGTH, SMALL["vocab"]),
-                samples=SAMPLES,
+                calibration=token_ids(arguments.samples, LENGTH, SMALL["vocab"]),
+                samples=arguments.samples,
                 length=LENGTH,
                 criterion=arguments.criterion,
                 reconstruct="none",
                 shards=arguments.shards,
                 threads=1,
+                compute=compute,
                 **target,
             )
         )
     seconds = result.run["seconds"]
-    print(f"  espalier  stream {seconds['stream']:6.2f} s  work {seconds['work']:6.2f} s", flush=True)
-    return seconds["stream"] + seconds["work"]
+    stream, work = seconds["stream"], seconds["work"]
+    print(f"  espalier {result.run['compute']:4}  stream {stream:6.2f} s  work {work:6.2f} s", flush=True)
+    return {"stream": stream, "work": work}
 
 
 def peer(python: str, model: Path, arguments: argparse.Namespace) -> float:
     """Seconds of the peer's oneshot call."""
     script = Path(__file__).with_name("peer_oneshot.py")
-    values = [arguments.criterion, arguments.pattern or "0:0", SAMPLES, LENGTH, arguments.shards]
+    values = [arguments.criterion, arguments.pattern or "0:0", arguments.samples, LENGTH, arguments.shards]
     # No environment of ours: the two have different packages.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL"))}
     with tempfile.TemporaryDirectory() as directory:
@@ -71,18 +75,28 @@ def main() -> None:
     parser.add_argument("--pattern", help="such as 2:4; default: 50 % of each row")
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--compute", nargs="+", default=["auto"], choices=["auto", "fp32", "bf16", "fp16"])
+    parser.add_argument("--isa", choices=["AVX2"], help="imitate a processor that has no more than these instructions")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "espalier-bench")
     arguments = parser.parse_args()
+    if arguments.isa:  # before the first product; the shards' processes inherit it
+        os.environ |= {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     model = make_llama(arguments.scratch / "llama-111m")
     if not arguments.peer_python:
         print("no --peer-python: the peer is left out")
-    mine, theirs = [], []
+    theirs: list[float] = []
+    runs: dict[str, list[dict[str, float]]] = {compute: [] for compute in arguments.compute}
     for _ in range(arguments.repeat):
-        mine.append(ours(model, arguments.scratch, arguments))
+        for compute in arguments.compute:
+            runs[compute].append(ours(model, arguments.scratch, arguments, compute))
         if arguments.peer_python:
             theirs.append(peer(arguments.peer_python, model, arguments))
+    mine = [sum(seconds.values()) for seconds in runs[arguments.compute[0]]]
     result = {
         "espalier_seconds": mine,
+        "compute": runs,
+        "isa": arguments.isa,
         "peer_seconds": theirs,
         "criterion": arguments.criterion,
         "pattern": arguments.pattern,
@@ -92,6 +106,15 @@ def main() -> None:
         print(
             f"median {statistics.median(mine):.2f} s against {statistics.median(theirs):.2f} s: {result['ratio']:.2f}"
         )
+    first, *others = arguments.compute
+    for other in others:
+        slower = {
+            phase: statistics.median(run[phase] for run in runs[other])
+            / statistics.median(run[phase] for run in runs[first])
+            for phase in ("stream", "work")
+        }
+        result[f"{other}_over_{first}"] = slower
+        print(f"{other} takes {slower['stream']:.2f} times {first}'s stream, {slower['work']:.2f} times its work")
     report("speed", result)
 
 

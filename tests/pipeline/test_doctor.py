@@ -177,12 +177,21 @@ def test_cpu_without_bf16_units_is_slow(monkeypatch):
     assert "fp32" in (finding.remedy or "")
 
 
-@pytest.mark.parametrize(("rates", "state"), [((600.0, 160.0), "ok"), ((90.0, 160.0), "slow")])
-def test_bf16_no_faster_than_fp32_is_slow(rates, state, monkeypatch):
+@pytest.mark.parametrize(
+    ("rates", "units", "state", "said"),
+    [
+        ((640.0, 160.0), True, "ok", "bf16 is 4.0 times faster; --compute auto computes bf16 checkpoints in bf16"),
+        ((0.8, 96.0), False, "slow", "bf16 is 120.0 times slower; --compute auto computes bf16 checkpoints in fp32"),
+        ((80.0, 160.0), True, "slow", "bf16 is 2.0 times slower; --compute auto computes bf16 checkpoints in bf16"),
+    ],
+)
+def test_how_fast_bf16_is_and_what_is_done_about_it(rates, units, state, said, monkeypatch):
     remaining = iter(rates)
     monkeypatch.setattr(machine, "gflops", lambda dtype, device: next(remaining))
+    monkeypatch.setattr("stages.devices.has_units", lambda dtype, device: units)
     (finding,) = doctor._arithmetic()
-    assert finding.state == state
+    assert finding.state == state and said in finding.value
+    assert ("--compute fp32" in (finding.remedy or "")) == (units and state == "slow")
 
 
 def test_measured_speed_is_plausible(monkeypatch):
