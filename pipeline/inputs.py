@@ -89,6 +89,7 @@ def token_table(
         purpose=purpose,
         bos=bos_for(config.bos, facts),
         text_column=config.text_column,
+        column_required=purpose != "evaluation",  # which may well be another kind of file
     )
 
 

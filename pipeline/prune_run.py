@@ -102,6 +102,7 @@ class PruneRun:
 
     def _text(self, purpose: Purpose, source: Any, samples: int | None = None) -> TokenTable:
         table = token_table(purpose, source, self.config, self.facts, self.length, self.directory.home, samples)
+        self.run.setdefault("read", {})[purpose] = table.read
         tell(table, self.reporter.note, self._warn)
         return table
 

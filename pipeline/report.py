@@ -229,6 +229,7 @@ def surroundings(run: Mapping[str, Any]) -> str:
         [f"shard {shard['index']}", f"blocks {shard['first']}–{shard['last']} on {shard['device']}, {shard['node']}"]
         for shard in run.get("shards", ())
     ]
+    rows += [["text", read] for read in run.get("read", {}).values() if read]
     hardware = run.get("hardware", {})
     if hardware:
         rows.append(["hardware", f"{hardware['cpus']} CPUs; {', '.join(map(str, hardware['devices']))}"])

@@ -197,6 +197,7 @@ class _Run:
     def _table(self, purpose: Purpose, source: Any) -> TokenTable:
         """The text in windows."""
         table = token_table(purpose, source, self.config, self.facts, self.length, self.directory.home)
+        self.run.setdefault("read", {})[purpose] = table.read
         tell(table, self.reporter.note, self._warn)
         return table
 

@@ -50,18 +50,19 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def choose(sample: Sequence[Any], wanted: str | None, name: str) -> Choice:
-    """How to take the text from records like these, `wanted` the column to take it from if one is named.
+def choose(sample: Sequence[Any], wanted: str | None, name: str, required: bool = True) -> Choice:
+    """How to take the text from records like these, `wanted` the column to take it from if one is named; where it is
+    not `required`, records without such a column are read as if none were.
 
     In this order: the column named; text, content; conversations; input_ids; columns that belong together (JOINED); a
     nested text, content or conversation, if there is one; the only column of strings. Raises Refusal if none of these.
     """
     if not all(isinstance(record, Mapping) for record in sample):
-        if wanted is not None:
+        if wanted is not None and required:
             raise Refusal(f"{name}: text-column {wanted}: its records are no objects with columns; leave it out")
         return Choice(None, lambda record: record, "its strings")
     kinds = _kinds(sample)
-    if wanted is not None:
+    if wanted is not None and (required or any(".".join(path) == wanted for path in kinds)):
         return _wanted(kinds, wanted, name)
     if ("text",) in kinds:
         return _column(("text",))

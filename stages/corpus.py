@@ -43,6 +43,7 @@ def documents(source: str | Path | Sequence[str], purpose: str, reading: Reading
     Raises Refusal, in words that name `purpose` ("calibration", "evaluation") and the file, for what cannot be read.
     """
     if not isinstance(source, str | Path):
+        reading.no_columns(f"{purpose} text {describe(source)}")
         for index, text in enumerate(source):
             if not isinstance(text, str):
                 raise Refusal(f"{purpose} text {index} of the list is of type {type(text).__name__}, not a string")
@@ -90,7 +91,7 @@ def _local(path: Path, purpose: str, reading: Reading) -> Iterator[Document]:
         name = f"{purpose} text {file.name}"
         reader = reader_of(file, name)
         if reader is None:
-            yield reading.file(text_blocks(file, name))
+            yield reading.file(text_blocks(file, name), name)
         elif file.stat().st_size:
             yield from reading.records(reader, name)
 

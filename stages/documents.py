@@ -36,6 +36,7 @@ class Reading:
 
     tokenizer: "PreTrainedTokenizerBase | None"
     text_column: str | None = None
+    column_required: bool = True
     said: dict[str, None] = field(default_factory=dict)  # how things were read, in order, once each
     warnings: list[str] = field(default_factory=list)
     conversations: Conversations = field(init=False)
@@ -50,6 +51,11 @@ class Reading:
         _sound(text, where)
         self.beginnings = True
         return Document(blocks_of(text))
+
+    def no_columns(self, name: str) -> None:
+        """Raises Refusal if a column is named of what has none."""
+        if self.text_column is not None and self.column_required:
+            raise Refusal(f"{name}: text-column {self.text_column}: plain text has no columns; leave it out")
 
     def records(self, reader: Reader, name: str) -> Iterator[Document]:
         """The records' documents; those that hold nothing are left out. Raises Refusal for a record without text."""
@@ -68,7 +74,7 @@ class Reading:
         sample = [value for _, value in islice(reader(None), ROWS_PER_READ)]
         if not sample:
             return None
-        choice = choose(sample, self.text_column, name)
+        choice = choose(sample, self.text_column, name, self.column_required)
         values = [choice.take(record) for record in sample]
         kinds = {kind_of(value) for value in values}
         how = {"conversation": f", {self.conversations.said}", "ids": " as token ids"}
@@ -93,8 +99,9 @@ class Reading:
             return self.of(text, where)
         return Document(blocks_of(_sound(text, where)), whole=True)
 
-    def file(self, blocks: Iterable[str]) -> Document:
-        """A text file's blocks as a document."""
+    def file(self, blocks: Iterable[str], name: str) -> Document:
+        """A text file's blocks as a document. Raises Refusal if it is to have columns."""
+        self.no_columns(name)
         self.said["as plain text"], self.beginnings = None, True
         return Document(blocks)
 

@@ -42,8 +42,8 @@ def opening_of(tokenizer: "PreTrainedTokenizerBase", bos: Bos, name: str) -> Ope
         if not ids.size:
             raise Refusal(f"{name}: bos {bos}: the model's tokenizer has no BOS token; leave --bos out")
     if not ids.size:
-        between = f"{_written(tokenizer, end)} between documents" if end.size else "nothing between documents"
-        return Opening(end=end, said=f"no BOS, {between}")
+        between = f", {_written(tokenizer, end)} between documents" if end.size else ""
+        return Opening(end=end, said=f"no BOS{between}")
     where = "at the head of each window and document" if bos == "window" else "before each document"
     return Opening(ids, end, bos == "window", f"{_written(tokenizer, ids)} {where}")
 

@@ -82,6 +82,7 @@ def build_token_table(
     purpose: str = "calibration",
     bos: Bos = "auto",
     text_column: str | None = None,
+    column_required: bool = True,
 ) -> TokenTable:
     """The table of `samples` windows of `length` token ids, written to `path` under a temporary name, then renamed.
 
@@ -91,10 +92,10 @@ def build_token_table(
     without reading a huge corpus whole.
 
     `source` is a text file; a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, whose records hold text, a
-    conversation or token ids in `text_column` or where `stages.columns.choose` finds them; any of these packed by gzip,
-    zstd or bzip2; a folder of those, or one that `datasets` saved; a hub id "owner/name[:config][:split]"; a list of
-    strings; or a list of token id lists. A text file, a record, a string, an id list is one document. Id lists that all
-    have exactly `length` ids are the windows as they are.
+    conversation or token ids in `text_column` or where `stages.columns.choose` finds them (`column_required=False`: in
+    the column if there is such a one); any of these packed by gzip, zstd or bzip2; a folder of those, or one that
+    `datasets` saved; a hub id "owner/name[:config][:split]"; a list of strings; or a list of token id lists. A text
+    file, a record, a string, an id list is one document. Id lists that all have exactly `length` ids are the windows.
 
     `bos`: "document" puts the BOS before each document, "window" also at the head of each window (the text then moves
     on by one id less), "none" nowhere, with the end-of-text id, if there is one, between two documents; "auto" is
@@ -109,7 +110,7 @@ def build_token_table(
     """
     name = f"{purpose} text {corpus.describe(source)}"
     _check_request(length, samples, name)
-    reading = Reading(tokenizer, text_column)
+    reading = Reading(tokenizer, text_column, column_required)
     opening = Opening() if tokenizer is None else opening_of(tokenizer, bos, name)
     if _is_id_lists(source):
         documents = _given(cast(Sequence[Sequence[int]], source), purpose, length)

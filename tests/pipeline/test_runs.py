@@ -174,6 +174,9 @@ def test_run_json_has_everything_and_the_estimate_beside_the_actual(wanda: Prune
     run = json.loads((wanda.output / "espalier" / "run.json").read_text())
     assert run == json.loads(json.dumps(wanda.run)) and set(SUMMARY) <= set(run)
     assert run["status"] == "finished" and run["warnings"] == []
+    assert run["read"]["calibration"] == "calibration text text.txt: read as plain text; no BOS"
+    assert run["read"]["evaluation"].startswith("evaluation text held-out.txt: read as plain text")
+    assert run["read"]["calibration"] in (wanda.output / "espalier" / "report.md").read_text()
     assert {"tokens", "connect", "load", "stream", "work", "assemble", "evaluate", "total"} <= set(run["seconds"])
     assert [(shard["first"], shard["last"]) for shard in run["shards"]] == [(0, 1), (2, 3)]
     assert all(shard["device"] == "cpu" and shard["node"] for shard in run["shards"])

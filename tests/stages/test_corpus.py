@@ -111,6 +111,11 @@ def test_text_column_names_another_and_a_wrong_name_lists_what_there_is(build, p
         build(file, text_column="body")
     with pytest.raises(Refusal, match="text-column n holds number, not text"):
         build(file, text_column="n")
+    with pytest.raises(Refusal, match=r"a\.txt: text-column body: plain text has no columns; leave it out"):
+        build(tmp_path_text(tmp_path), text_column="body")
+    other = lines(tmp_path / "b.jsonl", [{"text": story} for story in STORIES])
+    assert ids_of(build(other, text_column="data.body", column_required=False)) == expected(plain, STORIES)
+    assert build(tmp_path / "a.txt", text_column="data.body", column_required=False).tokens
 
 
 @pytest.mark.parametrize(
