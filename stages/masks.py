@@ -185,7 +185,10 @@ def _drop_lowest(rows: Tensor, drop: int) -> Tensor:
 
 def _drop_lowest_on_device(rows: Tensor, drop: int) -> Tensor:
     columns = rows.shape[-1]
-    last_O1 = rows.kthvalue(drop, dim=-1, keepdim=True).values
+    if len(rows) == 1:  # a whole matrix: CUDA's kthvalue gives a row to one block of threads, a sort uses them all
+        last_O1 = rows.sort(dim=-1).values[:, drop - 1 : drop]
+    else:
+        last_O1 = rows.kthvalue(drop, dim=-1, keepdim=True).values
     keep = rows > last_O1
     ties = (rows == last_O1).view(-1).nonzero()[:, 0]
     keep.view(-1)[_last_ties(ties, columns, columns - drop - keep.sum(-1))] = True
