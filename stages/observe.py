@@ -7,6 +7,7 @@ Letters: T = tokens, K = experts a token goes to, I = input channels.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
@@ -91,12 +92,19 @@ def _routed(experts: list[Weight], shape: list[int], weights: SeenInput) -> Call
 
     def hook(module: Any, args: tuple[Tensor, ...]) -> None:
         tokens_TI, chosen_TK = args[0].reshape(-1, args[0].shape[-1]), args[1].reshape(-1, args[1].shape[-1])
+        chosen = chosen_TK.reshape(-1)
+        order = chosen.argsort(stable=True)  # expert by expert, each one's tokens in their order
+        token = order // chosen_TK.shape[1]
+        place = chosen[order] * shape[0] + token // shape[1]  # counted without bincount, which waits for its size
+        counts_N = torch.zeros(len(module.gate_up_proj) * shape[0], dtype=torch.int64, device=place.device)
+        counts_N.scatter_add_(0, place, torch.ones_like(place))
+        by_sample = counts_N.view(-1, shape[0]).tolist()  # the one wait for the routing
+        starts = [0, *accumulate(sum(counts) for counts in by_sample)]
         for expert, members in by_expert.items():
-            routed = (chosen_TK == expert).any(-1).nonzero()[:, 0]
-            if not len(routed):
+            counts = by_sample[expert]
+            if not any(counts):
                 continue
-            counts = torch.bincount(routed // shape[1], minlength=shape[0]).tolist()
-            x_TI = tokens_TI[routed]
+            x_TI = tokens_TI[token[starts[expert] : starts[expert + 1]]]
             inner_TI = module._apply_gate(nn.functional.linear(x_TI, module.gate_up_proj[expert]))
             for name, rows_TI in (("gate_up_proj", x_TI), ("down_proj", inner_TI)):
                 for part_TI in rows_TI.split(counts):
