@@ -12,6 +12,7 @@ import os
 import torch
 
 VARIABLE = "MKL_CBWR"
+CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 # As torch calls what the processor can do -> as MKL calls the code that is to be used there, whatever the alignment.
 BRANCHES = {"AVX512": "AVX512,STRICT", "AVX2": "AVX2,STRICT"}
 
@@ -19,7 +20,11 @@ BRANCHES = {"AVX512": "AVX512,STRICT", "AVX2": "AVX2,STRICT"}
 def steady_products() -> str:
     """Ask MKL for bits that alignment does not decide, unless the environment says something else; what is asked.
 
-    MKL reads it at its first product, so this comes before any.
+    MKL reads it at its first product, so this comes before any. On CUDA: cuBLAS gets a workspace of fixed size, without
+    which its sums may differ from run to run, and float32 is multiplied as float32, not as TF32.
     """
+    os.environ.setdefault(CUBLAS_VARIABLE, ":4096:8")
+    # Set one operator at a time by torch 2.9's names, cuDNN's could no longer be read by the old one: others read it.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     capability = torch.backends.cpu.get_cpu_capability()
     return os.environ.setdefault(VARIABLE, BRANCHES.get(capability, "COMPATIBLE"))

@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from stages.blocks import Call
+from stages.devices import deterministic
 from stages.masks import masked
 from stages.precision import cast_for_good, computing
 from stages.spool import Spool
@@ -221,7 +222,8 @@ def fit(
     fitted, held = split_samples(len(inputs))
     before = relative_error(unit, calls, inputs, targets, held)
     peak = settings.learning_rate * rate_unit
-    masters = _train(unit, keep, calls, inputs, targets, settings, peak, fitted)
+    with deterministic():
+        masters = _train(unit, keep, calls, inputs, targets, settings, peak, fitted)
     candidate = copy.deepcopy(unit)
     with torch.no_grad():
         for name, parameter in candidate.named().items():
