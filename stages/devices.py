@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ def bfloat16_factors(device: torch.device | str, exact: bool) -> Iterator[None]:
     """
     kind = torch.device(device).type
     backend, rounded = (torch.backends.cuda, "tf32") if kind == "cuda" else (torch.backends.mkldnn, "bf16")
-    setting = getattr(backend, "matmul", None)  # torch 2.9 and later; before, full float32
+    setting: Any = getattr(backend, "matmul", None)  # torch 2.9 and later; before, full float32
     if not exact or not has_units(torch.bfloat16, device) or not hasattr(setting, "fp32_precision"):
         yield
         return
@@ -70,11 +71,12 @@ def deterministic() -> Iterator[None]:
     not filled beforehand: nothing reads what was not written.
     """
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # a module with a property that its types do not tell
+    filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
