@@ -160,5 +160,7 @@ def _node() -> str:
     return ray.util.get_node_ip_address()
 
 
-# Restarted wherever there is room, for ever, and asked again: the fleet counts the restarts that bring nothing.
-ShardActor = ray.remote(max_restarts=-1, max_task_retries=-1)(ShardWorker)
+RESTARTS = 3  # of one actor; after that the fleet makes another, if blocks were finished meanwhile
+
+# Restarted wherever there is room, and asked again: the fleet counts the restarts that bring nothing.
+ShardActor = ray.remote(max_restarts=RESTARTS, max_task_retries=-1)(ShardWorker)

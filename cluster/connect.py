@@ -11,9 +11,10 @@ import os
 import socket
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -23,6 +24,7 @@ from cluster.folders import own_folder
 from cluster.watchdog import watched
 from stages.errors import Refusal
 
+NOTHING: Mapping[str, Path] = MappingProxyType({})
 PROBE_SECONDS = 4.0  # for the TCP connection and again for the call: together under the ten seconds promised
 LONGEST_TEMP = 16  # characters; Ray's socket paths add up to 90, and Linux allows 107
 JOB_SETTINGS = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
@@ -58,12 +60,14 @@ def nodes() -> list[Node]:
 
 
 @contextlib.contextmanager
-def connect(address: str | None, *, cpus: int, object_store_bytes: int, gpus: int = 0) -> Iterator[None]:
+def connect(
+    address: str | None, *, cpus: int, object_store_bytes: int, gpus: int = 0, own: Mapping[str, Path] = NOTHING
+) -> Iterator[None]:
     """Holds a Ray connection for the block: to `address`, else to RAY_ADDRESS, else to a new cluster on this machine.
 
     Ray sets RAY_ADDRESS inside a submitted job, so there the cluster that runs the job is used. "local" always means a
     new cluster. A connection that this process has already (a notebook's `ray.init`) is used as it is and left open.
-    `cpus`, `gpus` and `object_store_bytes` shape a new cluster only.
+    `cpus`, `gpus` and `object_store_bytes` shape a new cluster only; `own` is for another one: see `existing_cluster`.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     if ray.is_initialized():
@@ -75,7 +79,7 @@ def connect(address: str | None, *, cpus: int, object_store_bytes: int, gpus: in
         with local_cluster(cpus=cpus, object_store_bytes=object_store_bytes, gpus=gpus):
             yield
     else:
-        with existing_cluster(address):
+        with existing_cluster(address, own):
             yield
 
 
@@ -129,10 +133,11 @@ def _start(cpus: int, gpus: int, object_store_bytes: int, directory: Path, attem
 
 
 @contextlib.contextmanager
-def existing_cluster(address: str) -> Iterator[None]:
+def existing_cluster(address: str, own: Mapping[str, Path] = NOTHING) -> Iterator[None]:
     """Holds a connection to the cluster at `address` ("host:port" of its head, or "auto") for the block.
 
-    Its workers run this process's own copy of the project, in its directory: give them absolute paths. Raises Refusal
+    Its workers run this process's own copy of the project, in its directory, beside the user's modules in `own` (file
+    names there -> the files here): give them absolute paths. Raises Refusal
     within ten seconds when nothing listens there, what listens is no Ray cluster, the token is missing or wrong, or
     this machine is no node of the cluster.
     """
@@ -141,7 +146,7 @@ def existing_cluster(address: str) -> Iterator[None]:
     with authentication.ray_environment(credentials.environment):
         probe(endpoint, credentials)
         try:
-            _attach(endpoint)
+            _attach(endpoint, own)
             yield
         finally:
             _disconnect()
@@ -208,12 +213,12 @@ def endpoint_of(address: str) -> str:
     return endpoint
 
 
-def _attach(endpoint: str) -> None:
+def _attach(endpoint: str, own: Mapping[str, Path]) -> None:
     """Opens the connection, with the project shipped to the workers unless the job around this process brought it."""
     with contextlib.ExitStack() as stack:
         shipped = None
         if JOB_SETTINGS not in os.environ:
-            shipped = {"working_dir": str(stack.enter_context(package.staged(demo_model=False)))}
+            shipped = {"working_dir": str(stack.enter_context(package.staged(demo_model=False, own=own)))}
         try:
             ray.init(address=endpoint, runtime_env=shipped, **_quiet())
         except (ConnectionError, RuntimeError, ValueError) as error:

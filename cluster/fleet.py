@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError
 
-from cluster.actor import ShardActor, ShardFacts, ShardState
+from cluster.actor import RESTARTS, ShardActor, ShardFacts, ShardState
+from cluster.losses import cause_of, one_line
 from cluster.passes import Stream, answers, begin, blockwise, pipelined, receiving, windowed
+from cluster.room import first_of
 from stages.errors import OutOfStep, Refusal
 from stages.measure import Measures
 from stages.recipe import WorkOrder
@@ -36,13 +38,17 @@ class Fleet:
         self._on_event = on_event
         self._recipe = specs[0].recipe
         self._fruitless = 0
+        self._threads, self._run_file = threads, run_file
         self._actors: list[Any] = self._started(threads, run_file)
 
     def _started(self, threads: int, run_file: str | None) -> list[Any]:
         """An actor for each spec."""
-        gpus = 1 if self.specs[0].device.startswith("cuda") else 0
-        options = ShardActor.options(num_cpus=threads, num_gpus=gpus, scheduling_strategy="SPREAD")
-        return [options.remote(spec, threads, run_file) for spec in self.specs]
+        return [self._actor_of(spec) for spec in self.specs]
+
+    def _actor_of(self, spec: ShardSpec) -> Any:
+        gpus = 1 if spec.device.startswith("cuda") else 0
+        options = ShardActor.options(num_cpus=self._threads, num_gpus=gpus, scheduling_strategy="SPREAD")
+        return options.remote(spec, self._threads, self._run_file)
 
     def __enter__(self) -> "Fleet":
         return self
@@ -52,8 +58,14 @@ class Fleet:
             ray.kill(actor, no_restart=True)
 
     def open(self) -> list[ShardFacts]:
-        """Every shard's tensors loaded from the model."""
-        return answers([actor.open.remote() for actor in self._actors])
+        """Every shard's tensors loaded from the model. Raises Refusal for a shard whose process dies at every start."""
+        try:
+            return answers([actor.open.remote() for actor in self._actors])
+        except ActorDiedError as loss:
+            raise Refusal(
+                f"a shard died before it was open, and so {RESTARTS} more times ({cause_of(loss)}); mend what is said "
+                "there, or, if nothing is, use more shards or --resident one: it may be out of memory"
+            ) from None
 
     def calibrate(self, stream: Stream, blocks: set[int], on_step: Callable[[int], None], sweep: int = 0) -> None:
         """Stream the calibration, gathering in `blocks` what `sweep` needs; what a lost shard had gathered is gathered
@@ -123,7 +135,7 @@ class Fleet:
         for shard in todo:
             start(shard)
         while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
+            done = first_of(list(running))
             shard, order = running.pop(done)
             try:
                 reports = answers(done)
@@ -251,7 +263,15 @@ class Fleet:
     # -- losses ----------------------------------------------------------------------------------------------------
 
     def _states(self) -> list[ShardState]:
-        return answers([actor.state.remote() for actor in self._actors])
+        """What each shard has. One that is not restarted any more gets a successor, which has nothing."""
+        states = []
+        for position, asked in enumerate([actor.state.remote() for actor in self._actors]):
+            try:
+                states.append(answers(asked))
+            except ActorDiedError:
+                self._actors[position] = self._actor_of(self.specs[position])
+                states.append(ShardState())
+        return states
 
     def _open_lost(self) -> None:
         """Open the shards that came back empty."""
@@ -274,15 +294,11 @@ class Fleet:
         self._fruitless += 1
         if self._fruitless > FRUITLESS_RECOVERIES:
             raise Refusal(
-                f"a shard was lost {self._fruitless} times with no block finished between ({_one_line(loss)}); "
+                f"a shard was lost {self._fruitless} times with no block finished between ({cause_of(loss)}); "
                 "likely out of memory: use more shards, --resident one or a smaller --spool-memory, then resume"
             )
-        self._on_event(f"a shard was lost ({_one_line(loss)}); streaming to its replacement")
+        self._on_event(f"a shard was lost ({one_line(loss)}); streaming to its replacement")
 
 
 def _blocks_of(todo: dict[int, deque[WorkOrder]]) -> set[int]:
     return {block for orders in todo.values() for order in orders for block in order.blocks}
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

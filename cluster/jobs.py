@@ -11,8 +11,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -21,13 +22,13 @@ import requests
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster import authentication, package
-from cluster.connect import endpoint_of, probe, reachable
+from cluster.connect import NOTHING, endpoint_of, probe, reachable
 from cluster.redact import without_credentials
 from stages.errors import Refusal
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PREFLIGHT_SECONDS = 5.0
-READY_SECONDS = 30  # for the agent that makes jobs, which comes up seconds after its node
+READY_SECONDS = 20  # for the agent that makes jobs, which comes up seconds after its node
 POLL_SECONDS = 0.3
 LOST_AFTER = 5  # attempts in a row that fail before the server counts as gone
 STOP_SECONDS = 30  # between the job's SIGINT and its SIGKILL: a run closes its journal and says how to resume
@@ -57,13 +58,15 @@ def submit(
     env: dict[str, str],
     on_line: Callable[[str], None],
     follow: bool = True,
+    own: Mapping[str, Path] = NOTHING,
 ) -> JobOutcome:
     """Runs `entrypoint` on the cluster and gives its outcome, with each line of its output passed to `on_line`.
 
     `address` is the dashboard's ("http://host:8265"), the cluster's ("host:6379", "auto"), or None for
     RAY_API_SERVER_ADDRESS, RAY_ADDRESS or port 8265 here. The job runs in a copy of this project's three packages and
-    of nothing else, so paths in it must be absolute; `env` is set for it and its workers. The token is not sent along:
-    the nodes have it. An entrypoint that begins with "python" runs in a Python that has Ray. Ctrl-C stops the job.
+    of the files in `own` (names there -> files here), so paths in it must be absolute; `env` is set for it and its
+    workers. The token is not sent along: the nodes have it. An entrypoint that begins with "python" runs in a Python
+    that has Ray. Ctrl-C stops the job.
     Raises Refusal within ten seconds where no dashboard answers or the token is not accepted.
     """
     for chatty in CHATTY:
@@ -72,7 +75,7 @@ def submit(
     settings = {**credentials.environment, "RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}
     with authentication.ray_environment(settings):
         client = JobSubmissionClient(url)
-        with package.staged(demo_model=True) as code:
+        with package.staged(demo_model=True, own=own) as code:
             environment = {"working_dir": str(code), "env_vars": {**_stopping(), **env}}
             job_id = _accepted(client, url, _command(entrypoint), environment)
         on_line(f"job {job_id} submitted to {without_credentials(url)}")

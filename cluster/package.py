@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cluster.folders import own_folder
@@ -18,8 +18,8 @@ def root() -> Path:
 
 
 @contextlib.contextmanager
-def staged(*, demo_model: bool) -> Iterator[Path]:
-    """A temporary directory with the three packages and nothing else of what lies beside them.
+def staged(*, demo_model: bool, own: Mapping[str, Path]) -> Iterator[Path]:
+    """A temporary directory with the three packages, and the files in `own` under these names; nothing else.
 
     Ray uploads a whole directory; the root may be a clone with a .venv and checkpoints, or all of site-packages.
     Equal code gives an equal upload, which Ray then skips.
@@ -35,4 +35,7 @@ def staged(*, demo_model: bool) -> Iterator[Path]:
         code = folder / "code"
         for name in PACKAGES:
             shutil.copytree(root() / name, code / name, ignore=ignore)
+        for name, file in own.items():
+            (code / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, code / name)
         yield code

@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from cluster.actor import Inputs
+from cluster.room import answered
 from stages.errors import OutOfStep, Refusal
 
 MEASURED = ("measures", "kept", "compared")  # what takes the tokens themselves too: see cluster.actor.Wanted
@@ -28,9 +29,9 @@ class Stream:
 
 
 def answers(references: Any) -> Any:
-    """What shards answered. Raises what a shard refused as it was said there."""
+    """What shards answered. Raises what a shard refused as it was said there, and Refusal where one has no room."""
     try:
-        return ray.get(references)
+        return answered(references)
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, Refusal | OutOfStep):

@@ -17,11 +17,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.arithmetic import steady_products
 from cluster.connect import nodes
+from cluster.room import WAIT_SECONDS, no_room
 from stages.errors import Refusal
 from stages.retrain_spec import RetrainSpec
 
 FRUITLESS_RESTARTS = 3  # in a row, with no checkpoint between them, before the run gives up
-PLACED_SECONDS = 60.0
 FALLEN_SECONDS = 15.0  # how long after one rank's failure another's death may come to light
 
 Event = dict[str, Any]
@@ -146,9 +146,9 @@ class Ranks:
     def _start(self) -> None:
         bundle = {"CPU": float(self.threads)} | ({"GPU": 1.0} if self.device == "cuda" else {})
         self._group = placement_group([bundle] * self.ranks, strategy="PACK")
-        if not self._group.wait(PLACED_SECONDS):
+        if not self._group.wait(WAIT_SECONDS):
             self._stop()
-            raise Refusal(f"ranks {self.ranks}: the cluster has no room for them now; try again, or use fewer --ranks")
+            raise Refusal(no_room(f"{self.ranks} ranks", bundle))
         variables = {"DS_ACCELERATOR": self.device, "OMP_NUM_THREADS": str(self.threads)}
         variables |= {"LOCAL_RANK": "0"}  # a rank sees no GPU but its own
         self._actors = [
@@ -171,6 +171,10 @@ class Ranks:
             if isinstance(error, RayTaskError) and isinstance(error.cause, Refusal):
                 raise error.cause from None
             raise
+
+    def release(self) -> None:
+        """End the processes, and give back what they hold of the cluster; the next run starts them anew."""
+        self._stop()
 
     def _stop(self) -> None:
         for actor in self._actors:

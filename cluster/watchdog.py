@@ -22,6 +22,8 @@ TOKEN_FILE = "auth_token"  # in HOME; Ray's processes are started with its path 
 POLL_SECONDS = 1.0
 SWEEP_SECONDS = 10.0
 
+_homes: list[Path] = []  # of this process's clusters, for `end_clusters`
+
 
 @contextlib.contextmanager
 def watched(home: Path) -> Iterator[None]:
@@ -30,11 +32,20 @@ def watched(home: Path) -> Iterator[None]:
     null = subprocess.DEVNULL
     # In a session of its own: what a terminal or a batch system sends to the driver's group does not reach it.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True) as process:
+        _homes.append(home)
         try:
             yield
         finally:
             sweep(home)
+            _homes.remove(home)
             process.kill()
+
+
+def end_clusters() -> None:
+    """End the clusters that this process watches, when it has no time left to shut them down."""
+    for home in list(_homes):
+        sweep(home)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def members(home: Path) -> Iterator[psutil.Process]:

@@ -16,9 +16,9 @@ def main() -> int:
             from pipeline.cli import main as run
 
             code = run()
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         sys.stderr.write("espalier: interrupted\n")
-        code = exit_code(stop)
+        code = exit_code()
     if code > 128:
         sys.stdout.flush()
         sys.stderr.flush()

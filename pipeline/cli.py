@@ -14,9 +14,10 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from cluster.redact import without_secrets
+from cluster.watchdog import end_clusters
 from pipeline import cli_retrain, cli_track
 from pipeline.flags import Json, given, request_of, show, stdout_kept, with_all_options, with_options
-from pipeline.stopping import exit_code, how_to_go_on
+from pipeline.stopping import at_the_last, exit_code, how_to_go_on
 from stages.errors import Refusal
 
 if TYPE_CHECKING:
@@ -298,10 +299,11 @@ def main(arguments: list[str] | None = None) -> int:
         arguments.remove("--debug")
         sys.excepthook = _show_traceback
     try:
-        return app(args=arguments, prog_name="espalier", standalone_mode=False) or 0
+        with at_the_last(end_clusters):
+            return app(args=arguments, prog_name="espalier", standalone_mode=False) or 0
     except (KeyboardInterrupt, Interrupted, typer.Abort) as stop:
         errors.print(f"espalier: interrupted; {_how_to_go_on(arguments, stop)}", markup=False)
-        return exit_code(stop)
+        return exit_code()
     except Exception as error:
         if debug:
             raise

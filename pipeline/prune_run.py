@@ -19,11 +19,13 @@ from pipeline.facts import ModelFacts
 from pipeline.inputs import Purpose, image_file, image_table, stream_of, tell, token_table
 from pipeline.layout import Layout, ShardLayout
 from pipeline.metrics import block_metrics, total_metrics
+from pipeline.own_modules import criteria_of, own_files
 from pipeline.progress import Reporter, reporter_for
 from pipeline.report import write_report
 from pipeline.rundir import RunDirectory, disk_full_refused
 from pipeline.settle import microbatch_size, removes_nothing, window_length
 from pipeline.spending import Spending
+from pipeline.stopping import at_the_last
 from pipeline.tracking import Recorder, recorded_run
 from stages.allocation import owl
 from stages.checkpoint import resolve
@@ -78,6 +80,7 @@ class PruneRun:
         recorder = self._recorder()
         try:
             with ExitStack() as held:
+                held.enter_context(at_the_last(recorder.cut_short))
                 shard_layout = self._connected(held)
                 fleet = held.enter_context(
                     Fleet(shard_layout.specs, self.config.threads, str(self.directory.run_file), self._warn)
@@ -116,6 +119,7 @@ class PruneRun:
                     cpus=layout.local_cpus,
                     gpus=layout.local_gpus,
                     object_store_bytes=layout.object_store_bytes,
+                    own=own_files(criteria_of(self.config.model_dump())),
                 )
             )
             self.nodes = len(nodes())

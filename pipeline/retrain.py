@@ -28,6 +28,7 @@ from pipeline.retrain_report import write_report
 from pipeline.rundir import RunDirectory, check_free, check_same_model, disk_full_refused
 from pipeline.settle import window_length
 from pipeline.spending import Spending
+from pipeline.stopping import at_the_last
 from pipeline.tracking import Recorder, recorded_run
 from stages.checkpoint import resolve
 from stages.flops import shapes_of, tracking_flops, training_flops
@@ -148,6 +149,7 @@ class _Run:
                 sources = self.sources or self._token_sources()
             spec = spec_of(self.config, self.facts.dtype, self.length, self.ranks, self.directory.home, sources)
             recorder = self._recorder(spec)
+            held.enter_context(at_the_last(recorder.cut_short))
             try:
                 with self.spending.phase("connect"):
                     ranks = held.enter_context(self._connected(spec))

@@ -14,26 +14,24 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-END_SECONDS = 9.0  # after the signal the process is gone, whatever it hangs in: ten are promised
+END_SECONDS = 7.5  # after the signal the process is ended, whatever it hangs in: it is to be gone after ten
 WAKE_SECONDS = 1.0  # between two attempts to wake the main thread: a library may swallow an exception
 WAKE = signal.SIGUSR2
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks the process to end; `number` is the signal's."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+    """A signal that asks the process to end. Ray may make a plain KeyboardInterrupt of it."""
 
 
-_last_words: list[Callable[[], str]] = []  # of what is at work, the outermost first
+_received: list[int] = []  # the signal that ends this process, once there is one
+_last_words: list[Callable[[], str | None]] = []  # of what is at work, the outermost first
 
 
 @contextlib.contextmanager
-def at_the_last(leave: Callable[[], str]) -> Iterator[None]:
-    """Within it, `leave` is called, in another thread, if the process is ended while it hangs; it says how to go on."""
+def at_the_last(leave: Callable[[], str | None]) -> Iterator[None]:
+    """Within it, `leave` is called, in another thread, if the process is ended while it hangs; it may say how to go
+    on."""
     _last_words.append(leave)
     try:
         yield
@@ -48,10 +46,9 @@ def interruption(error: BaseException | None) -> KeyboardInterrupt | None:
     return error
 
 
-def exit_code(error: BaseException) -> int:
-    """What a shell reports for a process ended by the signal behind `error`; 130, that of Ctrl-C, if none is."""
-    cause = interruption(error)
-    return 128 + (cause.number if isinstance(cause, Stopped) else signal.SIGINT)
+def exit_code() -> int:
+    """What a shell reports for a process ended by the signal that was heard; 130, that of Ctrl-C, if none was."""
+    return 128 + (_received[0] if _received else signal.SIGINT)
 
 
 def how_to_go_on(error: BaseException) -> str | None:
@@ -84,27 +81,27 @@ class _Listener:
     def __init__(self, waited: set[signal.Signals]) -> None:
         self.waited = waited
         self.over = threading.Event()  # nothing is to be interrupted any more
-        self.number = 0
         self._main = threading.get_ident()
 
     def listen(self) -> None:
-        self.number = signal.sigwait(self.waited)
+        _received.append(signal.sigwait(self.waited))
         deadline = time.monotonic() + END_SECONDS
         while time.monotonic() < deadline:
             if not self.over.is_set():
                 signal.pthread_kill(self._main, WAKE)
             time.sleep(WAKE_SECONDS)
-        said = ""
+        said: str | None = None
         for leave in reversed(_last_words):
             with contextlib.suppress(Exception):  # one that fails does not keep the others from it
-                said = f"; {leave()}"
-        os.write(2, f"espalier: interrupted{said}\n".encode())  # the main thread may hold the lock of sys.stderr
-        os._exit(128 + self.number)
+                said = leave() or said
+        line = f"espalier: interrupted; {said or 'give the same command again'}\n"
+        os.write(2, line.encode())  # the main thread may hold the lock of sys.stderr
+        os._exit(exit_code())
 
     def wake(self, number: int, frame: FrameType | None) -> None:
         """In the main thread, between two of its steps: raises unless it is ending already."""
-        if not self.number or self.over.is_set():
+        if not _received or self.over.is_set():
             return
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if interruption(sys.exception()) is None:
-            raise Stopped(self.number)
+            raise Stopped(signal.Signals(_received[0]).name)

@@ -9,6 +9,7 @@ import typer
 from cluster.jobs import submit
 from cluster.redact import is_secret, without_credentials
 from pipeline.mlflow_client import default_tracking_uri
+from pipeline.own_modules import criteria_in, own_files
 from stages.errors import Refusal
 
 WRITTEN = ("--output", "--out")  # made absolute although they do not exist yet
@@ -38,8 +39,9 @@ def submit_command(
             f"MLflow at {without_credentials(uri)}: its credentials stay here, as Ray shows a job's variables on its "
             "dashboard; the job uses the MLFLOW_TRACKING_URI of its node"
         )
+    own = own_files(criteria_in(args))
     entrypoint = ["python", "-m", "pipeline", *absolute(args)]
-    outcome = submit(entrypoint, address=address, env=job_environment(), on_line=on_line, follow=follow)
+    outcome = submit(entrypoint, address=address, env=job_environment(), on_line=on_line, follow=follow, own=own)
     return outcome.exit_code or 0
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from cluster.connect import connect
 from cluster.ranks import Ranks
+from cluster.room import has_room
 from pipeline import driver, retrain
 from pipeline.config import PruneConfig
 from pipeline.facts import model_facts
@@ -23,6 +24,7 @@ from pipeline.options import build_config
 from pipeline.progress import Reporter, reporter_for
 from pipeline.retrain_config import RetrainConfig
 from pipeline.rundir import RunDirectory, disk_full_refused, recorded
+from pipeline.stopping import at_the_last
 from pipeline.track_config import TrackConfig
 from pipeline.track_cost import cost_of, cost_of_tracking, summed
 from pipeline.track_data import Material, prepare
@@ -101,6 +103,7 @@ class Experiment:
             held.callback(self.reporter.close)
             self.material = prepare(self.config, self.directory.home)
             self.recorder = self._recorder()
+            held.enter_context(at_the_last(self.recorder.cut_short))
             try:
                 self.ranks = self.given or self._ranks(held)
                 self._finish(self._sweep())
@@ -246,6 +249,8 @@ class Experiment:
             "parent_run": parent,
         }
         config = build_config(request, PruneConfig)
+        if not has_room({"CPU": float(self.shard_threads)}):
+            self.ranks.release()  # it would wait for what they hold
         return _stage(
             output, lambda: driver.prune(config, self.reporter), lambda: driver.resume(output, reporter=self.reporter)
         )

@@ -171,6 +171,10 @@ class Recorder:
         self._thread.join(timeout_seconds)
         self._unfinished = self._thread.is_alive()
 
+    def cut_short(self) -> None:
+        """End the run as KILLED, for a process that has a second left."""
+        self.close("KILLED", timeout_seconds=1)
+
     def abandon(self, failure: BaseException) -> None:
         """End the run as what `failure` makes of it: KILLED by Ctrl-C, else FAILED."""
         self.close("KILLED" if isinstance(failure, KeyboardInterrupt) else "FAILED", timeout_seconds=5)

@@ -138,6 +138,11 @@ def _as(kind: type, value: Any) -> Any:
     return value
 
 
+def module_of(name: str) -> str:
+    """The module of a user's own criterion; "" for a registered one, whose name has none."""
+    return name.rpartition(":" if ":" in name else ".")[0]
+
+
 def import_criterion(name: str) -> Criterion:
     """A user's own, `package.module.function` or `module:function`, from the current directory or the module path.
 

@@ -141,17 +141,16 @@ class Command:
         leader = psutil.Process(self.process.pid)
         return [leader, *leader.children(recursive=True)]
 
-    def kill(self) -> list[psutil.Process]:
-        """SIGKILL, to the driver alone; what of its family did not end by itself within twenty seconds.
-
-        Ray's two agents do not count: small and idle, they look for their control service for a minute before they go.
-        """
+    def kill(self) -> list[psutil.Process | str]:
+        """SIGKILL, to the driver alone; what of its family did not end by itself within twenty seconds, or of its files
+        did not go with it."""
         self.process.send_signal(signal.SIGSTOP)  # it does no more while its family is looked up
-        family = [member for member in self.family() if not member.name().endswith("Agent")]
+        family = self.family()
+        tokens = {member.environ().get("RAY_AUTH_TOKEN_PATH") for member in family[1:]} - {None}
         self.process.kill()
         self.finish()
         _, left = psutil.wait_procs(family, timeout=20)
-        return left
+        return [*left, *(token for token in tokens if token and Path(token).parent.exists())]
 
     def interrupt(self) -> None:
         """What Ctrl-C on a terminal does: SIGINT to the whole group."""

@@ -5,14 +5,19 @@ Whole runs that lose a shard are in tests/pipeline/test_resume.py.
 
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
+from ray import cloudpickle
 
 from cluster import fleet as module
+from cluster import ranks, room
+from cluster.actor import RESTARTS
 from cluster.fleet import Fleet, Stream
 from stages.errors import Refusal
 from stages.recipe import Recipe, WorkOrder
@@ -107,3 +112,57 @@ def test_a_node_that_does_not_see_the_run_says_so(one_cluster: None, specs: list
         pytest.raises(Refusal, match=r"not visible on node .* storage that all of them share"),
     ):
         fleet.open()
+
+
+class Unlicensed:
+    """Ends its process while it is made."""
+
+    def __init__(self, *_: object) -> None:
+        sys.stderr.write("no licence for this node\n")
+        sys.stderr.flush()
+        os._exit(7)
+
+    def open(self) -> None: ...
+
+
+def test_a_shard_that_dies_at_every_start_is_told_with_what_it_said_last(
+    one_cluster: None, specs: list[ShardSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(module, "ShardActor", ray.remote(max_restarts=RESTARTS, max_task_retries=-1)(Unlicensed))
+    with Fleet(specs[:1], 1, None, print) as fleet, pytest.raises(Refusal, match="died before it was open") as caught:
+        fleet.open()
+    assert f"{RESTARTS} more times" in str(caught.value) and "\n" not in str(caught.value)
+    assert "no licence for this node" in str(caught.value)
+
+
+class Holder:
+    def here(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def taken(one_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Somebody has all that is free of the cluster."""
+    for holds in (room, ranks):
+        monkeypatch.setattr(holds, "WAIT_SECONDS", 1.0)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    holder = ray.remote(Holder).options(num_cpus=ray.available_resources()["CPU"]).remote()
+    ray.get(holder.here.remote())
+    while room.has_room({"CPU": 1.0}):  # the control service hears of it a moment later
+        pass
+    yield
+    ray.kill(holder)
+
+
+def test_shards_and_ranks_without_room_say_what_they_ask_for_what_is_free_and_who_is_at_work(
+    taken: None, specs: list[ShardSpec]
+) -> None:
+    with Fleet(specs[:1], 1, None, print) as fleet, pytest.raises(Refusal) as shards:
+        fleet.open()
+    with pytest.raises(Refusal) as placed, ranks.Ranks(2):
+        pass
+    for caught, who in (shards, "1 of this run's processes"), (placed, "2 ranks"):
+        said = str(caught.value)
+        assert said.startswith(f"{who} had to wait") and "each asks for 1 CPU, free on its nodes: 0 CPU" in said
+        assert "1 Holder of job" in said and "fewer --shards or --ranks" in said and "\n" not in said

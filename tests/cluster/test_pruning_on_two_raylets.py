@@ -106,3 +106,24 @@ def test_a_refusal_inside_the_job_comes_back_as_its_one_line_and_exit_code_2(
     said = [line for line in (captured.out + captured.err).splitlines() if line.startswith("espalier: ")]
     assert len(said) == 1 and "--samples 125" in said[0]
     assert "Traceback" not in captured.out + captured.err and not (tmp_path / "out").exists()
+
+
+OWN = """
+def slow_wanda(weight, statistics):
+    return weight.float().abs() * statistics.norm.to(weight.device)
+"""
+
+
+@pytest.mark.parametrize("way", ["--address", "submit"])
+def test_a_criterion_of_one_s_own_goes_along_to_the_cluster(
+    way: str, member: Any, wanted: dict[str, Any], database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_scores.py").write_text(OWN)
+    more = {"criterion": "own_scores.slow_wanda", "refine": "none", "reconstruct": "none", "shards": 2}
+    command = flags({name: value for name, value in wanted.items() if name != "eval"}, output="out", **more)
+    if way == "submit":
+        command = ["submit", "--address", member.dashboard_url, "--", *command]
+    else:
+        command += ["--address", member.address]
+    assert main(command) == 0, capsys.readouterr()
+    assert json.loads((tmp_path / "out" / "espalier" / "run.json").read_text())["sparsity"] == 0.5

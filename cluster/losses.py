@@ -1,0 +1,27 @@
+"""Why an actor died: what Ray says of it, and the last that its process said, where that was on this machine."""
+
+import re
+from pathlib import Path
+
+import ray._private.worker
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what Ray says, which may go on for twenty."""
+    return str(error).strip().splitlines()[0]
+
+
+def cause_of(error: Exception) -> str:
+    """One line: how the process ended, and the last line that it wrote on stderr."""
+    told = re.search(r"Worker exit type: (.*?)\.(?= |$)", " ".join(str(error).split()))
+    return "; ".join([told[1] if told else one_line(error), *_last_said(error)])
+
+
+def _last_said(error: Exception) -> list[str]:
+    node, pid = ray._private.worker._global_node, re.search(r"pid: (\d+)", str(error))
+    if node is None or pid is None:
+        return []
+    for log in Path(node.get_logs_dir_path()).glob(f"worker-*-{pid[1]}.err"):
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return [f"it said: {lines[-1][:300]}"] if lines else []
+    return []
