@@ -29,9 +29,10 @@ from stages.tokens import TokenTable, build_token_table
 def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, Any]:
     """Perplexity and sparsity of `config.model`, and of `config.against` on the same windows.
 
-    Keys: model, perplexity, tokens, windows, length, sparsity; with `against` also against, against_perplexity,
-    log_perplexity_gap and kl, that is KL(against || model), both in nats a token, and top1_agreement, the share of
-    positions where both find the same token likeliest. Raises Refusal for what cannot work, before Ray starts.
+    Keys: model, compute, perplexity, tokens, windows, length, sparsity; with `against` also against,
+    against_perplexity, log_perplexity_gap and kl, that is KL(against || model), both in nats a token, and
+    top1_agreement, the share of positions where both find the same token likeliest. Raises Refusal for what cannot
+    work, before Ray starts.
     """
     reporter = reporter or reporter_for(Console(stderr=True))
     models = [config.model, *([config.against] if config.against else [])]
@@ -73,6 +74,7 @@ def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, 
         measures = _measures(config, specs, table, reporter, "compared" if others else "measures")
     result: dict[str, Any] = {
         "model": config.model,
+        "compute": specs[0].compute,
         "perplexity": measures.perplexity,
         "tokens": measures.tokens,
         "windows": len(table),

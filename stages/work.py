@@ -27,7 +27,7 @@ from stages.spool import Spool
 from stages.statistics import InputStatistics
 from stages.units import FitUnit, Group, UnitModules, groups_of
 
-TRAINING_BYTES = 15  # a parameter of the unit being fitted: working weight, float32 master, two moments, mask
+TRAINING_BYTES = 13  # a parameter of the unit being fitted, beside its working weight: float32 master, moments, mask
 SWEEP_RATE = 0.4  # a sweep's learning rate, of the first fit's: the best of 0.25 to 1 on a trained model
 PASS_TOKENS = 2048  # run through a unit at a time where its activations are needed once more
 
@@ -79,7 +79,8 @@ class Work:
     def training_bytes(self) -> int:
         """Memory that the most demanding group takes: one fit's weights, or the Hessians of its inputs."""
         fits = [unit for group in self.groups for unit in group.fits] if self.recipe.reconstruct != "none" else []
-        training = [TRAINING_BYTES * sum(self._stored(*at).numel() for at in _parameters(unit)) for unit in fits]
+        each = TRAINING_BYTES + fitted_in(self.skeleton.dtype).itemsize
+        training = [each * sum(self._stored(*at).numel() for at in _parameters(unit)) for unit in fits]
         hessians = [self._hessian_bytes(group.whole) for group in self.groups if "hessian" in self.recipe.needs]
         return max([*training, *hessians, 0])
 

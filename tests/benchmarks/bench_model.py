@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from stages.devices import has_units
+
 SMALL = {"hidden": 1024, "blocks": 8, "heads": 16, "kv_heads": 8, "mlp": 2816, "vocab": 8192}  # 111 M parameters
 LARGE = {"hidden": 4096, "blocks": 18, "heads": 32, "kv_heads": 8, "mlp": 14336, "vocab": 32000}  # 8.4 GB in bf16
 
@@ -83,7 +85,7 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     cores = sum(line.startswith("processor") for line in lines)
-    return f"{cores} x {name}, bf16 matrix units: {bool(torch.cpu.get_capabilities().get('amx_bf16'))}"
+    return f"{cores} x {name}, bf16 units: {has_units(torch.bfloat16, 'cpu')}"
 
 
 if __name__ == "__main__":

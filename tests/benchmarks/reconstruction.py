@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--compute", choices=["fp32", "bf16"], help="default: bf16, which the model is stored in")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "espalier-bench")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -49,7 +50,8 @@ def main() -> None:
         shard = Shard(
             ShardSpec(
                 index=0, first=0, last=1, embeds=True, heads=False, model=str(model), output=output,
-                scratch=f"{output}/scratch", length=arguments.length, recipe=Recipe(reconstruct="component"),
+                scratch=f"{output}/scratch", length=arguments.length,
+                compute=arguments.compute, recipe=Recipe(reconstruct="component"),
             )
         )  # fmt: skip
         shard.open()

@@ -76,7 +76,9 @@ def test_a_float16_checkpoint_is_an_ordinary_one(
         options = ["--data", held_out, "--length", LENGTH, "--shards", 1, "--microbatch", MICROBATCH]
         command = ["eval", result.output, *options, "--against", result.run["config"]["model"], "--compute", compute]
         assert main([str(argument) for argument in [*command, "--json"]]) == 0
-        perplexities[compute] = json.loads(capsys.readouterr().out)["perplexity"]
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["compute"] == compute
+        perplexities[compute] = shown["perplexity"]
     assert perplexities["fp32"] == pytest.approx(result.perplexity, rel=1e-5)
     assert perplexities["fp32"] != perplexities["bf16"] == pytest.approx(result.perplexity, rel=2e-2)
 
