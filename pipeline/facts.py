@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from stages.accounted import check_tensors, remarks
-from stages.blocks import layout_of, prunable
+from stages.blocks import prunable, sees_images
 from stages.checkpoint import Checkpoint
 from stages.ends import ENDS_FILE_BYTES
 from stages.errors import Refusal
@@ -31,6 +31,7 @@ class ModelFacts:
     path: str
     family: str
     tower: Tower
+    packed: bool  # samples differ in length, and so pass through the blocks one at a time
     dtype: str  # of its weights, most of them
     hidden: int
     vocabulary: int
@@ -44,7 +45,7 @@ class ModelFacts:
     block_parameters: tuple[int, ...]
     unit_parameters: tuple[tuple[int, ...], ...]  # parameters of each component, block by block
     largest_matrix: int
-    linears: tuple[tuple[str, int, int], ...]  # (checkpoint name, out, in) of every prunable matrix
+    linears: tuple[tuple[str, int, int], ...]  # (checkpoint name, out, in) of every prunable tensor, all its experts'
     stored: tuple[tuple[int, ...], ...]  # their shapes on disk
     layers: tuple[tuple[tuple[str, int, int], ...], ...]  # of each block's: (name as reports call it, out, in)
     remarks: tuple[str, ...] = ()  # what of the checkpoint is not read, in lines to be told
@@ -65,18 +66,13 @@ class ModelFacts:
     def total_bytes(self) -> int:
         return sum(self.block_bytes) + self.ends_bytes + self.copied_bytes
 
-    @property
-    def packed(self) -> bool:
-        """Whether samples differ in length, and so pass through the blocks one at a time."""
-        return layout_of(self.family, self.tower).packed
-
     def summary(self) -> dict[str, Any]:
         """For run.json."""
         return {
             "path": self.path,
             "family": self.family,
             "tower": self.tower,
-            "images": layout_of(self.family).images,
+            "images": sees_images(self.family),
             "blocks": self.blocks,
             "parameters": self.parameters,
             "prunable": self.prunable,
@@ -118,9 +114,9 @@ def model_facts(
         weights = {weight.parameter: weight for weight in matrices}
         largest = max(largest, *(tensors[parameter].numel() for parameter in weights))
         for parameter, weight in weights.items():
+            into = weight.of(tensors[parameter]).shape[1]
             for name, matrix in skeleton.stored(index, {parameter: tensors[parameter]}).items():
-                out, into = matrix.T.shape if weight.transposed else matrix.shape
-                linears.append((name, out, into))
+                linears.append((name, matrix.numel() // into, into))
                 stored.append(tuple(matrix.shape))
     tied = tied_names(skeleton.model)
     outside = {name: p.numel() for name, p in skeleton.model.named_parameters() if name not in tied}
@@ -129,6 +125,7 @@ def model_facts(
         path=path,
         family=config.model_type,
         tower=tower,
+        packed=skeleton.layout.packed,
         dtype=str(weights_in).removeprefix("torch."),
         hidden=skeleton.hidden_size,
         vocabulary=skeleton.vocabulary,

@@ -12,7 +12,7 @@ from cluster.fleet import Stream
 from pipeline.config import PruneConfig
 from pipeline.facts import ModelFacts
 from pipeline.retrain_config import RetrainConfig
-from stages.blocks import layout_of
+from stages.blocks import sees_images
 from stages.captions import holds_images
 from stages.checkpoint import resolve
 from stages.config_file import stated_config
@@ -36,7 +36,7 @@ def image_file(home: Path) -> Path:
 
 def check_calibration(config: PruneConfig, facts: ModelFacts) -> None:
     """Raises Refusal for images that the model does not see."""
-    if holds_images(config.calibration) and not layout_of(facts.family).images:
+    if holds_images(config.calibration) and not sees_images(facts.family):
         raise Refusal(
             f"calibration {config.calibration}: a folder of images, and {config.model} ({facts.family}) reads text "
             "only; give text, or a model that sees"

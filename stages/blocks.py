@@ -1,10 +1,11 @@
-"""The table of model families, and the anatomy of one decoder block found by running it once.
+"""What families have of their own, and the anatomy of one decoder block found by running it once.
 
-A family is one row: where its blocks are and what its components are called. How a block calls its components, which
-norm belongs to which, and which linears read the same tensor is not written down: `trace` watches one forward pass.
+Where blocks are and what their components are called is found in the model (`stages.structure`); a row says what is
+not. How a block calls its components, which norm belongs to which, and which linears read the same tensor is not
+written down: `trace` watches one forward pass.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,9 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import Refusal
-from stages.recipe import Tower
-
-STACKS = ("gate_up_proj", "down_proj")  # parameters in which transformers stacks the experts' matrices, (E, O, I)
+from stages.experts import stacks_of, stored_transposed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,55 +39,32 @@ class BlockLayout:
         return self.chains.get(component, (component,))
 
 
-_LLAMA = BlockLayout()  # norms before and behind its components are found by watching
-_EXPERTS = BlockLayout(routers=("mlp.gate",))
 _ENCODER = BlockLayout(blocks="model.vision_tower.encoder.layers")  # CLIP and SigLIP
 _IMAGES = BlockLayout(blocks="model.language_model.layers", vision=_ENCODER)
 
-FAMILIES: dict[str, BlockLayout] = {
-    "gemma2": _LLAMA,
+FAMILIES: dict[str, BlockLayout] = {  # what `stages.structure` would not find
     "gemma3": _IMAGES,
-    "gemma3_text": _LLAMA,
-    "gpt2": BlockLayout(blocks="transformer.h", components=("attn", "mlp")),
-    "gpt_neox": BlockLayout(blocks="gpt_neox.layers", components=("attention", "mlp")),
-    "llama": _LLAMA,
     "llava": _IMAGES,
-    "mistral": _LLAMA,
-    "mixtral": _EXPERTS,
-    "olmo2": _LLAMA,
     "opt": BlockLayout(blocks="model.decoder.layers", chains={"mlp": ("fc1", "activation_fn", "fc2")}),
-    "phi": _LLAMA,
-    "phi3": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen2_moe": BlockLayout(routers=("mlp.gate", "mlp.shared_expert_gate")),
     "qwen2_vl": BlockLayout(
         blocks="model.language_model.layers",
         vision=BlockLayout(blocks="model.visual.blocks", components=("attn", "mlp"), packed=True),
     ),
-    "qwen3": _LLAMA,
-    "qwen3_moe": _EXPERTS,
 }
 
 
-def layout_of(model_type: str, tower: Tower = "language") -> BlockLayout:
-    """The family's row, or what it says of its vision tower.
+def sees_images(family: str) -> bool:
+    """Whether models of the family read images too, as far as is known here."""
+    return family in FAMILIES and FAMILIES[family].images
 
-    Raises Refusal naming the supported families and how to add one, and for the vision tower of one that has none.
-    """
-    if model_type not in FAMILIES:
-        raise Refusal(
-            f"model family {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. "
-            "To add one: a row in FAMILIES (stages/blocks.py) and a case in tests/stages/test_families.py"
-        )
-    row = FAMILIES[model_type]
-    if tower == "language":
-        return row
-    if row.vision is None:
+
+def vision_of(family: str) -> BlockLayout:
+    """Where the family's vision tower keeps its things. Raises Refusal for one that has none, as far as known here."""
+    vision = FAMILIES[family].vision if family in FAMILIES else None
+    if vision is None:
         seeing = ", ".join(name for name, other in sorted(FAMILIES.items()) if other.images)
-        raise Refusal(
-            f"tower vision: {model_type} reads text only; leave --tower out, or give a model that sees: {seeing}"
-        )
-    return row.vision
+        raise Refusal(f"tower vision: {family} reads text only; leave --tower out, or give a model that sees: {seeing}")
+    return vision
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +83,7 @@ class Call:
             output = first(module(given, *self.args, **self.kwargs))
         else:
             output = first(module(*self.args, **{**self.kwargs, self.keyword: given}))
-        return output.unflatten(0, hidden.shape[:2]) if self.packed else output
+        return output if output.ndim == hidden.ndim else output.unflatten(0, hidden.shape[:2])
 
     def at(self, samples: Sequence[int]) -> "Call":
         """The call for those samples of the calibration: here, the same for all (see stages.varying)."""
@@ -210,10 +186,10 @@ def prunable(block: nn.Module, layout: BlockLayout) -> dict[str, tuple[Weight, .
     """
     found: dict[str, tuple[Weight, ...]] = {}
     weights = [weight for name, module in block.named_modules() for weight in _weights_of(name, module)]
-    weights = [weight for weight in weights if weight.module not in layout.routers]
+    weights = [weight for weight in weights if not _within(weight.module, layout.routers)]
     for component in layout.components:
         parts = layout.parts(component)
-        inside = tuple(w for w in weights if any(w.module == part or w.module.startswith(f"{part}.") for part in parts))
+        inside = tuple(weight for weight in weights if _within(weight.module, parts))
         if inside:
             found[component] = inside
     stray = {weight.name for weight in weights} - {weight.name for inside in found.values() for weight in inside}
@@ -222,13 +198,24 @@ def prunable(block: nn.Module, layout: BlockLayout) -> dict[str, tuple[Weight, .
     return found
 
 
+def _within(module: str, parts: Sequence[str]) -> bool:
+    return any(module == part or module.startswith(f"{part}.") for part in parts)
+
+
+def prunable_names(module: nn.Module) -> Iterator[str]:
+    """The parameters inside a module that hold prunable matrices, routers' among them."""
+    for name, inside in module.named_modules():
+        yield from dict.fromkeys(weight.parameter for weight in _weights_of(name, inside))
+
+
 def _weights_of(name: str, module: nn.Module) -> list[Weight]:
     if isinstance(module, nn.Linear | Conv1D):
         return [Weight(name, f"{name}.weight", name, transposed=isinstance(module, Conv1D))]
-    stacks = {inside: len(p) for inside, p in module.named_parameters(recurse=False) if inside in STACKS}
+    stacks = stacks_of(module)
+    turned = bool(stacks) and stored_transposed(module)
     return [
-        Weight(f"{name}.{expert}.{inside}", f"{name}.{inside}", name, expert)
-        for expert in range(max(stacks.values(), default=0))
+        Weight(f"{name}.{expert}.{inside}", f"{name}.{inside}", name, expert, turned)
+        for expert in range(max(map(len, stacks.values()), default=0))
         for inside in stacks
     ]
 
@@ -261,6 +248,11 @@ def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> A
             hooks.callback(handle.remove)
         run()
     units = []
+    passed = list(calls)
+    for name in (*inner, *(weight.module for weight in plain)):
+        if name not in calls:
+            raise Refusal(f"block of {type(block).__name__}: {name} holds weights and is never called as a whole")
+    components = dict(sorted(components.items(), key=lambda item: passed.index(parts[item[0]][0])))
     entries = [inputs[parts[name][0]] for name in components]
     for (name, weights), entry in zip(components.items(), entries, strict=True):
         exit_, alone = outputs[parts[name][-1]], sum(other is entry for other in entries) == 1

@@ -46,8 +46,9 @@ def shapes_of(matrices: Iterable[tuple[str, int, int]], config: Any) -> Shapes:
     Of experts the share counts that a token is routed to; the head counts, tied to the embedding or not.
     """
     text = config.get_text_config()
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
-    share = text.num_experts_per_tok / experts if experts else 1.0
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(text, name, None))), None)
+    share = getattr(text, "num_experts_per_tok", experts) / experts if experts else 1.0
     inside = sum(out * into * (share if ".experts." in name else 1.0) for name, out, into in matrices)
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads

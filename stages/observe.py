@@ -2,19 +2,18 @@
 
 The passes compute what they always do. Whatever the block does inside (OPT flattens samples, experts gather tokens),
 activations are handed on as (samples, tokens, channels).
-Letters: T = tokens, K = experts a token goes to, I = input channels.
+Letters: T = tokens, I = input channels.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stages.blocks import Anatomy, Call, Weight, first
+from stages.experts import SECOND, first_name, given_to_experts, inner
 
 SeenInput = Callable[[tuple[Weight, ...], Tensor], None]
 Seen = Callable[[Tensor], None]
@@ -91,22 +90,9 @@ def _routed(experts: list[Weight], shape: list[int], weights: SeenInput) -> Call
         by_expert.setdefault(weight.expert, {})[weight.parameter.rpartition(".")[2]] = weight
 
     def hook(module: Any, args: tuple[Tensor, ...]) -> None:
-        tokens_TI, chosen_TK = args[0].reshape(-1, args[0].shape[-1]), args[1].reshape(-1, args[1].shape[-1])
-        chosen = chosen_TK.reshape(-1)
-        order = chosen.argsort(stable=True)  # expert by expert, each one's tokens in their order
-        token = order // chosen_TK.shape[1]
-        place = chosen[order] * shape[0] + token // shape[1]  # counted without bincount, which waits for its size
-        counts_N = torch.zeros(len(module.gate_up_proj) * shape[0], dtype=torch.int64, device=place.device)
-        counts_N.scatter_add_(0, place, torch.ones_like(place))
-        by_sample = counts_N.view(-1, shape[0]).tolist()  # the one wait for the routing
-        starts = [0, *accumulate(sum(counts) for counts in by_sample)]
-        for expert, members in by_expert.items():
-            counts = by_sample[expert]
-            if not any(counts):
-                continue
-            x_TI = tokens_TI[token[starts[expert] : starts[expert + 1]]]
-            inner_TI = module._apply_gate(nn.functional.linear(x_TI, module.gate_up_proj[expert]))
-            for name, rows_TI in (("gate_up_proj", x_TI), ("down_proj", inner_TI)):
+        for expert, x_TI, counts in given_to_experts(module, args, shape):
+            members = by_expert[expert]
+            for name, rows_TI in ((first_name(module), x_TI), (SECOND, inner(module, expert, x_TI))):
                 for part_TI in rows_TI.split(counts):
                     if len(part_TI):
                         weights((members[name],), part_TI[None])

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from stages.blocks import BlockLayout, Call, layout_of
+from stages.blocks import BlockLayout, Call, sees_images
 from stages.checkpoint import Checkpoint
 from stages.config_file import read_config_file
 from stages.errors import Refusal
@@ -31,6 +31,7 @@ from stages.headers import TensorEntry
 from stages.precision import check_range, note_dtypes
 from stages.recipe import Tower
 from stages.storage import Storage
+from stages.structure import check_family, layout_in
 
 
 class _Stop(Exception):
@@ -61,13 +62,13 @@ class _Stub(nn.Module):
 def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's config. Raises Refusal if it cannot be read or names no model family known here."""
     file = read_config_file(directory)
-    layout_of(file.model_type)
+    check_family(file.model_type)
     return file.config(trust_remote_code)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """The transformers class that makes a whole model of `config`, head included."""
-    return AutoModelForImageTextToText if layout_of(config.model_type).images else AutoModelForCausalLM
+    return AutoModelForImageTextToText if sees_images(config.model_type) else AutoModelForCausalLM
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -98,8 +99,8 @@ class Skeleton:
         weights: torch.dtype | None = None,
     ) -> None:
         self.config, self.dtype, self.device, self.weights = config, dtype, device, weights
-        self.layout: BlockLayout = layout_of(config.model_type, self.tower)
         self.model = empty_model(config, dtype).eval()
+        self.layout: BlockLayout = layout_in(self.model, self.tower)
         self._computed = note_dtypes(self.model, dtype)
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         self.storage = Storage(self.model, shapes, None if checkpoint is None else checkpoint.entries)

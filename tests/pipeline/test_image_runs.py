@@ -11,7 +11,7 @@ from whole_runs import weights_of
 from pipeline.config import PruneConfig
 from pipeline.driver import prune
 from pipeline.options import build_config
-from stages.blocks import layout_of
+from stages.blocks import vision_of
 from stages.errors import Refusal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "stages"))
@@ -78,7 +78,7 @@ def test_the_vision_tower_alone_is_pruned_on_images(request_for, images, tmp_pat
     assert blocks.get("two", blocks["one"]) == blocks["one"] and len(blocks["one"]) == VISION_LAYERS
     pruned, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "one", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    tower = layout_of(name, "vision").blocks
+    tower = vision_of(name).blocks
     for part, dense in AutoModelForImageTextToText.from_pretrained(model).state_dict().items():
         values = pruned.state_dict()[part]
         if part.startswith(tower) and values.ndim > 1:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PixtralVisionConfig
 
 from pipeline.facts import model_facts
-from stages.blocks import FAMILIES, layout_of
+from stages.blocks import FAMILIES, vision_of
 from stages.captions import find_images
 from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
@@ -34,7 +34,7 @@ from stages.vision import VisionSkeleton
 
 SAMPLES, LENGTH = 6, 40
 TOGETHER = {"llava": 2, "gemma3": 2, "qwen2_vl": 1}  # images a microbatch
-TOWER = {name: layout_of(name, "vision").blocks for name in SEEING}
+TOWER = {name: vision_of(name).blocks for name in SEEING}
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +208,9 @@ def test_a_shadow_scores_the_tower_by_what_it_holds_of_it(seeing, table, tmp_pat
 
 
 def test_a_family_that_reads_text_only_has_no_vision_tower() -> None:
-    for name in FAMILIES.keys() - set(SEEING):
+    for name in (*FAMILIES.keys() - set(SEEING), "llama"):
         with pytest.raises(Refusal, match=f"tower vision: {name} reads text only; .* gemma3, llava, qwen2_vl"):
-            layout_of(name, "vision")
+            vision_of(name)
 
 
 def test_a_tower_of_another_kind_is_refused() -> None:
