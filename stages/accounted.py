@@ -8,7 +8,7 @@ import torch
 from stages.checkpoint import Checkpoint
 from stages.errors import Refusal
 from stages.headers import DTYPES
-from stages.quantised import quantised
+from stages.quantised import not_plain
 from stages.skeleton import Skeleton, tied_names
 
 NAMED = 3  # of what is listed, so many by name
@@ -28,7 +28,7 @@ def check_tensors(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
         for stored, part in parts.items():
             entry = checkpoint.entry(stored)
             if is_float and entry.dtype not in DTYPES:
-                raise quantised(checkpoint.directory, f"what wrote {stored} as {entry.dtype}")
+                raise not_plain(checkpoint.directory, entry)
             if entry.shape != tuple(part.shape):
                 raise Refusal(
                     f"{entry.file}: {stored} is {entry.shape}, config.json says {tuple(part.shape)}; fetch both again"
@@ -73,7 +73,7 @@ def _missing(name: str, skeleton: Skeleton, checkpoint: Checkpoint) -> Refusal:
             "merge_and_unload, save_pretrained)"
         )
     if packed := next((stored for stored in beside if checkpoint.entry(stored).dtype not in DTYPES), None):
-        return quantised(directory, f"what wrote {packed} as {checkpoint.entry(packed).dtype}")
+        return not_plain(directory, checkpoint.entry(packed))
     head = skeleton.model.get_output_embeddings()
     if head is not None and name.rpartition(".")[0] in {n for n, m in skeleton.model.named_modules() if m is head}:
         return Refusal(

@@ -49,7 +49,10 @@ class Checkpoint:
         if name not in self.entries:
             like = next((other for other in self.entries if other.casefold() == name.casefold()), None)
             beside = f" (there is {like}, and capitals count)" if like else ""
-            raise Refusal(f"{self.directory}: no tensor {name}{beside}; the checkpoint does not match its config.json")
+            raise Refusal(
+                f"{self.directory}: no tensor {name}{beside}; the checkpoint does not match its config.json; "
+                "fetch both again"
+            )
         return self.entries[name]
 
     def unread_files(self) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from stages.errors import Refusal
-from stages.quantised import WAYS_BACK, refuse_quantised
+from stages.quantised import SECTIONS, WAYS_BACK, refuse_quantised
 
 DTYPE_KEYS = ("dtype", "torch_dtype")  # the first wins
 DTYPES = {
@@ -37,12 +37,19 @@ class ConfigFile:
     def config(self, trust_remote_code: bool = False) -> PreTrainedConfig:
         """What transformers makes of it. Raises Refusal for what it cannot make anything of."""
         try:
-            if self.mended:
-                return AutoConfig.for_model(**self.values | {"name_or_path": str(self.path.parent)})
-            return AutoConfig.from_pretrained(self.path.parent, trust_remote_code=trust_remote_code)
+            config = self._made(trust_remote_code)
+            blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
         except Exception as error:
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise Refusal(f"{self.path}: transformers cannot read it ({first}); fetch that file again") from error
+            said = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]) or type(error).__name__
+            raise Refusal(f"{self.path}: transformers cannot read it ({said}); fetch that file again") from error
+        if isinstance(blocks, int) and blocks < 1:
+            raise Refusal(f"{self.path}: num_hidden_layers {blocks}: nothing to prune; fetch that file again")
+        return config
+
+    def _made(self, trust_remote_code: bool) -> PreTrainedConfig:
+        if self.mended:
+            return AutoConfig.for_model(**self.values | {"name_or_path": str(self.path.parent)})
+        return AutoConfig.from_pretrained(self.path.parent, trust_remote_code=trust_remote_code)
 
 
 def read_config_file(directory: Path) -> ConfigFile:
@@ -56,7 +63,9 @@ def read_config_file(directory: Path) -> ConfigFile:
         values = json.loads(raw.decode("utf-8-sig"))
         if not isinstance(values, dict):
             raise ValueError(f"a {type(values).__name__}, not an object")
-    except (OSError, ValueError) as error:
+        if not isinstance(values.get("text_config") or {}, dict):
+            raise ValueError("its text_config is not an object")
+    except (OSError, ValueError, RecursionError) as error:
         said = "empty" if isinstance(error, ValueError) and not raw.strip() else error
         raise Refusal(f"{path}: cannot be read ({said}); fetch that file again") from None
     if not isinstance(values.get("model_type"), str) or not values["model_type"]:
@@ -84,6 +93,7 @@ def _clean(values: dict[str, Any], path: Path) -> dict[str, Any]:
     clean = {
         name: _clean(value, path) if name.endswith("_config") and isinstance(value, dict) else value
         for name, value in values.items()
+        if value or name not in SECTIONS  # an empty one quantises nothing, and transformers stumbles over it
     }
     for key in DTYPE_KEYS:
         if clean.get(key) is not None:

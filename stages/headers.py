@@ -78,7 +78,7 @@ def read_headers(directory: Path) -> dict[str, TensorEntry]:
     for file, listed in _files(directory).items():
         path = directory / file
         if not path.is_file():
-            raise Refusal(f"{path}: listed in {INDEX} but missing; fetch that file again")
+            raise Refusal(f"{path}: {_why_not(path, bool(listed))}; fetch that file again")
         for entry in entries_of(directory, file):
             if (other := entries.setdefault(entry.name, entry)) is not entry and not _same(directory, other, entry):
                 raise Refusal(
@@ -89,6 +89,14 @@ def read_headers(directory: Path) -> dict[str, TensorEntry]:
         if missing:
             raise Refusal(f"{path}: {INDEX} promises {missing[0]} in it, but it is not there; fetch the files again")
     return entries
+
+
+def _why_not(path: Path, listed: bool) -> str:
+    if path.is_dir():
+        return "a folder, not a file"
+    if path.is_symlink():
+        return "a link to what is not there"
+    return f"listed in {INDEX} but missing" if listed else "named in config.json (transformers_weights) but missing"
 
 
 def _same(directory: Path, one: TensorEntry, other: TensorEntry) -> bool:
@@ -111,13 +119,16 @@ def _files(directory: Path) -> dict[str, list[str]]:
     """File -> the tensors that the index promises in it (none promised without one), as transformers chooses: a file
     that config.json names, else model.safetensors, else those of the index."""
     chosen = _named_in_config(directory)
-    if chosen is None and (directory / WEIGHTS).is_file():
+    one = directory / WEIGHTS
+    if chosen is None and (one.is_file() or (one.is_symlink() and not (directory / INDEX).is_file())):
         return {WEIGHTS: []}  # whatever an index says: save_pretrained leaves one that was there
     if chosen is not None and not chosen.endswith(".index.json"):
         return {_inside(directory, chosen): []}
-    index = directory / (chosen or INDEX)
+    index = directory / (_inside(directory, chosen) if chosen else INDEX)
     if index.is_file():
         return _indexed(directory, index)
+    if chosen:
+        raise Refusal(f"{index}: {_why_not(index, listed=False)}; fetch that file again")
     others = {path.name for pattern in OTHERS for path in directory.glob(pattern)}
     found = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in others)
     if len(found) > 1:
@@ -141,7 +152,7 @@ def _named_in_config(directory: Path) -> str | None:
     """The file that config.json tells transformers to load, if it names one."""
     try:
         config = json.loads((directory / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # a shadow, or a config whose reader says what is wrong with it
     named = config.get("transformers_weights") if isinstance(config, dict) else None
     return named if isinstance(named, str) else None
@@ -155,9 +166,11 @@ def _indexed(directory: Path, index: Path) -> dict[str, list[str]]:
             if file not in files:
                 _inside(directory, file)
             files.setdefault(file, []).append(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, Refusal):
-            raise Refusal(f"{index}: not a safetensors index ({error}); fetch that file again") from None
+            raise Refusal(
+                f"{index}: not a safetensors index ({str(error).partition(';')[0]}); fetch it again"
+            ) from None
         raise Refusal(f"{index}: not a safetensors index ({error!r}); fetch that file again") from None
     if not files:
         raise Refusal(f"{index}: not a safetensors index (it names no tensor); fetch that file again")
@@ -171,7 +184,7 @@ def _inside(directory: Path, file: Any) -> str:
     """
     path = PurePosixPath(file)
     if not path.name or path.is_absolute() or ".." in path.parts or "\0" in file:
-        raise Refusal(f"{file!r} is not the name of a file in {directory}")
+        raise Refusal(f"{file!r} is not the name of a file in {directory}; fetch what names it again")
     if not (directory / path).parent.resolve().is_relative_to(directory.resolve()):
-        raise Refusal(f"{file!r} leads out of {directory}")
+        raise Refusal(f"{file!r} leads out of {directory}; put the files themselves there")
     return str(file)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import Refusal
+from stages.headers import TensorEntry
 
 # What quantises, and the call that makes a plain checkpoint of it again (in its original format it would be quantised
 # again when it is saved); of others only the original is one.
@@ -46,3 +47,11 @@ def quantised(directory: Path, method: str) -> Refusal:
     way = WAYS_BACK.get(method)
     plain = f", or a plain one made with transformers: AutoModelForCausalLM.{way}" if way else ""
     return Refusal(f"{directory}: quantised by {method}; prune the original checkpoint{plain}; quantise the result")
+
+
+def not_plain(directory: Path, entry: TensorEntry) -> Refusal:
+    """The refusal of a weight that is not stored as floating-point numbers of 16 bits or more."""
+    return Refusal(
+        f"{directory}: {entry.name} is stored as {entry.dtype}, quantised or no weight at all; prune the original "
+        "checkpoint, or a plain one made of it (every weight times its scale, as bfloat16); quantise the result"
+    )

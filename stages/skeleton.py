@@ -72,9 +72,19 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `config` without memory for its parameters; its buffers hold what they should."""
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        return auto_class(config).from_config(config, dtype=dtype)
+    """The model of `config` without memory for its parameters; its buffers hold what they should.
+
+    Raises Refusal for a config that transformers reads but makes no model of.
+    """
+    auto = auto_class(config)
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            return auto.from_config(config, dtype=dtype)
+    except Exception as error:
+        raise Refusal(
+            f"{config.name_or_path or config.model_type}: transformers makes no model of its config.json ({error!r}); "
+            "fetch that file again"
+        ) from error
 
 
 CONTEXT = 2048  # the longest sample of a model whose config names none

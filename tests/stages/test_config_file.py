@@ -168,3 +168,8 @@ def test_the_way_back_from_fp8_gives_the_plain_weights(tiny_checkpoint: Made, tm
     for name, weight in found.items():
         assert weight.dtype == torch.bfloat16
         assert (weight.float() - plain[name].float()).abs().max() <= plain[name].float().abs().max() / 16
+
+
+def test_an_empty_quantization_config_quantises_nothing_and_goes(model: Path) -> None:
+    read = read_config(saying(model, quantization_config={}))
+    assert not hasattr(read, "quantization_config")
