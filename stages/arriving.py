@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.checkpoint import Checkpoint
+from stages.empty import empty_model
 from stages.retrain_model import has_weights
-from stages.skeleton import empty_model, read_config
+from stages.skeleton import read_config
 from stages.storage import Storage
 
 Values = Callable[[str], Tensor]  # a parameter's name -> what it begins with

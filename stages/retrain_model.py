@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from stages.checkpoint import Checkpoint
+from stages.empty import auto_class
 from stages.errors import Refusal
 from stages.headers import INDEX, PICKLES
-from stages.skeleton import Skeleton, auto_class, read_config
+from stages.skeleton import Skeleton, read_config
 
 
 def has_weights(directory: Path) -> bool:

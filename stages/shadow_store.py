@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from stages.checkpoint import Checkpoint
+from stages.empty import empty_model
 from stages.errors import Refusal
 from stages.files import file_digest, share, write_text
 from stages.recipe import Tower
 from stages.shadow_spec import ShadowSpec
-from stages.skeleton import empty_model, read_config, tied_names
+from stages.skeleton import read_config, tied_names
 from stages.vision import SKELETONS
 
 RECORD = "shadow.json"

@@ -13,19 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from stages.blocks import BlockLayout, Call, sees_images
+from stages.blocks import BlockLayout, Call
 from stages.checkpoint import Checkpoint
 from stages.config_file import read_config_file
+from stages.empty import empty_model
 from stages.errors import Refusal
 from stages.headers import TensorEntry
 from stages.precision import check_range, note_dtypes
@@ -64,27 +58,6 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedC
     file = read_config_file(directory)
     check_family(file.model_type)
     return file.config(trust_remote_code)
-
-
-def auto_class(config: PreTrainedConfig) -> Any:
-    """The transformers class that makes a whole model of `config`, head included."""
-    return AutoModelForImageTextToText if sees_images(config.model_type) else AutoModelForCausalLM
-
-
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `config` without memory for its parameters; its buffers hold what they should.
-
-    Raises Refusal for a config that transformers reads but makes no model of.
-    """
-    auto = auto_class(config)
-    try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            return auto.from_config(config, dtype=dtype)
-    except Exception as error:
-        raise Refusal(
-            f"{config.name_or_path or config.model_type}: transformers makes no model of its config.json ({error!r}); "
-            "fetch that file again"
-        ) from error
 
 
 CONTEXT = 2048  # the longest sample of a model whose config names none

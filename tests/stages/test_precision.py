@@ -16,10 +16,11 @@ from torch import nn
 
 from stages import devices
 from stages.checkpoint import Checkpoint
+from stages.empty import empty_model
 from stages.errors import Refusal
 from stages.precision import COMPUTED, chosen_compute, computing, note_dtypes, weights_dtype
 from stages.recipe import Recipe
-from stages.skeleton import empty_model, read_config
+from stages.skeleton import read_config
 from stages.spec import block_file
 
 LENGTH = 20
