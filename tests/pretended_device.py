@@ -1,0 +1,227 @@
+"""A device that is none: its tensors hold real numbers in the host's memory, say that they lie elsewhere, are counted.
+
+    with PretendedDevice() as device:
+        shard = Shard(replace(spec, device="pretend"))
+    device.waits, device.uploaded, device.launches
+
+What an accelerator refuses is refused here: two devices in one operation, a tensor handed to numpy. What makes a host
+wait for an accelerator is counted by where it was asked for: a number read, indices of unknown length, a copy to the
+host. It is torch's own Python back end under the name that torch keeps for devices it does not know (PrivateUse1);
+nothing is compiled. Operations run on the CPU's kernels, so results agree with the CPU's to the bit wherever the code
+takes the same way on both.
+"""
+
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+NAME = "pretend"
+aten = torch.ops.aten
+# The host cannot go on before the device has answered: it is given a number, or a tensor as long as the answer says.
+WAITING = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.is_nonzero.default,
+    aten.equal.default,
+    aten.masked_select.default,
+    aten.bincount.default,
+    aten.unique_consecutive.default,
+    aten._unique2.default,
+    aten.repeat_interleave.Tensor,
+}
+COPYING = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
+INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+
+
+class MixedDevices(RuntimeError):
+    """An operation was given tensors of two devices."""
+
+
+class _Backend(_DummyBackendModule):
+    """What torch asks of a device's module."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def get_rng_state(self, *_: object) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, *_: object) -> None:
+        pass
+
+    def synchronize(self, *_: object) -> None:
+        pass
+
+
+_setup_privateuseone_for_python_backend(rename=NAME, backend_module=_Backend())
+DEVICE = torch.device(NAME, 0)
+
+
+class _Far(torch.Tensor):
+    """A tensor on the device; `numbers` holds them, in the host's memory."""
+
+    numbers: Tensor
+
+    @staticmethod
+    def __new__(cls, real: Tensor) -> "_Far":
+        far = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            real.size(),
+            strides=real.stride(),
+            storage_offset=real.storage_offset(),
+            dtype=real.dtype,
+            device=DEVICE,
+            requires_grad=False,
+        )
+        far.numbers = real
+        return far
+
+    def __init__(self, real: Tensor) -> None:
+        pass
+
+    def tolist(self) -> Any:
+        _note_wait("tolist")
+        return self.numbers.tolist()
+
+    def numpy(self, *_: object, **__: object) -> Any:
+        raise TypeError("can't convert a tensor of the pretended device to numpy; use .cpu() first")
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"_Far({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class PretendedDevice(TorchDispatchMode):
+    """Within it the device exists, and what is asked of it is counted."""
+
+    current: "PretendedDevice | None" = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+        self.uploaded = self.downloaded = 0  # bytes
+        self.waits: Counter[str] = Counter()  # what for and where -> how often
+        self._held = ExitStack()
+
+    def __enter__(self) -> "PretendedDevice":
+        PretendedDevice.current = self
+        for name in ("tensor", "as_tensor"):  # they make a tensor of numbers without asking any mode
+            self._held.enter_context(patch.object(torch, name, _made_elsewhere(getattr(torch, name))))
+        # torch would put new numbers under an old parameter, whose wrapper would not hear of it
+        before = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        self._held.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> Any:
+        PretendedDevice.current = None
+        self._held.close()
+        return super().__exit__(*exception)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    @contextmanager
+    def counted(self) -> Iterator[Counter[str]]:
+        """What it waits for within the block alone."""
+        before, found = self.waits.copy(), Counter[str]()
+        yield found
+        found.update(self.waits - before)
+
+
+def _made_elsewhere(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def made(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        return make(data, **options) if device is None else make(data, **options).to(device)
+
+    return made
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operation on the tensors' real numbers; its results lie where its operands do."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    far = [tensor for tensor in tensors if isinstance(tensor, _Far)]
+    wanted = kwargs.get("device")
+    asked_for = wanted is not None and torch.device(wanted).type == NAME
+    if not far and not asked_for:
+        return func(*args, **kwargs)
+    _refuse_mixture(func, args, tensors)
+    real_args, real_kwargs = tree_map_only(_Far, lambda tensor: tensor.numbers, (args, kwargs))
+    if wanted is not None:
+        real_kwargs = {**real_kwargs, "device": torch.device("cpu")}
+    real_kwargs.pop("pin_memory", None)
+    there = isinstance(args[0], _Far) if func is aten.copy_.default else asked_for if wanted is not None else True
+    _count(func, args, there)
+    if func is aten.histc.default and not real_args[0].is_floating_point():  # accelerators have it for integers too
+        real_args = (real_args[0].float(), *real_args[1:])
+        out = func(*real_args, **real_kwargs).to(args[0].dtype)
+    else:
+        out = func(*real_args, **real_kwargs)
+    written = {id(tensor.numbers): tensor for tensor in _written(func, args, kwargs) if isinstance(tensor, _Far)}
+    return tree_map_only(Tensor, lambda t: written.get(id(t), _Far(t) if there else t), out)
+
+
+def _refuse_mixture(func: Any, args: Any, tensors: list[Tensor]) -> None:
+    """Raises MixedDevices where an accelerator would: it takes a lone number of the host's in what works number by
+    number, and indices."""
+    near = [tensor for tensor in tensors if not isinstance(tensor, _Far)]
+    if not near or len(near) == len(tensors) or func in COPYING:
+        return
+    if func in INDEXING:
+        values = args[2] if len(args) > 2 else None
+        near = [tensor for tensor in near if tensor is args[0] or tensor is values]
+    bad = [tensor for tensor in near if tensor.dim() or torch.Tag.pointwise not in func.tags]
+    if bad:
+        raise MixedDevices(f"{func} at {_place()}: {[(tuple(t.shape), str(t.device)) for t in tensors]}")
+
+
+def _count(func: Any, args: Any, there: bool) -> None:
+    device = PretendedDevice.current
+    if device is None:
+        return
+    device.launches += 1
+    if func in WAITING:
+        _note_wait(str(func).removeprefix("aten."))
+    if func in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1]):
+        _note_wait("index by bool")
+    if func is aten._foreach_copy_.default:
+        for target, source in zip(args[0], args[1], strict=True):
+            _count(aten.copy_.default, (target, source), isinstance(target, _Far))
+    elif func in COPYING:
+        source = args[1] if func is aten.copy_.default else args[0]
+        if isinstance(source, _Far) and not there:
+            device.downloaded += source.numbers.nbytes
+            _note_wait("copy to host")
+        elif isinstance(source, Tensor) and not isinstance(source, _Far) and there:
+            device.uploaded += source.nbytes
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
+    """The operands that the operation changes in place: what comes back is they themselves."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from tree_leaves(args[position] if position < len(args) else kwargs.get(argument.name))
+
+
+def _note_wait(what: str) -> None:
+    if PretendedDevice.current is not None:
+        PretendedDevice.current.waits[f"{what} at {_place()}"] += 1
+
+
+def _place() -> str:
+    """Which line of ours asked."""
+    for frame in reversed(traceback.extract_stack()):
+        if "/tests/" not in frame.filename and ("/stages/" in frame.filename or "/cluster/" in frame.filename):
+            return f"{frame.filename.rsplit('/', 1)[-1]}:{frame.name}"
+    return "elsewhere"
