@@ -72,8 +72,6 @@ def main() -> None:
     seconds = block["seconds"]["reconstruct"] * cpu / wall
     plain = (before + after) / 2
     rate = flops / seconds / 1e9
-    for unit in block["units"]:
-        print(f"  {unit['name']:10} {unit['flops'] / unit['seconds'] / 1e9:6.0f} GFLOP/s of wall time")
     print(f"  block      {rate:6.0f} GFLOP/s of CPU time, {block['gflops']:.0f} of wall time")
     print(f"  plain bf16 {plain:6.0f} GFLOP/s of CPU time: the block reaches {rate / plain:.2f} of it")
     report(
