@@ -189,10 +189,9 @@ def _drop_lowest_on_device(rows: Tensor, drop: int) -> Tensor:
         last_O1 = rows.sort(dim=-1).values[:, drop - 1 : drop]
     else:
         last_O1 = rows.kthvalue(drop, dim=-1, keepdim=True).values
-    keep = rows > last_O1
-    ties = (rows == last_O1).view(-1).nonzero()[:, 0]
-    keep.view(-1)[_last_ties(ties, columns, columns - drop - keep.sum(-1))] = True
-    return keep
+    keep, ties = rows > last_O1, rows == last_O1
+    gone_O1 = ties.sum(-1, keepdim=True) - (columns - drop - keep.sum(-1, keepdim=True))  # of the ties, the first ones
+    return keep.logical_or_(ties.cumsum(-1, dtype=torch.int32).gt(gone_O1).logical_and_(ties))  # nobody waits for it
 
 
 def _last_ties(place_T: Tensor, columns: int, count_O: Tensor) -> Tensor:
