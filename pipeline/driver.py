@@ -1,6 +1,6 @@
 """A pruning run begun, or gone on with: what it is asked for is looked at before anything is written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from pipeline.config import PruneConfig
 from pipeline.facts import ModelFacts, check_headers, model_facts
 from pipeline.inputs import check_calibration
 from pipeline.layout import Load, arrange, check_disk
+from pipeline.new_family import tried
 from pipeline.options import build_config, located
 from pipeline.progress import Reporter
 from pipeline.prune_run import PRUNED_MEASURES, PruneRun
@@ -102,6 +103,7 @@ def _inspect(config: PruneConfig) -> tuple[ModelFacts, str]:
     model = resolve(config.model)
     checkpoint, settings = Checkpoint(model), read_config(model, config.trust_remote_code)
     facts = model_facts(settings, config.model, config.dtype, checkpoint, config.tower)
+    facts = replace(facts, remarks=(*facts.remarks, *tried(settings)))
     check_recipe_fits(facts, config.recipe)
     check_calibration(config, facts)
     fingerprint = check_headers(facts, checkpoint)

@@ -16,6 +16,7 @@ from pipeline.config import EvalConfig
 from pipeline.facts import check_headers, model_facts
 from pipeline.inputs import bos_for, load_tokenizer, stream_of, tell
 from pipeline.layout import Layout, Load, arrange
+from pipeline.new_family import tried
 from pipeline.progress import Reporter, reporter_for
 from pipeline.settle import microbatch_size
 from stages.checkpoint import Checkpoint, resolve
@@ -95,7 +96,9 @@ def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, 
 def _layout(config: EvalConfig, model: str) -> Layout:
     directory = resolve(model)
     checkpoint = Checkpoint(directory)
-    facts = model_facts(read_config(directory, config.trust_remote_code), model, config.dtype, checkpoint)
+    settings = read_config(directory, config.trust_remote_code)
+    facts = model_facts(settings, model, config.dtype, checkpoint)
+    tried(settings)
     check_headers(facts, checkpoint)
     return arrange(config.model_copy(update={"model": model}), facts, Load())
 

@@ -146,7 +146,8 @@ class Command:
         did not go with it."""
         self.process.send_signal(signal.SIGSTOP)  # it does no more while its family is looked up
         family = self.family()
-        tokens = {member.environ().get("RAY_AUTH_TOKEN_PATH") for member in family[1:]} - {None}
+        ours = os.environ.get("RAY_AUTH_TOKEN_PATH")  # of the tests' shared cluster: the driver was started with it
+        tokens = {member.environ().get("RAY_AUTH_TOKEN_PATH") for member in family[1:]} - {None, ours}
         self.process.kill()
         self.finish()
         _, left = psutil.wait_procs(family, timeout=20)

@@ -1,0 +1,259 @@
+"""Whether a family that nobody has tried works here: a small random model of its own config class goes all the way.
+
+Width and depth are cut, what blocks consist of is kept. The model is streamed block by block against the whole, its
+components are found, masked and refitted, and what is written is loaded back by transformers. All must be exact.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from stages.blocks import prunable
+from stages.empty import auto_class
+from stages.errors import Refusal
+from stages.recipe import Recipe, WorkOrder
+from stages.shard import Shard
+from stages.skeleton import Skeleton
+from stages.spec import ShardSpec
+
+# By tests/stages/test_families.py, with every change.
+# fmt: off
+TRIED = frozenset((
+    "apertus", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3", "gemma3_text",
+    "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite", "hunyuan_v1_dense", "llama",
+    "llama4_text", "llava", "ministral3", "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "olmoe",
+    "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen2_vl", "qwen3", "qwen3_moe", "qwen3_next", "seed_oss",
+    "smollm3", "stablelm", "starcoder2",
+))
+# fmt: on
+SAMPLES, LENGTH, VOCABULARY = 4, 20, 128
+SMALLEST = 256  # numbers in what is taken for a matrix
+SIZES = {  # what the small model has in place of the config's own
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    "intermediate_size_mlp": 96,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "sliding_window": 6,
+    "attention_chunk_size": 6,
+    "vocab_size": VOCABULARY,
+}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+
+
+def try_family(config: PreTrainedConfig, layers: Sequence[nn.Module], home: Path, memory: Path | None) -> str | None:
+    """Try the family of `config`, whose blocks are `layers`, in a folder of its own under `home`; the line to be told,
+    or None where there was nothing to try. `memory` is a file that keeps what passed; it need not be writable.
+
+    Raises Refusal that says what differed.
+    """
+    family = config.model_type
+    if family in TRIED:
+        return None
+    small = small_config(config, layers)
+    key = _key(family, small)
+    if memory is not None and key in _remembered(memory):
+        return None
+    folder = home / "family-probe"
+    folder.mkdir(parents=True)
+    try:
+        blocks = _go(family, small, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if memory is not None:
+        with suppress(OSError):
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            memory.write_text(json.dumps(sorted({*_remembered(memory), key})))
+    return (
+        f"{family}: new here; a small random model of it, {blocks} blocks, was streamed, pruned and loaded back exactly"
+    )
+
+
+def _key(family: str, small: PreTrainedConfig) -> str:
+    settings = json.dumps(small.to_dict(), sort_keys=True, default=str)
+    return f"{family} {transformers.__version__} {hashlib.sha256(settings.encode()).hexdigest()}"
+
+
+def _remembered(memory: Path) -> list[str]:
+    try:
+        return [key for key in json.loads(memory.read_text()) if isinstance(key, str)]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def small_config(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> PreTrainedConfig:
+    """The config with small widths, and as many of the first blocks as show every kind of block, two at least."""
+    text = config.get_text_config()
+    settings, names, depth = text.to_dict(), text.attribute_map, text.num_hidden_layers
+    listed = {name: value for name, value in settings.items() if isinstance(value, list) and len(value) == depth}
+    kinds = [
+        (tuple(layer.state_dict()), *(str(value[index]) for value in listed.values()))
+        for index, layer in enumerate(layers)
+    ]
+    count = max(min(2, depth), *(kinds.index(kind) + 1 for kind in kinds))
+    changes: dict[str, Any] = {name: value[:count] for name, value in listed.items()}
+    for name, size in SIZES.items():
+        value = settings.get(names.get(name, name))
+        if isinstance(value, int) and value > size:
+            changes[names.get(name, name)] = size
+        elif isinstance(value, list) and all(isinstance(item, int) and item > size for item in value):
+            changes[name] = [size] * count
+    heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    if isinstance(groups, int) and isinstance(heads, int) and heads > SIZES["num_attention_heads"]:
+        changes["num_key_value_heads"] = max(1, SIZES["num_attention_heads"] * groups // heads)
+    changes[names.get("num_hidden_layers", "num_hidden_layers")] = count
+    for name, value in SPECIAL.items():
+        if name in settings:
+            changes[name] = value
+    return type(text)(**{**settings, **changes, "dtype": "float32"})
+
+
+def _go(family: str, config: PreTrainedConfig, folder: Path) -> int:
+    """All the way once; how many blocks it was. Raises Refusal that says how far it came and what differed."""
+    step = "building a small model of it"
+    try:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(3, VOCABULARY, (SAMPLES, LENGTH), generator=generator)
+        model = _random_model(config, generator)
+        model.save_pretrained(folder / "model")
+        dense = _loaded(config, folder / "model")
+        whole = _states(dense, tokens)
+        step = "streaming block by block"
+        shard = _shard(folder, config.num_hidden_layers)
+        last = _streamed(shard, tokens, whole, range(config.num_hidden_layers))
+        step = "looking for its matrices"
+        _all_accounted(shard.skeleton)
+        step = "pruning and refitting"
+        for index in range(config.num_hidden_layers):
+            for report in shard.work(WorkOrder(blocks=(index,))):
+                for name, layer in report["layers"].items():
+                    if 2 * layer["zeros"] != layer["weights"]:
+                        raise _Differs(f"block {index}, {name}: {layer['zeros']} of {layer['weights']} are zero")
+        step = "loading what was written"
+        shard.copy_ends()
+        shard.open(0)
+        _gather(folder)
+        pruned = _states(_loaded(config, folder / "output"), tokens)
+        last = _streamed(shard, tokens, pruned, ())
+        assert torch.isfinite(last).all()
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(
+            f"model family {family!r} is not supported: {step} failed on a small random one ({first}); "
+            "a row in FAMILIES (stages/blocks.py) may say what is different"
+        ) from error
+    return int(config.num_hidden_layers)
+
+
+def _all_accounted(skeleton: Skeleton) -> None:
+    """Raises _Differs for a matrix of a block that is neither pruned nor a router's: it would stay dense unsaid."""
+    for index, layer in enumerate(skeleton.layers):
+        pruned = {weight.parameter for weights in prunable(layer, skeleton.layout).values() for weight in weights}
+        for name, tensor in layer.named_parameters():
+            matrix = tensor.ndim > 1 and 1 not in tensor.shape and tensor.numel() >= SMALLEST
+            routes = any(name.startswith(f"{router}.") for router in skeleton.layout.routers)
+            if matrix and name not in pruned and not routes and not name.endswith("bias"):
+                raise _Differs(f"block {index}: {name} {tuple(tensor.shape)} is no linear, expert or router known here")
+
+
+class _Differs(Exception):
+    """Something was computed or written otherwise than transformers does."""
+
+
+def _random_model(config: PreTrainedConfig, generator: torch.Generator) -> Any:
+    """As transformers begins it; vectors, which it begins as ones and zeros, moved a little."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        model = auto_class(config).from_config(config, dtype=torch.float32).eval()
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and (tensor.ndim == 1 or name.endswith("_bias")):
+                tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    return model
+
+
+def _loaded(config: PreTrainedConfig, directory: Path) -> Any:
+    model, notes = auto_class(config).from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if notes[what]:
+            raise _Differs(f"{what.replace('_', ' ')}: {sorted(map(str, notes[what]))[0]}")
+    return model.eval()
+
+
+def _states(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """What the whole model computes: each block's output, and "logits"."""
+    from stages.structure import layout_in
+
+    seen: dict[str, Tensor] = {}
+    blocks = model.get_submodule(layout_in(model).blocks)
+
+    def keep(name: str) -> Any:
+        return lambda module, args, output: seen.__setitem__(name, output if isinstance(output, Tensor) else output[0])
+
+    handles = [block.register_forward_hook(keep(f"block {index}")) for index, block in enumerate(blocks)]
+    with torch.no_grad():
+        seen["logits"] = model(input_ids=tokens, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def _shard(folder: Path, blocks: int) -> Shard:
+    (folder / "output").mkdir()
+    spec: Mapping[str, Any] = {"model": str(folder / "model"), "output": str(folder / "output"), "length": LENGTH}
+    recipe = Recipe(learning_rate=0.01)
+    ends: Mapping[str, Any] = {"index": 0, "first": 0, "last": blocks, "embeds": True, "heads": True}
+    made = Shard(ShardSpec(scratch=str(folder), recipe=recipe, **ends, **spec))
+    made.open()
+    return made
+
+
+def _streamed(shard: Shard, tokens: Tensor, whole: Mapping[str, Tensor], collect: Any) -> Tensor:
+    """The logits by way of the shard, all samples in one microbatch. Raises _Differs where they are not the model's."""
+    shard.begin(1, collect)
+    hidden, last = shard.forward(0, shard.embed(tokens.int())), shard.spec.last - 1
+    if not torch.equal(hidden, whole[f"block {last}"]):
+        raise _Differs(f"block {last} gives other values than in the whole model")
+    logits = shard.logits(hidden)
+    if not torch.equal(logits, whole["logits"]):
+        raise _Differs("the blocks agree and the logits differ")
+    return logits
+
+
+def _gather(folder: Path) -> None:
+    """The output's files as one checkpoint."""
+    files = sorted((folder / "output").glob("*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    for file in files[1:]:
+        file.unlink()
+    files[0].unlink()
+    save_file(tensors, folder / "output" / "model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(folder / "model" / "config.json", folder / "output" / "config.json")
+
+
+def probe(skeleton: Skeleton, home: Path, memory: Path | None) -> str | None:
+    """Try the family of the model that `skeleton` stands for; see `try_family`."""
+    return try_family(skeleton.config, skeleton.layers, home, memory)
