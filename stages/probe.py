@@ -61,6 +61,8 @@ SIZES = {  # what the small model has in place of the config's own
     "sliding_window": 6,
     "attention_chunk_size": 6,
     "vocab_size": VOCABULARY,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 16,
 }
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
