@@ -70,6 +70,12 @@ def _recipes() -> dict[str, dict[str, Any]]:
     for epochs in (2, 3):
         name = f"wanda + swaps + component, pruned inputs, {epochs} epochs"
         recipes[name] = fitted | {"inputs": "pruned", "epochs": epochs}
+    for name, more in {"alps": bare, "alps, pruned inputs": bare | {"inputs": "pruned"}}.items():
+        recipes[name] = more | {"criterion": "alps"}
+    rebuilt = {"criterion": "alps", "refine": "none", "epochs": 2}
+    for unit in ("component", "block", "window:2"):
+        recipes[f"alps + {unit}, 2 epochs"] = rebuilt | {"reconstruct": unit}
+    recipes["alps + component + 1 sweep: 4 epochs in all"] = rebuilt | {"reconstruct": "component", "sweeps": 1}
     return recipes
 
 
