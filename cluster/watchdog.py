@@ -57,10 +57,12 @@ def members(home: Path) -> Iterator[psutil.Process]:
 
 
 def _is_member(process: psutil.Process, home: Path) -> bool:
+    if not any("/ray/" in part or part.startswith("ray::") for part in process.cmdline()):
+        return False  # a command that the driver has started, say, whose environment it gave on
     if process.environ().get("RAY_AUTH_TOKEN_PATH") == str(home / TOKEN_FILE):
         return True
     # An agent of Ray has written its title over its environment.
-    return process.name().startswith("ray::") and any(Path(f.path).is_relative_to(home) for f in process.open_files())
+    return any(Path(file.path).is_relative_to(home) for file in process.open_files())
 
 
 def sweep(home: Path) -> None:

@@ -1,5 +1,6 @@
 """Whole runs for tests: a tokenizer and a text for tiny models, a run without Ray, a command in its own process."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -165,3 +166,13 @@ class Command:
         self.process.wait()
         self._timer.cancel()
         return self.process.returncode, out
+
+
+def alive(family: Sequence[psutil.Process]) -> list[str]:
+    """Which of these processes are more than an entry that nobody has collected yet."""
+    left = []
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(f"{process.pid} {process.name()}")
+    return left

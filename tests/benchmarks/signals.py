@@ -16,13 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conftest import tiny_config
-from whole_runs import LENGTH, MICROBATCH, SAMPLES, Command, add_tokenizer, weights_of, write_text
+from whole_runs import LENGTH, MICROBATCH, SAMPLES, Command, add_tokenizer, alive, weights_of, write_text
 
 SECONDS = 10.0
 
@@ -60,7 +59,7 @@ def measure(home: Path, moments: int, chosen: random.Random) -> int:
         run.process.send_signal(signal.SIGTERM)
         code, _ = run.finish()
         seconds = time.monotonic() - began
-        left = len(psutil.wait_procs(family, timeout=0)[1]) + len(list(home.glob("espalier-*")))
+        left = [*alive(family), *home.glob("espalier-*")]
         states = mlflow_states(output)
         same = resumed(output, expected)
         # Before Python is up there is no handler: the signal ends it, which a shell reports as 143 too.
@@ -69,7 +68,7 @@ def measure(home: Path, moments: int, chosen: random.Random) -> int:
         worst, faults = max(worst, seconds), faults + (not good)
         said = run.lines[-1] if run.lines else ""
         print(
-            f"{moment:6.2f} s: exit {code}, {seconds:.2f} s, {left} left, MLflow {states}, same bytes {same}; {said}",
+            f"{moment:6.2f} s: exit {code}, {seconds:.2f} s, left {left}, MLflow {states}, same bytes {same}; {said}",
             flush=True,
         )
         if not good:

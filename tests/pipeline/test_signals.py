@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from whole_runs import LENGTH, MICROBATCH, SAMPLES, Command, prune_without_ray, weights_of
+from whole_runs import LENGTH, MICROBATCH, SAMPLES, Command, alive, prune_without_ray, weights_of
 
 from cluster.folders import PREFIX
 from pipeline import cli, driver
@@ -80,7 +79,7 @@ def ends(run: Command, number: signal.Signals) -> None:
     code, _ = run.finish()
     assert time.monotonic() - start < SECONDS
     assert code == 128 + number, "\n".join(run.lines)
-    assert psutil.wait_procs(family, timeout=0)[1] == [], "nothing of it is alive"
+    assert alive(family) == []
     assert not any("Traceback" in line or "SIG" in line for line in run.lines)
     assert run.lines[-1].startswith("espalier: interrupted")
 
