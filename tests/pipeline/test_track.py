@@ -297,3 +297,17 @@ def test_a_finished_or_foreign_directory_is_refused(small: dict[str, Any], tmp_p
     write_text(out / "thesis.tex", 100, seed=0)
     with pytest.raises(Refusal, match="not empty"):
         track(TrackConfig(**small))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_on_a_cluster_with_only_as_many_cpus_as_ranks_the_pruning_gets_what_they_let_go(
+    small: dict[str, Any], recorded: str
+) -> None:
+    from cluster.connect import local_cluster
+    from pipeline.track import track
+
+    config = TrackConfig(**small | {"sparsities": [0.5], "ranks": 1, "steps": 4, "warmup": 0})
+    with local_cluster(cpus=1, object_store_bytes=100_000_000):
+        (half,) = track(config).points
+    assert half["sparsity"] == pytest.approx(0.5, abs=0.01)
