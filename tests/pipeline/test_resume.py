@@ -18,7 +18,7 @@ from whole_runs import LENGTH, MICROBATCH, SAMPLES, Command, Listener, journal_o
 from pipeline import driver, prune_run
 from pipeline.config import PruneConfig
 from pipeline.driver import prune, resume
-from pipeline.rundir import RunDirectory
+from pipeline.rundir import RunDirectory, check_free
 from stages.errors import Refusal
 
 EPOCHS = 3  # so that a block takes long enough to be interrupted
@@ -281,7 +281,11 @@ def test_two_processes_do_not_work_on_one_run(interrupted: tuple[Path, dict[str,
     mine, _ = RunDirectory.reopen(interrupted[0])
     with pytest.raises(Refusal, match=rf"process {os.getpid()} on \S+ is at work on this run"):
         RunDirectory.reopen(interrupted[0])
+    with pytest.raises(Refusal, match=rf"process {os.getpid()} on \S+ is at work on this run; let it end, or give"):
+        check_free(interrupted[0])
     mine.release()
+    with pytest.raises(Refusal, match="espalier resume"):
+        check_free(interrupted[0])
     RunDirectory.reopen(interrupted[0])[0].release()
 
 
