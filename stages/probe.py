@@ -21,10 +21,12 @@ from transformers import PreTrainedConfig
 from stages.blocks import prunable
 from stages.empty import auto_class
 from stages.errors import Refusal
+from stages.files import write_text
 from stages.recipe import Recipe, WorkOrder
 from stages.shard import Shard
 from stages.skeleton import Skeleton
 from stages.spec import ShardSpec
+from stages.structure import layout_in
 
 # By tests/stages/test_families.py, with every change.
 # fmt: off
@@ -67,16 +69,13 @@ SIZES = {  # what the small model has in place of the config's own
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
 
-def try_family(config: PreTrainedConfig, layers: Sequence[nn.Module], home: Path, memory: Path | None) -> str | None:
-    """Try the family of `config`, whose blocks are `layers`, in a folder of its own under `home`; the line to be told,
-    or None where there was nothing to try. `memory` is a file that keeps what passed; it need not be writable.
+def probe(skeleton: Skeleton, home: Path, memory: Path | None) -> str | None:
+    """Try the family of the model that `skeleton` stands for, in a folder of its own under `home`; the line to be told,
+    or None where it has passed before. `memory` is a file that keeps what passed; it need not be writable.
 
     Raises Refusal that says what differed.
     """
-    family = config.model_type
-    if family in TRIED:
-        return None
-    small = small_config(config, layers)
+    family, small = skeleton.config.model_type, small_config(skeleton.config, skeleton.layers)
     key = _key(family, small)
     if memory is not None and key in _remembered(memory):
         return None
@@ -89,7 +88,7 @@ def try_family(config: PreTrainedConfig, layers: Sequence[nn.Module], home: Path
     if memory is not None:
         with suppress(OSError):
             memory.parent.mkdir(parents=True, exist_ok=True)
-            memory.write_text(json.dumps(sorted({*_remembered(memory), key})))
+            write_text(memory, json.dumps(sorted({*_remembered(memory), key})))
     return (
         f"{family}: new here; a small random model of it, {blocks} blocks, was streamed, pruned and loaded back exactly"
     )
@@ -146,7 +145,7 @@ def _go(family: str, config: PreTrainedConfig, folder: Path) -> int:
         whole = _states(dense, tokens)
         step = "streaming block by block"
         shard = _shard(folder, config.num_hidden_layers)
-        last = _streamed(shard, tokens, whole, range(config.num_hidden_layers))
+        _streamed(shard, tokens, whole, range(config.num_hidden_layers))
         step = "looking for its matrices"
         _all_accounted(shard.skeleton)
         step = "pruning and refitting"
@@ -207,8 +206,6 @@ def _loaded(config: PreTrainedConfig, directory: Path) -> Any:
 
 def _states(model: Any, tokens: Tensor) -> dict[str, Tensor]:
     """What the whole model computes: each block's output, and "logits"."""
-    from stages.structure import layout_in
-
     seen: dict[str, Tensor] = {}
     blocks = model.get_submodule(layout_in(model).blocks)
 
@@ -254,8 +251,3 @@ def _gather(folder: Path) -> None:
     files[0].unlink()
     save_file(tensors, folder / "output" / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(folder / "model" / "config.json", folder / "output" / "config.json")
-
-
-def probe(skeleton: Skeleton, home: Path, memory: Path | None) -> str | None:
-    """Try the family of the model that `skeleton` stands for; see `try_family`."""
-    return try_family(skeleton.config, skeleton.layers, home, memory)
