@@ -51,7 +51,8 @@ class Chooser:
             keep, values = criterion.solve(matrix, statistics, target, None, **options)
             if recipe.refine != "none":
                 keep = self._refined(matrix, keep, statistics, rule)
-                keep, values = criterion.solve(matrix, statistics, target, keep, **options)
+                if criterion.exact or not recipe.solve:  # else the values would be thrown away
+                    keep, values = criterion.solve(matrix, statistics, target, keep, **options)
             return keep, values if criterion.exact else self._solved(matrix, keep, statistics, values)
         keep = _mask(matrix, statistics, rule, name, options)
         if few:
