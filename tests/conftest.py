@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-if TYPE_CHECKING:
-    from cluster.ranks import Ranks
-
 from cluster.arithmetic import steady_products
 
 if TYPE_CHECKING:

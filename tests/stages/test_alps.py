@@ -1,17 +1,21 @@
 """ALPS against every mask there is, and its values against least squares in float64; inputs that break solvers."""
 
+from functools import partial
 from itertools import combinations
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_layers import correlated as correlated_inputs
+from random_layers import weight_of
 from torch import Tensor
 
 from stages.alps import alps, solve
 from stages.errors import Refusal
 from stages.sparsegpt import sparsegpt
 
+correlated = partial(correlated_inputs, mixed=2.0)
 TARGETS = {
     "half": {"sparsity": 0.5},
     "rows": {"sparsity": 0.5, "scope": "row"},
@@ -19,18 +23,6 @@ TARGETS = {
     "2:4": {"pattern": (2, 4)},
     "7:20": {"pattern": (7, 20)},
 }
-
-
-def correlated(tokens: int, inputs: int, seed: int = 0) -> Tensor:
-    """Inputs (tokens, I) float64 whose channels depend on each other and differ in size."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
-    x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64)
-    return (x + 2 * x @ mixing) * torch.linspace(0.3, 3, inputs, dtype=torch.float64)
-
-
-def weight_of(outputs: int, inputs: int, seed: int = 0) -> Tensor:
-    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1000 + seed))
 
 
 def damped(gram: Tensor, damping: float = 0.01) -> Tensor:

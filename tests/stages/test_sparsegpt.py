@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_layers import correlated, weight_of
 from torch import Tensor
 
 from stages.errors import Refusal
@@ -19,18 +20,6 @@ TARGETS = {
     "1:3": {"pattern": (1, 3)},
     "7:20": {"pattern": (7, 20)},
 }
-
-
-def correlated(tokens: int, inputs: int, seed: int = 0) -> Tensor:
-    """Inputs (tokens, I) float64 whose channels depend on each other and differ in size."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
-    x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64)
-    return (x + x @ mixing) * torch.linspace(0.3, 3, inputs, dtype=torch.float64)
-
-
-def weight_of(outputs: int, inputs: int, seed: int = 0) -> Tensor:
-    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1000 + seed))
 
 
 def dead_as_one(hessian: Tensor, damping: float) -> Tensor:
