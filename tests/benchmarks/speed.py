@@ -36,6 +36,7 @@ def ours(model: Path, scratch: Path, arguments: argparse.Namespace, compute: str
                 samples=arguments.samples,
                 length=LENGTH,
                 criterion=arguments.criterion,
+                solve="off",  # the peer's SparseGPT ends with its own update
                 reconstruct="none",
                 shards=arguments.shards,
                 threads=1,
