@@ -76,7 +76,7 @@ class Layout:
         ranges = split_blocks(facts.block_bytes, shards, self.load.window)
         compute = self.compute or chosen_compute(dtype_of(facts.dtype), _units(facts, members, device, config.threads))
         estimates = estimates_by_resident(config, facts, self.load, self.length, ranges, device == "cuda", compute)
-        resident = choose_resident(config.resident, estimates, _memory_per_shard(members, shards, device))
+        resident = choose_resident(config.resident, estimates, memory_per_process(members, shards, device))
         specs = [
             ShardSpec(
                 index=index,
@@ -177,13 +177,13 @@ def _units(facts: ModelFacts, members: list[Node], device: str, threads: int) ->
     return own_compute(dtype_of(facts.dtype)) == "fp32" or units_everywhere(dtype_of(facts.dtype), device, places)
 
 
-def _memory_per_shard(members: list[Node], shards: int, device: str) -> int:
-    """Bytes that each shard may take on the tightest node, the shards spread evenly."""
+def memory_per_process(members: list[Node], processes: int, device: str) -> int:
+    """Bytes that each of so many shards, or ranks, may take on the tightest node, spread evenly."""
     if device == "cuda":
         return smallest_gpu_bytes()
     if len(members) == 1:
-        return max(0, memory_available()[0] - DRIVER_BYTES) // shards
-    share = -(-shards // len(members))
+        return max(0, memory_available()[0] - DRIVER_BYTES) // processes
+    share = -(-processes // len(members))
     return min(node.memory_bytes for node in members) // share
 
 

@@ -7,10 +7,8 @@ back. Of a Llama of 25 M parameters on two CPU ranks, stages 1 and 3, peaks were
 from dataclasses import asdict, dataclass
 
 from cluster.connect import Node
-from cluster.devices import smallest_gpu_bytes
 from pipeline.facts import ModelFacts
-from pipeline.layout import DRIVER_BYTES
-from pipeline.machine import memory_available
+from pipeline.layout import memory_per_process
 from stages.errors import Refusal
 from stages.retrain_spec import MOST_BUCKET, MOST_GATHERED, RetrainSpec
 
@@ -75,7 +73,7 @@ def _activation_bytes(facts: ModelFacts, spec: RetrainSpec, length: int, size: i
 
 def check_ranks_fit(estimate: RankEstimate, spec: RetrainSpec, ranks: int, members: list[Node], device: str) -> None:
     """Raises Refusal, with the figures, unless a rank has the memory it needs on the tightest node of the cluster."""
-    room = _memory_per_rank(ranks, members, device)
+    room = memory_per_process(members, ranks, device)
     if estimate.peak <= room:
         return
     parts = {name: value for name, value in asdict(estimate).items() if name != "peak" and value}
@@ -92,12 +90,3 @@ def check_ranks_fit(estimate: RankEstimate, spec: RetrainSpec, ranks: int, membe
         f"ranks {ranks}: each would need {estimate.peak / 1e9:.1f} GB and has {room / 1e9:.1f} GB ({told}); use "
         f"{', '.join(remedy for remedy in remedies if remedy)}"
     )
-
-
-def _memory_per_rank(ranks: int, members: list[Node], device: str) -> int:
-    """Bytes that each rank may take, the ranks spread evenly."""
-    if device == "cuda":
-        return smallest_gpu_bytes()
-    if len(members) == 1:
-        return max(0, memory_available()[0] - DRIVER_BYTES) // ranks
-    return min(node.memory_bytes for node in members) // -(-ranks // len(members))

@@ -9,7 +9,7 @@ from whole_runs import Listener, add_tokenizer
 
 from cluster.connect import Node
 from cluster.ranks import Ranks
-from pipeline import retrain_memory
+from pipeline import layout
 from pipeline.facts import ModelFacts, model_facts
 from pipeline.retrain import retrain
 from pipeline.retrain_config import RetrainConfig
@@ -77,7 +77,7 @@ def test_what_lowers_memory_lowers_the_estimate(facts: ModelFacts) -> None:
 
 
 def test_ranks_that_do_not_fit_are_refused_with_the_figures(facts: ModelFacts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrain_memory, "memory_available", lambda: (4 * GB, 8 * GB, False))
+    monkeypatch.setattr(layout, "memory_available", lambda: (4 * GB, 8 * GB, False))
     small = RankEstimate(parameters=1, optimizer=1, gradients=1, buffers=1, activations=1, shadow=0, peak=GB)
     check_ranks_fit(small, spec(), 2, HERE, "cpu")
     large = RankEstimate(
