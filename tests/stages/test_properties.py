@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -98,7 +98,9 @@ def test_a_zero_weight_goes_before_any_other_of_its_row(name) -> None:
         assert (scores[weight == 0] == 0).all()
         statistics = statistics_of(torch.ones(1, 1, weight.shape[1]))
         once = masked(weight, keep_mask(score(name, weight, statistics), pattern=(2, 4)))
-        again = masked(once, keep_mask(score(name, once, statistics), pattern=(2, 4)))
+        scores = score(name, once, statistics)
+        assume(((scores == 0) == (once == 0)).all())  # not among weights that float32 multiplies to nothing
+        again = masked(once, keep_mask(scores, pattern=(2, 4)))
         assert torch.equal(once, again)
 
     check()
