@@ -23,6 +23,8 @@ from stages.recipe import WorkOrder
 from stages.shard import Shard
 from stages.spec import ShardSpec
 
+COMMITTING = "committing"  # the concurrency group that waits for blocks to be on disk
+
 # Of a microbatch: its hidden states; its measures, with the hidden states kept, or compared with those kept; nothing.
 Wanted = Literal["hidden", "measures", "kept", "compared", "nothing"]
 
@@ -56,8 +58,7 @@ class ShardWorker:
 
     def __init__(self, spec: ShardSpec, threads: int, run_file: str | None) -> None:
         steady_products()
-        torch.set_num_threads(threads)
-        self._spec, self._run_file = spec, run_file
+        self._spec, self._threads, self._run_file = spec, threads, run_file
         self._shard: Shard | None = None
 
     @property
@@ -71,6 +72,9 @@ class ShardWorker:
 
         Raises Refusal if this node does not see the run's directory or its model.
         """
+        torch.set_num_threads(
+            self._threads
+        )  # here, as it counts in the thread that asks, and Ray makes one for methods
         spec = self._spec
         if self._run_file and not Path(self._run_file).exists():
             raise Refusal(
@@ -116,8 +120,12 @@ class ShardWorker:
     def outlier_share(self, block: int) -> float:
         return self._open.outlier_share(block)
 
-    def work(self, order: WorkOrder) -> list[dict[str, Any]]:
-        return self._open.work(order)
+    def work(self, order: WorkOrder) -> None:
+        self._open.work(order)
+
+    @ray.method(concurrency_group=COMMITTING)
+    def committed(self, order: WorkOrder) -> list[dict[str, Any]]:
+        return self._open.committed(order)
 
     def keeps(self, microbatches: int) -> bool:
         """Whether the dense model's hidden states of so many microbatches are here."""
@@ -162,5 +170,7 @@ def _node() -> str:
 
 RESTARTS = 3  # of one actor; after that the fleet makes another, if blocks were finished meanwhile
 
-# Restarted wherever there is room, and asked again: the fleet counts the restarts that bring nothing.
-ShardActor = ray.remote(max_restarts=RESTARTS, max_task_retries=-1)(ShardWorker)
+# Methods run one after the other, but for `committed`, which waits beside them. Restarted wherever there is room, and
+# asked again: the fleet counts the restarts that bring nothing.
+OPTIONS: dict[str, Any] = {"max_task_retries": -1, "concurrency_groups": {COMMITTING: 1}}
+ShardActor = ray.remote(max_restarts=RESTARTS, **OPTIONS)(ShardWorker)

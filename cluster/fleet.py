@@ -4,25 +4,24 @@ Recompute, don't replicate: a lost actor comes back empty; the fleet opens it an
 shards before it once more. Finished blocks stay finished.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import ray
-from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError
+from ray.exceptions import ActorDiedError
 
 from cluster.actor import RESTARTS, ShardActor, ShardFacts, ShardState
 from cluster.losses import cause_of, one_line
+from cluster.orders import LOST, Orders
 from cluster.passes import Stream, answers, begin, blockwise, pipelined, receiving, windowed
 from cluster.room import first_of
-from stages.errors import OutOfStep, Refusal
+from stages.errors import Refusal
 from stages.measure import Measures
 from stages.recipe import WorkOrder
 from stages.spec import ShardSpec
 
 __all__ = ["Fleet", "Stream"]
 
-LOST = (OutOfStep, RayActorError, ObjectLostError)  # what a restarted, dying or vanished shard looks like
 FRUITLESS_RECOVERIES = 3  # in a row, with no block finished between them, before the run gives up
 
 Answer = TypeVar("Answer")
@@ -121,52 +120,32 @@ class Fleet:
         return self._recovering(attempt)
 
     def work(self, stream: Stream, orders: Sequence[WorkOrder]) -> Iterator[list[dict[str, Any]]]:
-        """Reports of `orders` as they are finished, every shard on its own in order, all shards at once."""
-        todo = {spec.index: deque(o for o in orders if spec.first <= o.blocks[0] < spec.last) for spec in self.specs}
-        running: dict[Any, tuple[int, WorkOrder]] = {}
-        sweep = orders[0].sweep
+        """Reports of `orders` as they are on disk, every shard on its own in order, all shards at once."""
+        left, sweep = Orders(self.specs, orders), orders[0].sweep
 
-        def start(shard: int) -> None:
-            if todo[shard]:
-                order = todo[shard].popleft()
-                running[self._actors[shard].work.remote(order)] = (shard, order)
+        def gather() -> None:
+            self._calibrate_missing(stream, left.blocks, lambda _: None, sweep)
 
-        self._recovering(lambda: self._calibrate_missing(stream, _blocks_of(todo), lambda _: None, sweep))
-        for shard in todo:
-            start(shard)
-        while running:
-            done = first_of(list(running))
-            shard, order = running.pop(done)
+        def gather_again() -> None:
+            left.take_back(self._states())  # answered once every shard is back, or done with its order
+            gather()
+
+        self._recovering(gather)
+        left.start(self._actors)
+        while left:
             try:
-                reports = answers(done)
+                reports = left.step(self._actors)
             except LOST as loss:
-                todo[shard].appendleft(order)
                 self._note(loss)
-                self._recovering(lambda: self._gather_again(stream, todo, running, sweep))
-                for idle in todo.keys() - {at_work for at_work, _ in running.values()}:
-                    start(idle)
+                self._recovering(gather_again)
             else:
-                self._fruitless = 0
-                yield reports
-                start(shard)
-
-    def _gather_again(
-        self, stream: Stream, todo: dict[int, deque[WorkOrder]], running: dict[Any, tuple[int, WorkOrder]], sweep: int
-    ) -> None:
-        """After a loss: whatever else was lost by now (a node takes all its shards along) goes back to `todo`, and
-        passes gather what the shards lack."""
-        self._states()  # answered once every shard is back, or done with its order
-        over, _ = ray.wait(list(running), num_returns=len(running), timeout=0) if running else ([], [])
-        for reference in over:
-            try:
-                answers(reference)
-            except LOST:
-                shard, order = running.pop(reference)
-                todo[shard].appendleft(order)
-        self._calibrate_missing(stream, _blocks_of(todo), lambda _: None, sweep)
+                if reports is not None:
+                    self._fruitless = 0
+                    yield reports
+            left.start(self._actors)
 
     def work_in_order(self, stream: Stream, orders: Sequence[WorkOrder]) -> Iterator[list[dict[str, Any]]]:
-        """Reports of `orders`, block after block: each reads what the pruned blocks before it give.
+        """Reports of `orders` as they are on disk, block after block: each reads what the pruned blocks before it give.
 
         After a loss all is streamed once more, through the blocks finished by then. Work whose every order is in
         `done` is passed through in the same way, so a resumed run goes on as one that lost its shards.
@@ -181,24 +160,35 @@ class Fleet:
     def _one_after_another(
         self, stream: Stream, left: dict[tuple[int, ...], WorkOrder]
     ) -> Iterator[list[dict[str, Any]]]:
-        """One try at what is `left`, from which each order goes when it is finished."""
+        """One try at what is `left`, from which each order goes when it is on disk."""
         if self._recipe is not None and self._recipe.streams_dense:
             self._calibrate_missing(stream, {block for blocks in left for block in blocks}, lambda _: None)
         self._hold(None)
         last = max(left)[0]
+        writing: dict[Any, tuple[int, ...]] = {}
+
+        def written_before(working: Any = None) -> Iterator[list[dict[str, Any]]]:
+            """Reports of what comes to be on disk before `working` is answered; of all there is, without one."""
+            while writing and (done := first_of([*writing, *([] if working is None else [working])])) != working:
+                reports = answers(done)
+                self._fruitless = 0
+                del left[writing.pop(done)]
+                yield reports
+
         begin(self._actors, stream)
         for position, (spec, actor) in enumerate(zip(self.specs, self._actors, strict=True)):
             if spec.first > last:
-                return
+                break
             windowed(receiving(self._actors, position, stream), stream, lambda _: None)
             for blocks in (blocks for blocks in spec.pieces if blocks[0] <= last):
-                if blocks in left:
-                    reports = answers(actor.work.remote(left[blocks]))
-                    self._fruitless = 0
-                    del left[blocks]
-                    yield reports
+                if order := left.get(blocks):
+                    working = actor.work.remote(order)
+                    yield from written_before(working)
+                    answers(working)
+                    writing[actor.committed.remote(order)] = blocks
                 else:
                     answers(actor.pass_on.remote(blocks, 0))
+        yield from written_before()
 
     def copy_ends(self) -> dict[str, list[str]]:
         """Everything outside the blocks copied to the output: file -> tensor names."""
@@ -298,7 +288,3 @@ class Fleet:
                 "likely out of memory: use more shards, --resident one or a smaller --spool-memory, then resume"
             )
         self._on_event(f"a shard was lost ({one_line(loss)}); streaming to its replacement")
-
-
-def _blocks_of(todo: dict[int, deque[WorkOrder]]) -> set[int]:
-    return {block for orders in todo.values() for order in orders for block in order.blocks}

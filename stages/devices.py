@@ -1,7 +1,7 @@
 """What is known of the device that tensors lie on. Whatever names a kind of device by its name asks here."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +10,24 @@ import torch
 def on_accelerator(device: torch.device | str) -> bool:
     """Whether tensors there lie in memory that is not the host's: a copy to or from it is a transfer."""
     return torch.device(device).type not in ("cpu", "meta")
+
+
+def beside(device: torch.device | str) -> Callable[[], AbstractContextManager[None]]:
+    """A context for another thread: within it operations on `device` follow what has been asked of it until now, and do
+    not wait for what is asked later. Left when they are done."""
+    if torch.device(device).type != "cuda":
+        return nullcontext
+    so_far = torch.cuda.current_stream(device).record_event()
+
+    @contextmanager
+    def aside() -> Iterator[None]:
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(so_far)
+        with torch.cuda.stream(stream):
+            yield
+            stream.synchronize()
+
+    return aside
 
 
 # Of a processor's capabilities, as torch names them, those that multiply matrices of a dtype.

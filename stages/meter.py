@@ -3,7 +3,9 @@
 import ctypes
 import resource
 import sys
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -65,22 +67,23 @@ class Phase:
 
 
 class Timeline:
-    """The phases of one shard, adjoining stretches of the same phase merged."""
+    """The phases of one shard, adjoining stretches of the same phase in one thread merged."""
 
     def __init__(self) -> None:
-        self._phases: list[Phase] = []
+        self._phases: dict[int, list[Phase]] = defaultdict(list)  # by thread, so that none needs to wait for another
 
     @contextmanager
     def phase(self, name: str, block: int | None = None) -> Iterator[None]:
-        start = time.time()
+        start, phases = time.time(), self._phases[threading.get_ident()]
         try:
             yield
         finally:
-            last = self._phases[-1] if self._phases else None
+            last = phases[-1] if phases else None
             if last and (last.phase, last.block) == (name, block) and start - last.end < 0.5:
-                start = self._phases.pop().start
-            self._phases.append(Phase(name, block, start, time.time()))
+                start = phases.pop().start
+            phases.append(Phase(name, block, start, time.time()))
 
     def export(self) -> list[dict[str, Any]]:
-        """All phases so far, oldest first."""
-        return [asdict(phase) for phase in self._phases]
+        """All phases so far, in the order in which they ended."""
+        phases = [phase for one in list(self._phases.values()) for phase in list(one)]
+        return [asdict(phase) for phase in sorted(phases, key=lambda phase: phase.end)]

@@ -150,7 +150,9 @@ def _go(family: str, config: PreTrainedConfig, folder: Path) -> int:
         _all_accounted(shard.skeleton)
         step = "pruning and refitting"
         for index in range(config.num_hidden_layers):
-            for report in shard.work(WorkOrder(blocks=(index,))):
+            order = WorkOrder(blocks=(index,))
+            shard.work(order)
+            for report in shard.committed(order):
                 for name, layer in report["layers"].items():
                     if 2 * layer["zeros"] != layer["weights"]:
                         raise _Differs(f"block {index}, {name}: {layer['zeros']} of {layer['weights']} are zero")

@@ -4,7 +4,8 @@
     shard.begin(microbatches, collect=...)      then for each microbatch, in order:
     hidden = shard.forward(m, hidden)           resident "all": every block is in memory
     shard.receive(m, hidden); shard.advance(); hidden = shard.emit(m)      resident "one": one block at a time
-    reports = shard.work(order)                 score, mask, refine, rebuild, commit one block (or window of blocks)
+    shard.work(order)                           score, mask, refine, rebuild one block (or window of blocks)
+    reports = shard.committed(order)            once it is on disk: written meanwhile, while the next is worked on
 
 With dense inputs all shards work at once. With pruned inputs a shard receives the pruned model's activations, works
 on its blocks in order, each of which carries them on, and emits them to the next shard.
@@ -25,19 +26,19 @@ from torch import Tensor, nn
 from stages.allocation import outlier_share
 from stages.calibrate import BlockCalibration
 from stages.carry import Carry
-from stages.checkpoint import write_tensors
+from stages.commit import Commits
 from stages.criteria import score_rows
 from stages.ends import copy_ends
 from stages.errors import OutOfStep
 from stages.gathered import Gathered
 from stages.measure import KeptStates, Measures, measure
-from stages.meter import Timeline, peak_bytes
-from stages.precision import as_saved, computing
+from stages.meter import Timeline
+from stages.precision import computing
 from stages.recipe import WorkOrder
 from stages.resident import ResidentBlocks
 from stages.shadow_store import Shadow
 from stages.skeleton import Skeleton
-from stages.spec import ShardSpec, block_file, sweep_directory
+from stages.spec import ShardSpec
 from stages.spool import Spool, SpoolBudget
 from stages.varying import PassCalls
 from stages.vision import open_skeleton
@@ -65,9 +66,11 @@ class Shard:
                 self.skeleton, self.checkpoint = open_skeleton(spec, spec.model, spec.compute)
                 self.blocks = ResidentBlocks(spec, self.skeleton, self.checkpoint)
                 self._calls = PassCalls(self.skeleton.calls)
+                self._commits = Commits(spec, self.skeleton, self.checkpoint, self.timeline)
                 self.gathered = Gathered(spec, self.skeleton, self._calls, self._scratch, self._budget)
                 if spec.embeds or spec.heads:
                     self.skeleton.load_ends(self.checkpoint, embedding=spec.embeds, head=spec.heads)
+            self._commits.wait()  # for what may be loaded
             self.blocks.open(source)
 
     @property
@@ -230,11 +233,12 @@ class Shard:
 
         return outlier_share(scores)
 
-    def work(self, order: WorkOrder) -> list[dict[str, Any]]:
-        """Prune, rebuild and commit the blocks of `order`; a report of each (see `Work`).
+    def work(self, order: WorkOrder) -> None:
+        """Prune and rebuild the blocks of `order` (see `Work`), and hand them over to be written: see `committed`.
 
         With pruned inputs the blocks then carry what was received on, so they are worked on in order.
-        Raises OutOfStep if what the stream leaves behind is not here, or not all of it, as after a restart.
+        Raises OutOfStep if what the stream leaves behind is not here, or not all of it, as after a restart; and what
+        kept the blocks before from being written.
         """
         recipe = self.spec.recipe
         assert recipe is not None
@@ -262,7 +266,7 @@ class Shard:
         self.blocks.release()  # the dense blocks go, matrix by matrix, as their pruned copies are made
         self.gathered.make_room(work.training_bytes)
         work.run()
-        reports = [report | self._commit(work, report) for report in work.reports()]
+        self._commits.hand_over(work, dict(self._streamed))
         if carry:
             for index in order.blocks:
                 with computing(work.modules[index]):
@@ -272,8 +276,14 @@ class Shard:
                 self.gathered.drop(index)
         if self.spec.resident == "one":
             del work
-            gc.collect()  # modules hold themselves in cycles: without it two blocks can be in memory
-        return reports
+            gc.collect()  # modules hold themselves in cycles: without it dense blocks can be in memory still
+
+    def committed(self, order: WorkOrder) -> list[dict[str, Any]]:
+        """A report of each block of `order`, which was worked on, once it is on disk. May be asked in any thread.
+
+        Raises what kept it from there, and OutOfStep if it was not worked on, as after a restart.
+        """
+        return self._commits.reports(order)
 
     def _importances(
         self, order: WorkOrder, calibrations: Mapping[int, BlockCalibration]
@@ -294,24 +304,3 @@ class Shard:
 
     def _new_spool(self, name: str) -> Spool:
         return Spool(self._scratch / f"{name}.arrow", self._budget)
-
-    def _commit(self, work: Work, report: dict[str, Any]) -> dict[str, Any]:
-        """Write one block; what its report is to say of that and of the stream."""
-        started, index = time.perf_counter(), report["block"]
-        directory = sweep_directory(Path(self.spec.output), work.order.sweep, work.recipe.sweeps)
-        directory.mkdir(parents=True, exist_ok=True)
-        with self.timeline.phase("commit", index):
-            tensors = self.skeleton.stored(index, dict(work.modules[index].state_dict()))
-            saved = as_saved(tensors, self.checkpoint, self.skeleton.weights)
-            digest = write_tensors(directory / block_file(index), saved)
-        tokens, streamed = self._streamed.get(index, (0, 0.0))
-        seconds = report["seconds"] | {"stream": streamed, "commit": time.perf_counter() - started}
-        return {
-            "tokens": tokens,
-            "tokens_per_second": tokens / max(streamed, 1e-9),
-            "seconds": seconds,
-            "shard": self.spec.index,
-            "file": block_file(index),
-            "digest": digest,
-            "peak_memory": peak_bytes(self.spec.device),
-        }

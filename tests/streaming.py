@@ -106,8 +106,17 @@ def prune(shards: Sequence[Shard], inputs: Inputs, blocks: int = 4) -> list[dict
             for shard in shards:
                 shard.open(sweep - 1)
             stream(shards, inputs, range(blocks), sweep)
-        reports = [shard.work(WorkOrder(blocks=piece, sweep=sweep)) for shard in shards for piece in shard.spec.pieces]
+        orders = [(shard, WorkOrder(blocks=piece, sweep=sweep)) for shard in shards for piece in shard.spec.pieces]
+        for shard, order in orders:
+            shard.work(order)
+        reports = [shard.committed(order) for shard, order in orders]
     return [report for together in reports for report in together]
+
+
+def worked(shard: Shard, order: WorkOrder) -> list[dict[str, Any]]:
+    """The reports of one piece of work, which is on disk."""
+    shard.work(order)
+    return shard.committed(order)
 
 
 def _in_order(shards: Sequence[Shard], inputs: Inputs) -> list[dict[str, Any]]:
@@ -119,7 +128,8 @@ def _in_order(shards: Sequence[Shard], inputs: Inputs) -> list[dict[str, Any]]:
         for number, hidden in enumerate(flowing):
             shard.receive(number, hidden)
         for piece in shard.spec.pieces:
-            reports += shard.work(WorkOrder(blocks=piece))
+            shard.work(WorkOrder(blocks=piece))
+        reports += [report for piece in shard.spec.pieces for report in shard.committed(WorkOrder(blocks=piece))]
         flowing = [shard.emit(number) for number in range(len(flowing))]
     return reports
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import ray
 from ray import cloudpickle
 
-from cluster.actor import ShardWorker
+from cluster.actor import OPTIONS, ShardWorker
 from cluster.connect import local_cluster
 from cluster.fleet import Fleet
 
@@ -52,7 +52,7 @@ class WarmFleet(Fleet):
     home: ClassVar[Path]
 
     def _started(self, threads: int, run_file: str | None) -> list[Any]:
-        worker = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0)(WarmWorker)
+        worker = ray.remote(max_restarts=-1, num_cpus=0, **OPTIONS)(WarmWorker)
         actors = []
         for spec in self.specs:
             role = self.home / f"{uuid.uuid4().hex}.pickle"

@@ -12,7 +12,7 @@ from family_models import LAYERS
 from image_models import SEEING, image_folder, seeing_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
-from streaming import BATCH, GENTLE, Images, make_shards, prune, same_bits, stream
+from streaming import BATCH, GENTLE, Images, make_shards, prune, same_bits, stream, worked
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -200,7 +200,7 @@ def test_images_give_other_masks_than_their_captions_alone(seeing, folder, tmp_p
     for number, part in enumerate(tokens):
         shard.forward(number, shard.embed(part))
     for piece in shard.spec.pieces:
-        shard.work(WorkOrder(blocks=piece))
+        worked(shard, WorkOrder(blocks=piece))
     seen, read = (load_file(tmp_path / kind / "output" / block_file(0)) for kind in ("images", "text"))
     differing = {key: ((seen[key] == 0) != (read[key] == 0)).float().mean().item() for key in seen}
     assert max(differing.values()) > 0.01, differing

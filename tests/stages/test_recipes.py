@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from streaming import GENTLE, make_shards, prune, stream
+from streaming import GENTLE, make_shards, prune, stream, worked
 
 from stages.allocation import Override
 from stages.criteria import find_criterion
@@ -114,7 +114,7 @@ def test_overrides_and_ratios_of_blocks_reach_their_layers(
     stream([shard], tiny_tokens(SAMPLES, LENGTH), range(BLOCKS))
     shares = [shard.outlier_share(index) for index in range(BLOCKS)]
     assert all(0 <= share < 0.5 for share in shares)
-    (report,) = shard.work(WorkOrder(blocks=(0,), sparsity=(0.25,)))
+    (report,) = worked(shard, WorkOrder(blocks=(0,), sparsity=(0.25,)))
     ratios = {name: layer["zeros"] / layer["weights"] for name, layer in report["layers"].items()}
     assert ratios == {
         **dict.fromkeys((f"self_attn.{which}_proj" for which in "qkvo"), 0.25),

@@ -1,13 +1,16 @@
 """A shard by itself: what it refuses, what it leaves as it was, what it frees, and the perplexity it measures."""
 
 import math
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from streaming import BATCH, GENTLE, make_shards, microbatches, prune, same_bits, stream, whole_model
+from streaming import BATCH, GENTLE, make_shards, microbatches, prune, same_bits, stream, whole_model, worked
 
+from stages.checkpoint import write_tensors
 from stages.errors import OutOfStep, Refusal
+from stages.files import file_digest
 from stages.measure import Measures
 from stages.meter import Timeline
 from stages.recipe import Recipe, WorkOrder, derived_seed
@@ -238,7 +241,7 @@ def test_only_what_a_shard_owns_is_loaded(tiny_checkpoint, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("resident", ["all", "one"])
-def test_work_whose_commit_failed_can_be_done_again(
+def test_a_commit_that_fails_is_told_at_the_next_block_and_when_asked_and_can_be_done_again(
     tiny_checkpoint, tiny_tokens, tmp_path, monkeypatch, resident
 ) -> None:
     model, tokens = tiny_checkpoint("llama", blocks=3), tiny_tokens(8, LENGTH)
@@ -248,19 +251,57 @@ def test_work_whose_commit_failed_can_be_done_again(
         )[0]
         for part in ("failed", "fine")
     )
-    stream([shard], tokens, {1})
+    stream([shard], tokens, {1, 2})
 
     def full(path, tensors) -> str:
         raise Refusal(f"{path}: disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("stages.shard.write_tensors", full)
-        with pytest.raises(Refusal, match="disk full"):
-            shard.work(WorkOrder(blocks=(1,)))
-    assert shard.calibrated() == {1: 0}
-    (report,) = shard.work(WorkOrder(blocks=(1,)))
-    stream([other], tokens, {1})
-    assert report["digest"] == other.work(WorkOrder(blocks=(1,)))[0]["digest"]
+        patched.setattr("stages.commit.write_tensors", full)
+        shard.work(WorkOrder(blocks=(1,)))
+        with pytest.raises(Refusal, match=r"block-00001.*disk full"):
+            shard.work(WorkOrder(blocks=(2,)))
+        with pytest.raises(Refusal, match=r"block-00001.*disk full"):
+            shard.committed(WorkOrder(blocks=(1,)))
+    for block in (1, 2):
+        with pytest.raises(OutOfStep, match=rf"blocks \({block},\) of sweep 0 are not on their way to disk here"):
+            shard.committed(WorkOrder(blocks=(block,)))
+    assert shard.calibrated() == {2: 0}, "what block 1 was worked on with is used up, as after any loss"
+    for each in (shard, other):
+        stream([each], tokens, {1})
+    (report,), (expected,) = (worked(each, WorkOrder(blocks=(1,))) for each in (shard, other))
+    assert report["digest"] == expected["digest"]
+
+
+def test_one_block_is_written_while_the_next_is_worked_on_and_the_one_after_waits(
+    tiny_checkpoint, tiny_tokens, tmp_path, monkeypatch
+) -> None:
+    shard = make_shards(
+        tiny_checkpoint("llama", blocks=3), tmp_path, 1, LENGTH, blocks=3, recipe=Recipe(reconstruct="none")
+    )[0]
+    stream([shard], tiny_tokens(8, LENGTH), range(3))
+    disk, writing = threading.Semaphore(0), threading.Semaphore(0)  # room for one more block; a block that waits for it
+
+    def slow(path, tensors) -> str:
+        writing.release()
+        assert disk.acquire(timeout=60)
+        return write_tensors(path, tensors)
+
+    monkeypatch.setattr("stages.commit.write_tensors", slow)
+    shard.work(WorkOrder(blocks=(0,)))
+    assert writing.acquire(timeout=60)
+    assert not (tmp_path / "output" / block_file(0)).exists(), "it is worked on and not yet written"
+    following = threading.Thread(target=shard.work, args=(WorkOrder(blocks=(1,)),))
+    following.start()
+    following.join(timeout=0.5)
+    assert following.is_alive(), "block 1 is not handed over before block 0 is on disk"
+    assert [(phase["phase"], phase["block"]) for phase in shard.timeline.export()][-1] == ("score", 1)
+    disk.release(2)
+    following.join(timeout=60)
+    (first,), (second,) = (shard.committed(WorkOrder(blocks=(block,))) for block in (0, 1))
+    assert [report["file"] for report in (first, second)] == [block_file(0), block_file(1)]
+    for report in (first, second):
+        assert file_digest(tmp_path / "output" / report["file"]) == report["digest"]
 
 
 def test_the_timeline_joins_stretches_of_one_phase(monkeypatch) -> None:
