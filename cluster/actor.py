@@ -4,18 +4,20 @@ A restarted actor is an empty one: what it is then asked raises OutOfStep, and t
 again. So every method may be retried.
 """
 
+import functools
 import os
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import ray
 import torch
 
 from cluster.arithmetic import steady_products
+from cluster.losses import ending_with_its_device
 from cluster.transport import pack, unpack
 from stages.errors import OutOfStep, Refusal
 from stages.meter import peak_bytes
@@ -27,6 +29,8 @@ COMMITTING = "committing"  # the concurrency group that waits for blocks to be o
 
 # Of a microbatch: its hidden states; its measures, with the hidden states kept, or compared with those kept; nothing.
 Wanted = Literal["hidden", "measures", "kept", "compared", "nothing"]
+
+Worker = TypeVar("Worker")
 
 # A microbatch: tokens or hidden states, or all that a model takes of samples with images.
 Inputs = np.ndarray | Mapping[str, np.ndarray]
@@ -53,6 +57,24 @@ class ShardState:
     calibrated: dict[int, int] = field(default_factory=dict)  # see Shard.calibrated
 
 
+def _ends_with_its_device(worker: type[Worker]) -> type[Worker]:
+    """`worker`, but that a lost device ends the process in any of its public methods."""
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **options: Any) -> Any:
+            with ending_with_its_device():
+                return method(*args, **options)
+
+        return call
+
+    for name, method in list(vars(worker).items()):
+        if not name.startswith("_"):
+            setattr(worker, name, guarded(method))
+    return worker
+
+
+@_ends_with_its_device
 class ShardWorker:
     """What a shard's process does; `ShardActor` is this as a Ray actor."""
 
@@ -72,9 +94,7 @@ class ShardWorker:
 
         Raises Refusal if this node does not see the run's directory or its model.
         """
-        torch.set_num_threads(
-            self._threads
-        )  # here, as it counts in the thread that asks, and Ray makes one for methods
+        torch.set_num_threads(self._threads)  # here: it counts in the thread that asks, and Ray makes one for methods
         spec = self._spec
         if self._run_file and not Path(self._run_file).exists():
             raise Refusal(

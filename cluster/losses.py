@@ -1,9 +1,30 @@
-"""Why an actor died: what Ray says of it, and the last that its process said, where that was on this machine."""
+"""Why an actor died: what Ray says of it, and the last that its process said, where that was on this machine; and one
+that had better die, as its device is lost to it."""
 
+import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray._private.worker
+
+from stages.device_errors import context_lost
+
+
+@contextmanager
+def ending_with_its_device() -> Iterator[None]:
+    """Within it an error that leaves this process without its device (see `context_lost`) ends the process, with a last
+    word: whatever it was asked next would fail with the same error. Ray, or whoever started it, makes another."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not context_lost(error):
+            raise
+        sys.stderr.write(f"{' '.join(str(error).split())[:300]}\n")
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def one_line(error: Exception) -> str:

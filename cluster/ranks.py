@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.arithmetic import steady_products
 from cluster.connect import nodes
+from cluster.losses import ending_with_its_device
 from cluster.room import WAIT_SECONDS, no_room
 from stages.errors import Refusal
 from stages.retrain_spec import RetrainSpec
@@ -52,9 +53,12 @@ class RankWorker:
         join("nccl" if self._device == "cuda" else "gloo", address, rank, ranks)
 
     def train(self, spec: RetrainSpec) -> Iterator[Event]:
+        from stages.device_errors import memory_told
         from stages.retrain import train
 
-        yield from train(spec, self._device)
+        less = "use a smaller --microbatch, --activation-checkpointing, a higher --zero-stage, --offload or more ranks"
+        with ending_with_its_device(), memory_told(f"training on {self._device}", less):
+            yield from train(spec, self._device)
 
 
 class Ranks:

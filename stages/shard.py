@@ -28,6 +28,7 @@ from stages.calibrate import BlockCalibration
 from stages.carry import Carry
 from stages.commit import Commits
 from stages.criteria import score_rows
+from stages.device_errors import memory_told
 from stages.ends import copy_ends
 from stages.errors import OutOfStep
 from stages.gathered import Gathered
@@ -43,6 +44,8 @@ from stages.spool import Spool, SpoolBudget
 from stages.varying import PassCalls
 from stages.vision import open_skeleton
 from stages.work import Work
+
+LESS_MEMORY = "use a smaller --microbatch, --resident one, more shards on more nodes, or fewer shards a node"
 
 
 class Shard:
@@ -168,7 +171,10 @@ class Shard:
 
     def _run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         hidden = hidden.to(self.spec.device)
-        with torch.no_grad(), computing(block):
+        told = memory_told(
+            f"block {index}, {hidden.shape[0]} x {hidden.shape[1]} tokens on {self.spec.device}", LESS_MEMORY
+        )
+        with told, torch.no_grad(), computing(block):
             return self._calls.following(index, *hidden.shape[:2]).run(block, hidden)
 
     def _through(self, index: int, hidden: Tensor) -> Tensor:

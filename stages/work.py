@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stages.blocks import Anatomy, Weight
 from stages.calibrate import BlockCalibration, counting, new_statistics
 from stages.choose import Chooser
+from stages.device_errors import memory_told
 from stages.masks import count_zeros, masked
 from stages.meter import Timeline, release_memory
 from stages.observe import observing
@@ -30,6 +31,10 @@ from stages.units import FitUnit, Group, UnitModules, groups_of
 TRAINING_BYTES = 13  # a parameter of the unit being fitted, beside its working weight: float32 master, moments, mask
 SWEEP_RATE = 0.4  # a sweep's learning rate, of the first fit's: the best of 0.25 to 1 on a trained model
 PASS_TOKENS = 2048  # run through a unit at a time where its activations are needed once more
+LESS_MEMORY = {  # what takes less of it
+    "mask": "use --resident one, fewer shards a node, or no Gram matrices (--criterion wanda --refine dsnot)",
+    "reconstruct": "use a smaller --batch, --resident one, --reconstruct component or none, or fewer shards a node",
+}
 
 
 class _Reached(Exception):
@@ -122,7 +127,8 @@ class Work:
     @contextmanager
     def _timed(self, unit: FitUnit, what: str) -> Iterator[None]:
         started = time.perf_counter()
-        with self.timeline.phase("score" if what == "mask" else what, unit.first):
+        told = memory_told(f"block {unit.first}, {what} of {unit.name} on {self.skeleton.device}", LESS_MEMORY[what])
+        with self.timeline.phase("score" if what == "mask" else what, unit.first), told:
             yield
         self.seconds[unit.first][what] += time.perf_counter() - started
 

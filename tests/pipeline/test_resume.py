@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -310,3 +311,52 @@ def test_ends_that_changed_after_they_were_noted_count_as_missing(interrupted: t
     (output / "ends").write_text("torn")
     assert directory.finished_ends() is None
     directory.release()
+
+
+# -- devices that fail -------------------------------------------------------------------------------------------------
+
+FAILING = """
+from pathlib import Path
+
+import torch
+
+
+def loses_its_device_once(weight, statistics):
+    if not Path("lost").exists():
+        Path("lost").touch()
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+    return weight.abs().float()
+
+
+def needs_too_much(weight, statistics):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. Of the allocated memory 1 GiB is")
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_shard_whose_device_is_lost_is_made_anew_and_costs_no_bit(
+    command: Callable[..., Command], request_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str
+) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    run = command("--shards", 2, "--criterion", "failing.loses_its_device_once", "--reconstruct", "none")
+    code, _ = run.finish()
+    assert code == 0, run.lines
+    assert any("a shard was lost" in line for line in run.lines)
+    monkeypatch.syspath_prepend(tmp_path)  # where the file `lost` lies by now
+    alike = {"criterion": "failing.loses_its_device_once", "reconstruct": "none", "epochs": EPOCHS}
+    expected = prune_without_ray(request_for(**alike, output=str(tmp_path / "expected")))
+    assert weights_of(tmp_path / "out") == expected
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_memory_that_runs_out_ends_in_one_line_with_block_need_and_remedy(
+    command: Callable[..., Command], tmp_path: Path, recorded: str
+) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    run = command("--criterion", "failing.needs_too_much")
+    assert run.finish()[0] == 2
+    line = r"^espalier: block \d, mask of .* on cpu: CUDA out of memory\. Tried to allocate 9\.00 GiB; use "
+    assert re.search(line, run.lines[-1]), run.lines
+    assert json.loads((tmp_path / "out" / "espalier" / "run.json").read_text())["status"] == "failed"
