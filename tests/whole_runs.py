@@ -137,6 +137,12 @@ class Command:
                 return
         raise AssertionError(f"no line matches {pattern!r} in:\n" + "\n".join(self.lines))
 
+    def listens(self) -> bool:
+        """Whether the process has come as far as to wait for the signals that end it: SIGTERM is blocked then."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        blocked = next((line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), "0")
+        return bool(int(blocked, 16) >> (signal.SIGTERM - 1) & 1)
+
     def family(self) -> list[psutil.Process]:
         """The process and all that it has started, as of now."""
         leader = psutil.Process(self.process.pid)

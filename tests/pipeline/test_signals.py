@@ -54,13 +54,6 @@ def pruning(command: Callable[..., Command], tiny_model: Callable[..., Path], te
     return command("prune", tiny_model(), *given, "--shards", 1, *SIZES)
 
 
-def deaf(run: Command) -> bool:
-    """Whether the process has come as far as to wait for the signals: SIGTERM is blocked then."""
-    status = Path(f"/proc/{run.process.pid}/status").read_text()
-    blocked = next(line for line in status.splitlines() if line.startswith("SigBlk"))
-    return bool(int(blocked.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
-
-
 def wait_for(run: Command, condition: Callable[[Command], bool]) -> None:
     """Looks again and again, for as long as the command lives."""
     while not condition(run):
@@ -95,7 +88,7 @@ def states_in_mlflow(database: str, run_file: Path) -> list[str]:
 
 
 def test_a_command_that_is_still_being_imported_ends_at_once(pruning: Command, tmp_path: Path) -> None:
-    wait_for(pruning, deaf)
+    wait_for(pruning, Command.listens)
     ends(pruning, signal.SIGTERM)
     assert pruning.lines[-1].startswith("espalier: interrupted") and not (tmp_path / "out").exists()
 
