@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cluster.redact import without_credentials
 from pipeline.figures import draw_perplexity
+from pipeline.metrics import COMPUTE_TAG
 from pipeline.mlflow_client import client_errors, default_tracking_uri, is_final, open_client, reason, sqlite_path
 from pipeline.report import duration, number, percent, table
 from stages.errors import Refusal
@@ -33,6 +34,7 @@ COLUMNS: dict[str, tuple[str, Any]] = {
     "reconstruct": ("reconstruct", str),
     "inputs": ("inputs", str),
     "epochs": ("epochs", str),
+    "compute": ("computed in", str),
     "perplexity": ("perplexity", number),
     "dense_perplexity": ("dense", number),
     "kl": ("KL", lambda nats: f"{nats:.3f}"),
@@ -63,6 +65,9 @@ class Comparison:
             columns.remove("dense_perplexity")
         if all(row["kl"] is None for row in self.rows):
             columns.remove("kl")
+        computed = {row["compute"] for row in self.rows} - {None}
+        if len(computed) > 1:
+            columns.insert(1, "compute")
         names = [
             row["run"] + ("" if row["status"] == "FINISHED" else f" ({row['status'].lower()})") for row in self.rows
         ]
@@ -76,7 +81,9 @@ class Comparison:
             cells = (name, recipe_of_any_target, *(_cell(row, column) for column in columns))
             shown.add_row(*map(escape, cells), style=None if row["status"] == "FINISHED" else "dim")
         distance = "KL: from the dense model's predictions, in nats a token; " if "kl" in columns else ""
-        shown.caption, shown.caption_justify = f"{distance}peak: memory of the largest shard", "left"
+        arithmetic = f"computed in {computed.pop()}; " if len(computed) == 1 else ""
+        shown.caption = f"{arithmetic}{distance}peak: memory of the largest shard"
+        shown.caption_justify = "left"
         return shown
 
     def markdown(self) -> str:
@@ -210,6 +217,7 @@ def _row(run: "Run") -> dict[str, Any]:
         "reconstruct": rebuilt,
         "inputs": param("inputs") if rebuilt else None,
         "epochs": param("epochs") if rebuilt else None,
+        "compute": run.data.tags.get(COMPUTE_TAG),
         "perplexity": metric("perplexity"),
         "dense_perplexity": metric("dense_perplexity"),
         "kl": metric("kl"),

@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
@@ -29,6 +29,9 @@ from cluster.redact import without_credentials, without_secrets
 from pipeline import machine
 from pipeline.mlflow_client import default_tracking_uri, sqlite_path
 from stages.errors import Refusal
+
+if TYPE_CHECKING:
+    import torch
 
 State = Literal["ok", "slow", "missing"]
 DISTRIBUTION = "espalier-llm"
@@ -145,40 +148,35 @@ def _devices() -> list[Finding]:
 def _processor() -> list[Finding]:
     cores, quota = machine.cores(), machine.cpu_quota()
     limit = f", limited to {quota:g} by the container" if quota and quota < cores else ""
-    units = machine.bf16_units()
-    if units:
-        return [
-            Finding("CPU", f"{cores} cores{limit}"),
-            Finding("bf16 on the CPU", f"matrix units: {', '.join(units)}"),
-        ]
-    return [
-        Finding("CPU", f"{cores} cores{limit}"),
-        Finding(
-            "bf16 on the CPU",
-            "no bf16 matrix units (AMX, AVX-512 bf16)",
-            "slow",
-            "bf16 checkpoints are computed in fp32 here (--compute auto), slower than bf16 on a CPU that has them",
-        ),
-    ]
+    return [Finding("CPU", f"{cores} cores{limit}")]
 
 
 def _arithmetic() -> list[Finding]:
+    """Of each kind of device: whether there are units for bf16, how fast it is, and what Espalier does about it."""
+    import torch
+
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return [_arithmetic_on(torch.device(kind)) for kind in kinds]
+
+
+def _arithmetic_on(device: "torch.device") -> Finding:
     import torch
 
     from stages.devices import has_units
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rates = {dtype: machine.gflops(dtype, device) for dtype in (torch.bfloat16, torch.float32)}
-    bf16, fp32 = rates[torch.bfloat16], rates[torch.float32]
+    bf16, fp32 = (machine.gflops(dtype, device) for dtype in (torch.bfloat16, torch.float32))
     ratio = f"{bf16 / fp32:.1f} times faster" if bf16 > fp32 else f"{fp32 / bf16:.1f} times slower"
-    measured = f"bf16 {bf16:.3g} GFLOP/s, fp32 {fp32:.3g} (measured on the {device.type}): bf16 is {ratio}"
     units = has_units(torch.bfloat16, device)
-    value = f"{measured}; --compute auto computes bf16 checkpoints in {'bf16' if units else 'fp32'}"
+    value = (
+        f"{'units' if units else 'no units'} for bf16 products: {bf16:.3g} GFLOP/s, in fp32 {fp32:.3g} (measured): "
+        f"bf16 is {ratio}; --compute auto computes bf16 checkpoints in {'bf16' if units else 'fp32'}"
+    )
+    name = f"arithmetic on the {'CPU' if device.type == 'cpu' else 'GPU'}"
     if not units:
-        return [Finding("arithmetic", value, "slow", "expect fp32 times; --compute bf16 is there to compare with")]
+        return Finding(name, value, "slow", "expect fp32 times; --compute bf16 is there to compare with")
     if bf16 < fp32:
-        return [Finding("arithmetic", value, "slow", "--compute fp32 is faster here, though there are units for bf16")]
-    return [Finding("arithmetic", value)]
+        return Finding(name, value, "slow", "--compute fp32 is faster here, though there are units for bf16")
+    return Finding(name, value)
 
 
 def _memory() -> list[Finding]:

@@ -1,4 +1,4 @@
-"""Which numbers of run.json become MLflow metrics, and under what names."""
+"""What of run.json MLflow is told, and under what names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from pipeline.mlflow_client import key_of
 
 MB = 1e6
+COMPUTE_TAG = "espalier.compute"  # an MLflow tag: fp32, bf16 or fp16, what a run turned out to be computed in
 
 
 def block_metrics(report: Mapping[str, Any]) -> dict[str, float]:

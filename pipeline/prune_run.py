@@ -18,7 +18,7 @@ from pipeline.config import PruneConfig
 from pipeline.facts import ModelFacts
 from pipeline.inputs import Purpose, image_file, image_table, stream_of, tell, token_table
 from pipeline.layout import Layout, ShardLayout
-from pipeline.metrics import block_metrics, total_metrics
+from pipeline.metrics import COMPUTE_TAG, block_metrics, total_metrics
 from pipeline.own_modules import criteria_of, own_files
 from pipeline.progress import Reporter, reporter_for
 from pipeline.report import write_report
@@ -82,6 +82,7 @@ class PruneRun:
             with ExitStack() as held:
                 held.enter_context(at_the_last(recorder.cut_short))
                 shard_layout = self._connected(held)
+                recorder.tag(COMPUTE_TAG, shard_layout.compute)
                 fleet = held.enter_context(
                     Fleet(shard_layout.specs, self.config.threads, str(self.directory.run_file), self._warn)
                 )

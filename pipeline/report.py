@@ -79,6 +79,8 @@ def sentence(run: Mapping[str, Any]) -> str:
         text += f", its masks refined by {refined}"
     if rebuilt != "none":
         text += f" and rebuilt {_unit_of_reconstruction(rebuilt)} from {config.get('inputs', 'dense')} inputs"
+    if run.get("compute"):
+        text += f", computed in {run['compute']}"
     text += f", on {len(shards)} shard{'s' * (len(shards) != 1)}, in {duration(run.get('seconds', {}).get('total'))}"
     dense, pruned = run.get("dense_perplexity"), run.get("perplexity")
     if pruned is not None:

@@ -17,7 +17,7 @@ from pipeline.evaluate import sparsity_of
 from pipeline.facts import ModelFacts
 from pipeline.inputs import Purpose, tell, token_table
 from pipeline.layout import DRIVER_BYTES
-from pipeline.metrics import total_metrics
+from pipeline.metrics import COMPUTE_TAG, total_metrics
 from pipeline.options import build_config, located
 from pipeline.progress import Reporter, reporter_for
 from pipeline.retrain_config import RetrainConfig
@@ -35,6 +35,7 @@ from stages.flops import shapes_of, tracking_flops, training_flops
 from stages.headers import WEIGHTS
 from stages.measure import perplexity_of
 from stages.meter import peak_bytes
+from stages.precision import dtype_of, own_compute
 from stages.retrain_spec import RetrainSpec, Sources, SourceSpec
 from stages.skeleton import read_config
 from stages.tokens import TokenTable
@@ -291,7 +292,8 @@ class _Run:
             | {"data": config.data if isinstance(config.data, str) else "a list"}
             | {"length": self.length, "ranks": self.ranks, "microbatch": spec.microbatch, "total_steps": spec.steps}
             | {"dtype": spec.dtype, "family": self.facts.family},
-            tags={"espalier.run_id": self.run["run_id"], "espalier.command": "retrain"},
+            tags={"espalier.run_id": self.run["run_id"], "espalier.command": "retrain"}
+            | {COMPUTE_TAG: own_compute(dtype_of(self.facts.dtype))},
             directory=self.directory.home,
             run_id=recorded_run(self.directory.home),
             parent=config.parent_run,

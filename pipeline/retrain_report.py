@@ -39,10 +39,10 @@ def sentence(run: Mapping[str, Any]) -> str:
     config, model = run["config"], run["model"]
     held = ", its zeros held" if config["masked"] or config["mask"] else ""
     text = (
-        f"`{model['path']}` ({model['blocks']} blocks, {count(model['parameters'])} parameters) was trained for "
-        f"{run['steps']:,} steps on {run['tokens']:,} tokens{held}, under ZeRO stage {config['zero_stage']}"
-        f"{' with offload' * config['offload']} on {run['ranks']} rank{'s' * (run['ranks'] != 1)}, in "
-        f"{duration(run['seconds']['steps'])}"
+        f"`{model['path']}` ({model['blocks']} blocks, {count(model['parameters'])} parameters) was trained in "
+        f"{model['dtype']} for {run['steps']:,} steps on {run['tokens']:,} tokens{held}, under ZeRO "
+        f"stage {config['zero_stage']}{' with offload' * config['offload']} on {run['ranks']} "
+        f"rank{'s' * (run['ranks'] != 1)}, in {duration(run['seconds']['steps'])}"
     )
     if run["loss"] is not None:
         text += f": loss {number(run['loss'])} nats a token, perplexity {number(run['perplexity'])}"

@@ -66,7 +66,13 @@ class _End:
     milliseconds: int
 
 
-_Item = Point | Path | _End
+@dataclass(frozen=True)
+class _Tag:
+    key: str
+    value: str
+
+
+_Item = Point | Path | _Tag | _End
 
 
 class Recorder:
@@ -154,6 +160,10 @@ class Recorder:
         for name, value in numbers.items():
             self._queue.put(Point(name, value, milliseconds, step))
 
+    def tag(self, name: str, value: str) -> None:
+        """Tell of the run what was not known when it began, in its turn."""
+        self._queue.put(_Tag(key_of(name), value[:TAG_LENGTH]))
+
     def artifact(self, path: Path) -> None:
         """Send a file or a folder along, in its turn. It must stay as it is until `close`."""
         self._queue.put(path.absolute())
@@ -229,6 +239,8 @@ class Recorder:
                 self._client.log_artifacts(self.run_id, str(first))
             else:
                 self._client.log_artifact(self.run_id, str(first))
+        elif isinstance(first, _Tag):
+            self._client.set_tag(self.run_id, first.key, first.value)
         elif isinstance(first, _End):
             self._client.set_terminated(self.run_id, status=first.status, end_time=first.milliseconds)
         else:
@@ -287,6 +299,8 @@ class Recorder:
 def _describe(item: _Item) -> str:
     if isinstance(item, Path):
         return f"artifact {item.name}"
+    if isinstance(item, _Tag):
+        return f"tag {item.key}"
     return "metrics" if isinstance(item, Point) else "end of the run"
 
 

@@ -29,6 +29,7 @@ def record(client: Any, experiment: str, name: str, values: dict[str, Any], stat
     params = {"model": "models/tiny", "reconstruct": "none", "inputs": "dense", "refine": "none", "pattern": None}
     params |= {key: values[key] for key in ("criterion", "pattern", "reconstruct", "epochs") if key in values}
     tags = {"espalier.run_id": f"id-of-{name}", "espalier.command": "prune"}
+    tags |= {"espalier.compute": values["compute"]} if "compute" in values else {}
     run_id: str = client.create_run(experiment, run_name=name, tags=tags).info.run_id
     for key, value in (params | {"sparsity": values["sparsity"]}).items():
         client.log_param(run_id, key, str(value))
@@ -110,6 +111,25 @@ def test_kl_is_shown_where_some_run_has_it(recorded: tuple[str, dict[str, str]])
     assert [row["kl"] for row in comparison.rows] == [0.12345, None]
     other = compare(["recipes"], tracking_uri=uri)
     assert "KL" not in other.table().caption and "| KL |" not in other.markdown()
+
+
+def test_what_runs_were_computed_in_is_a_column_where_they_differ_and_a_word_where_not(
+    recorded: tuple[str, dict[str, str]],
+) -> None:
+    uri = recorded[0]
+    client = open_client(uri)
+    experiment = experiment_id(client, "arithmetic", uri)
+    values = {"criterion": "wanda", "perplexity": 7.0, "sparsity": 0.5}
+    ids = [record(client, experiment, name, values | {"compute": name}) for name in ("bf16", "fp32")]
+    both, alone = compare(["arithmetic"], tracking_uri=uri), compare(ids[1:], tracking_uri=uri)
+    assert {row["run"]: row["compute"] for row in both.rows} == {"bf16": "bf16", "fp32": "fp32"}
+    heads = [column.header for column in both.table().columns]
+    assert "computed in" in heads and "computed in" not in both.table().caption
+    assert "computed in" not in [column.header for column in alone.table().columns]
+    assert alone.table().caption.startswith("computed in fp32; ")
+    assert "| computed in |" in alone.markdown()
+    unknown = compare(["recipes"], tracking_uri=uri)
+    assert "computed in" not in unknown.markdown() + unknown.table().caption
 
 
 def test_files_are_written_and_the_picture_is_not_blank(recorded: tuple[str, dict[str, str]], tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def a_run() -> dict[str, Any]:
         "versions": {"torch": "2.13.0"},
         "hardware": {"cpus": 2, "devices": ["cpu"]},
         "warnings": ["the tracker | was away"],
+        "compute": "bf16",
         "mlflow_run_id": None,
         "tracking_uri": "sqlite:///mlflow.db",
     }
@@ -88,6 +89,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Path]]:
 def block_rows(text: str) -> dict[int, str]:
     table = text.split("## Blocks")[1].split("## Load it")[0]
     return {int(row[1]): row[0] for row in re.finditer(r"^\| (\d+) \| .*$", table, re.MULTILINE)}
+
+
+def test_the_report_says_what_was_computed_in(written: tuple[str, list[Path]]) -> None:
+    assert ", computed in bf16, on 2 shards, in 21.7 s" in written[0]
 
 
 def test_report_has_every_block_with_its_errors(written: tuple[str, list[Path]]) -> None:

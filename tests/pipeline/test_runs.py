@@ -248,6 +248,7 @@ def test_compare_puts_the_finished_runs_of_the_experiment_side_by_side(
     assert main(["compare", EXPERIMENT, "--out", "comparison", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     (row,) = [row for row in result["runs"] if row["run"] == "rebuilt"]
+    assert row["compute"] == wanda.run["compute"] == "fp32"
     assert row["perplexity"] == wanda.perplexity and row["sparsity"] == 0.5 and row["status"] == "FINISHED"
     assert {Path(file).name for file in result["files"]} == {"compare.md", "compare.csv", "perplexity.png"}
     assert all(Path(file).stat().st_size > 0 for file in result["files"])

@@ -322,10 +322,13 @@ def test_a_folder_of_any_name_keeps_its_database(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(folder)
     record = recorder(folder / "out", default_tracking_uri())
     record.metrics({"x": 1.0})
+    record.tag("espalier.compute", "fp32")
     record.artifact(Path(__file__))
     record.close()
     assert record.warning is None
     assert history(default_tracking_uri(), record.run_id, "x") == [(0, 1.0)]
+    tags = open_client(default_tracking_uri()).get_run(record.run_id or "").data.tags
+    assert tags["espalier.compute"] == "fp32"
     assert sorted(path.name for path in folder.iterdir()) == ["mlartifacts", "mlflow.db", "out"]
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert ui_command(record.tracking_uri) == "mlflow ui --backend-store-uri sqlite:///mlflow.db"

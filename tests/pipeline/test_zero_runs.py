@@ -181,6 +181,7 @@ def test_what_it_took_is_told_by_phase_and_the_report_can_be_read(run_in: Callab
     weights_a_token = facts["prunable"] + 128 * 32  # and the head, vocabulary x width
     assert flops == {"steps": pytest.approx(6 * run["tokens"] * weights_a_token, rel=0.2)}  # attention is the rest
     report = Path(run["report"]).read_text()
+    assert "was trained in float32 for" in report
     assert f"{run['loss']:.4f}" in report and "ZeRO stage 2 on 2 ranks" in report and "optimizer steps" in report
     assert run["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert (Path(run["report"]).parent / "losses.png").read_bytes().startswith(b"\x89PNG")
