@@ -1,14 +1,34 @@
 """The model that transformers makes of a config, without memory for its weights."""
 
+from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from stages.blocks import sees_images
 from stages.errors import Refusal
+
+LARGE = 1 << 20  # numbers: a tensor of more, made to be filled later, is a weight
+
+
+class _LargeWithoutMemory(TorchFunctionMode):
+    """Within it large tensors without values are made on the meta device: a model's weights, before they become
+    parameters. All experts of a block can be one of 30 GB, which no host has to have for a moment."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            if prod(size) > LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -23,7 +43,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """
     auto = auto_class(config)
     try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
+        with init_empty_weights(include_buffers=False), no_init_weights(), _LargeWithoutMemory():
             return auto.from_config(config, dtype=dtype)
     except Exception as error:
         raise Refusal(

@@ -48,6 +48,7 @@ SIZES = {  # what the small model has in place of the config's own
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 48,
     "intermediate_size_mlp": 96,
+    "rotary_dim": 8,
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 16,
@@ -60,13 +61,18 @@ SIZES = {  # what the small model has in place of the config's own
     "num_experts": 8,
     "num_local_experts": 8,
     "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 2,
+    "topk_group": 1,
     "sliding_window": 6,
     "attention_chunk_size": 6,
     "vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 16,
 }
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+GROUPS = ("num_key_value_heads", "kv_n_heads")  # heads of keys and values: as many times fewer as in the config
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def probe(skeleton: Skeleton, home: Path, memory: Path | None) -> str | None:
@@ -75,7 +81,11 @@ def probe(skeleton: Skeleton, home: Path, memory: Path | None) -> str | None:
 
     Raises Refusal that says what differed.
     """
-    family, small = skeleton.config.model_type, small_config(skeleton.config, skeleton.layers)
+    family = skeleton.config.model_type
+    try:
+        small = small_config(skeleton.config, skeleton.layers)
+    except Exception as error:
+        raise _refusal(family, "cutting its config", error) from error
     key = _key(family, small)
     if memory is not None and key in _remembered(memory):
         return None
@@ -109,28 +119,54 @@ def _remembered(memory: Path) -> list[str]:
 def small_config(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> PreTrainedConfig:
     """The config with small widths, and as many of the first blocks as show every kind of block, two at least."""
     text = config.get_text_config()
-    settings, names, depth = text.to_dict(), text.attribute_map, text.num_hidden_layers
+    settings, names, depth = text.to_dict(), text.attribute_map, len(layers)
     listed = {name: value for name, value in settings.items() if isinstance(value, list) and len(value) == depth}
+    placed = {name: value for name, value in settings.items() if value and _by_block(value)}
     kinds = [
-        (tuple(layer.state_dict()), *(str(value[index]) for value in listed.values()))
+        (
+            tuple(layer.state_dict()),
+            *(str(value[index]) for value in listed.values()),
+            *(str(value.get(index, value.get(str(index)))) for value in placed.values()),
+        )
         for index, layer in enumerate(layers)
     ]
     count = max(min(2, depth), *(kinds.index(kind) + 1 for kind in kinds))
     changes: dict[str, Any] = {name: value[:count] for name, value in listed.items()}
-    for name, size in SIZES.items():
-        value = settings.get(names.get(name, name))
-        if isinstance(value, int) and value > size:
-            changes[names.get(name, name)] = size
-        elif isinstance(value, list) and all(isinstance(item, int) and item > size for item in value):
-            changes[name] = [size] * count
-    heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
-    if isinstance(groups, int) and isinstance(heads, int) and heads > SIZES["num_attention_heads"]:
-        changes["num_key_value_heads"] = max(1, SIZES["num_attention_heads"] * groups // heads)
+    changes |= {name: {k: v for k, v in value.items() if int(k) < count} for name, value in placed.items()}
+    heads = settings.get(names.get("num_attention_heads", "num_attention_heads"))
+    changes |= _smaller({**settings, **changes}, names, heads)
     changes[names.get("num_hidden_layers", "num_hidden_layers")] = count
-    for name, value in SPECIAL.items():
-        if name in settings:
-            changes[name] = value
+    changes |= {name: value for name, value in SPECIAL.items() if settings.get(name) is not None}
     return type(text)(**{**settings, **changes, "dtype": "float32"})
+
+
+def _by_block(value: Any) -> bool:
+    """Whether a setting says something of single blocks, by their numbers."""
+    return isinstance(value, dict) and all(str(key).isdigit() and isinstance(item, dict) for key, item in value.items())
+
+
+def _smaller(settings: Mapping[str, Any], names: Mapping[str, str], heads: Any) -> dict[str, Any]:
+    """Those settings that are to be others in a small model, and the configs inside that hold any.
+
+    `names`: what this config calls a setting that others call otherwise. `heads`: how many the model has."""
+    changes: dict[str, Any] = {}
+    for name, size in SIZES.items():
+        own = names.get(name, name)
+        value = settings.get(own)
+        if isinstance(value, int) and value > size:
+            changes[own] = size
+        elif isinstance(value, list) and all(isinstance(item, int) and item > size for item in value):
+            changes[own] = [size] * len(value)
+    for name in GROUPS:
+        groups = settings.get(name)
+        if isinstance(groups, int) and isinstance(heads, int) and heads > SIZES["num_attention_heads"]:
+            changes[name] = max(1, SIZES["num_attention_heads"] * groups // heads)
+    for name, value in settings.items():
+        if isinstance(value, dict) and name.endswith("_config") and not _by_block(value):
+            changes[name] = value | _smaller(value, {}, heads)
+        elif isinstance(value, dict) and _by_block(value):
+            changes[name] = {key: item | _smaller(item, names, heads) for key, item in value.items()}
+    return changes
 
 
 def _go(family: str, config: PreTrainedConfig, folder: Path) -> int:
@@ -143,6 +179,8 @@ def _go(family: str, config: PreTrainedConfig, folder: Path) -> int:
         model.save_pretrained(folder / "model")
         dense = _loaded(config, folder / "model")
         whole = _states(dense, tokens)
+        step = "predicting the next token"
+        _looks_back(dense, tokens, whole["logits"])
         step = "streaming block by block"
         shard = _shard(folder, config.num_hidden_layers)
         _streamed(shard, tokens, whole, range(config.num_hidden_layers))
@@ -164,12 +202,25 @@ def _go(family: str, config: PreTrainedConfig, folder: Path) -> int:
         last = _streamed(shard, tokens, pruned, ())
         assert torch.isfinite(last).all()
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(
-            f"model family {family!r} is not supported: {step} failed on a small random one ({first}); "
-            "a row in FAMILIES (stages/blocks.py) may say what is different"
-        ) from error
+        raise _refusal(family, step, error) from error
     return int(config.num_hidden_layers)
+
+
+def _refusal(family: str, step: str, error: Exception) -> Refusal:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return Refusal(
+        f"model family {family!r} is not supported: {step} failed on a small random one ({first}); "
+        "a row in FAMILIES (stages/blocks.py) may say what is different"
+    )
+
+
+def _looks_back(model: Any, tokens: Tensor, logits: Tensor) -> None:
+    """Raises _Differs where a token sees those after it: an encoder, whose logits say nothing of the next token."""
+    others = tokens.clone()
+    others[:, -1] = (others[:, -1] + 1) % VOCABULARY
+    moved = _states(model, others)["logits"]
+    if not torch.allclose(moved[:, :-1], logits[:, :-1], rtol=1e-3, atol=1e-4):
+        raise _Differs("each token sees those after it, as in an encoder")
 
 
 def _all_accounted(skeleton: Skeleton) -> None:

@@ -259,7 +259,7 @@ class Skeleton:
     def _nothing(self, samples: int, length: int) -> Tensor:
         """Zeros in place of embedded tokens, as wide as the embedding (OPT's can be narrower than its blocks)."""
         embedding: Any = self.model.get_input_embeddings()
-        return torch.zeros((), dtype=self.dtype, device=self.device).expand(samples, length, embedding.weight.shape[1])
+        return torch.zeros(samples, length, embedding.weight.shape[1], dtype=self.dtype, device=self.device)
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The first layer's input for the model's inputs, "input_ids" (samples, length) among them.

@@ -54,7 +54,12 @@ def _encodes(family: str) -> bool:
 
 def found_layout(model: PreTrainedModel) -> BlockLayout:
     """What the modules say: the list of decoder layers, their children that hold linears, the routers of experts."""
-    family, depth = model.config.model_type, model.config.get_text_config().num_hidden_layers
+    family, depth = model.config.model_type, getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if depth is None:
+        raise Refusal(
+            f"model family {family!r} is not supported: its config has no num_hidden_layers; a row in FAMILIES "
+            "(stages/blocks.py) can say where its blocks are"
+        )
     blocks, layers = _layers(model, family, depth)
     _refuse_recurrent(family, blocks, layers)
     components = dict.fromkeys(

@@ -38,6 +38,8 @@ WAITING = {
     aten._unique2.default,
     aten.repeat_interleave.Tensor,
 }
+# Views whose bit, on a tensor of numbers inside, operations on the wrapper would not heed: computed at once.
+AT_ONCE = {aten._conj.default: aten.conj_physical.default, aten._neg_view.default: aten.neg.default}
 COPYING = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 
@@ -156,6 +158,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     asked_for = wanted is not None and torch.device(wanted).type == NAME
     if not far and not asked_for:
         return func(*args, **kwargs)
+    func = AT_ONCE.get(func, func)
     _refuse_mixture(func, args, tensors)
     real_args, real_kwargs = tree_map_only(_Far, lambda tensor: tensor.numbers, (args, kwargs))
     if wanted is not None:

@@ -2,9 +2,11 @@
 
 Masks, and values that are solved for, are the CPU's to the bit (attention by SDPA's plain way on both); what AdamW
 fits, which takes whole matrices there and stretches of them on a CPU, to rounding. And how often the host waits.
+
+`make fast` runs seven recipes, five families and a tower of these; `pytest tests/stages/test_pretended_device.py` all.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,18 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import LAYERS, family_checkpoint
-from image_models import image_folder, seeing_checkpoint
+from family_models import LAYERS, NAMES, family_checkpoint
+from image_models import SEEING, image_folder, seeing_checkpoint
 from pretended_device import DEVICE, NAME, MixedDevices, PretendedDevice
 from safetensors.torch import load_file
 from streaming import GENTLE, Images, make_shards, prune, same_bits, stream
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM
 
 from stages.criteria import CRITERIA
 from stages.images import load_processor
 from stages.pixels import build_pixel_table
 from stages.recipe import Recipe
+from stages.shadow_spec import ShadowSpec
+from stages.shadow_store import write_shadow
 from stages.skeleton import read_config
 from stages.statistics import InputStatistics
 from stages.vision import VisionSkeleton
@@ -31,10 +36,10 @@ from stages.vision import VisionSkeleton
 LENGTH, SAMPLES = 12, 9
 HALF: dict[str, Any] = {"sparsity": None, "pattern": (2, 4)}
 BARE = {
-    **{name: Recipe(criterion=name, reconstruct="none") for name in CRITERIA if name != "temporal"},
+    **{name: Recipe(criterion=name, reconstruct="none") for name in CRITERIA},
     **{
         f"{name} 2:4": Recipe(criterion=name, reconstruct="none", **HALF)
-        for name in ("wanda", "sparsegpt", "alps", "stochria")
+        for name in ("wanda", "sparsegpt", "alps", "stochria", "temporal")
     },
     **{f"wanda + {name}": Recipe(refine=name, reconstruct="none") for name in ("dsnot", "r2-dsnot", "swaps")},
     "magnitude + swaps 2:4": Recipe(criterion="magnitude", refine="swaps", reconstruct="none", **HALF),
@@ -52,8 +57,15 @@ FITTED = {
     "pruned inputs": Recipe(inputs="pruned", criterion="magnitude"),  # of masks that hang on inputs some bits tip over
     "sweep": Recipe(sweeps=1),
     "sweep, corrected": Recipe(sweeps=1, corrections=(0.3,), reconstruct="block"),
+    "temporal, refined": Recipe(criterion="temporal", refine="swaps"),
 }
-FAMILIES = ("llama", "gemma2", "gpt2", "opt", "phi", "mixtral", "qwen2_moe", "gpt_neox")
+ALWAYS = ("wanda", "sparsegpt 2:4", "temporal", "wanda + swaps", "component", "pruned inputs", "sweep, corrected")
+ALWAYS_FAMILIES = ("llama", "gpt2", "opt", "qwen2_moe", "llava")
+
+
+def some_always(names: Iterable[str], always: Iterable[str]) -> list[Any]:
+    """The names as parameters, those slow that are not among `always`."""
+    return [pytest.param(name, marks=() if name in always else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +83,20 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     home = tmp_path_factory.mktemp("seeing")
     return cache(lambda name: seeing_checkpoint(home / name, name, torch.float32))
+
+
+@pytest.fixture(scope="module")
+def shadow(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Importances at random of the tiny model's weights."""
+    directory = tmp_path_factory.mktemp("shadow") / "shadow"
+    model, generator = AutoModelForCausalLM.from_pretrained(tiny_checkpoint()), torch.Generator().manual_seed(5)
+    held = {name: torch.rand(weight.shape, generator=generator) for name, weight in model.named_parameters()}
+    write_shadow(directory, model.config, held, ShadowSpec(), updates=1)
+    return directory
+
+
+def shadowed(recipe: Recipe, shadow: Path) -> Recipe:
+    return replace(recipe, shadow=str(shadow)) if recipe.criterion == "temporal" else recipe
 
 
 def written(model: Path, home: Path, inputs: Any, recipe: Recipe, blocks: int, **spec: Any) -> dict[str, Tensor]:
@@ -100,25 +126,25 @@ def assert_alike(here: dict[str, Tensor], there: dict[str, Tensor], fitted: bool
             assert same_bits(tensor, there[name]), name
 
 
-@pytest.mark.parametrize("name", BARE)
+@pytest.mark.parametrize("name", some_always(BARE, ALWAYS))
 def test_masks_and_solved_values_are_the_cpus(
-    tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., Tensor], tmp_path: Path, name: str
+    tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., Tensor], shadow: Path, tmp_path: Path, name: str
 ) -> None:
     tokens = tiny_tokens(SAMPLES, LENGTH)
-    here, there, _ = here_and_there(tiny_checkpoint(), tmp_path, tokens, BARE[name])
+    here, there, _ = here_and_there(tiny_checkpoint(), tmp_path, tokens, shadowed(BARE[name], shadow))
     assert_alike(here, there, fitted=False)
 
 
-@pytest.mark.parametrize("name", FITTED)
+@pytest.mark.parametrize("name", some_always(FITTED, ALWAYS))
 def test_units_are_refitted_as_on_the_cpu(
-    tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., Tensor], tmp_path: Path, name: str
+    tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., Tensor], shadow: Path, tmp_path: Path, name: str
 ) -> None:
-    recipe = replace(FITTED[name], learning_rate=GENTLE)
+    recipe = shadowed(replace(FITTED[name], learning_rate=GENTLE), shadow)
     here, there, _ = here_and_there(tiny_checkpoint(), tmp_path, tiny_tokens(SAMPLES, LENGTH), recipe)
     assert_alike(here, there, fitted=True)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", some_always(NAMES, ALWAYS_FAMILIES))
 def test_families(family: Callable[..., Path], tiny_tokens: Callable[..., Tensor], tmp_path: Path, name: str) -> None:
     model, tokens = family(name, "float32"), tiny_tokens(SAMPLES, LENGTH)
     here, there, _ = here_and_there(model, tmp_path / "bare", tokens, Recipe(reconstruct="none"), LAYERS)
@@ -127,7 +153,7 @@ def test_families(family: Callable[..., Path], tiny_tokens: Callable[..., Tensor
     assert_alike(here, there, fitted=True)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("name", some_always(SEEING, ALWAYS_FAMILIES))
 def test_vision_towers(seeing: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     folder = image_folder(tmp_path / "images", 8, words=1, seed=2)
     (folder / "captions.jsonl").unlink()
@@ -219,3 +245,17 @@ def test_the_device_refuses_what_accelerators_refuse() -> None:
             far[far > 0]
         assert sum(waits.values()) >= 2
         assert device.uploaded == 0 and device.downloaded == 36
+
+
+def test_a_rotation_of_complex_numbers_has_its_gradient_there_too() -> None:
+    """As Llama 4 turns its queries: going back it multiplies by the conjugate, which torch keeps as a bit of a view."""
+    x, turn = torch.randn(3, 8), torch.polar(torch.ones(4), torch.randn(4))
+
+    def gradient(x: Tensor, turn: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        turned = torch.view_as_real(torch.view_as_complex(x.reshape(3, 4, 2)) * turn)
+        return torch.autograd.grad(turned.square().sum() + turned[..., 0].sum(), x)[0].detach()
+
+    with PretendedDevice():
+        there = gradient(x.to(DEVICE), turn.to(DEVICE)).cpu()
+    torch.testing.assert_close(there, gradient(x, turn))
