@@ -122,7 +122,7 @@ class ShardWorker:
     def forward(self, microbatch: int, source: Inputs, wanted: Wanted, targets: np.ndarray | None = None) -> Any:
         """One microbatch through all blocks; `source` is the model's inputs for the shard that embeds, else hidden
         states."""
-        hidden = self._open.forward(microbatch, self._hidden(source))
+        hidden = self._open.forward(microbatch, self._hidden(source, self._spec.device))
         return self._answer(microbatch, hidden, wanted, targets)
 
     def receive(self, microbatch: int, source: Inputs) -> None:
@@ -163,9 +163,9 @@ class ShardWorker:
         phases = [] if self._shard is None else self._shard.timeline.export()
         return peak_bytes(self._spec.device), phases
 
-    def _hidden(self, source: Inputs) -> torch.Tensor:
+    def _hidden(self, source: Inputs, device: str = "cpu") -> torch.Tensor:
         if isinstance(source, np.ndarray):
-            return self._open.embed(unpack(source)) if self._spec.embeds else unpack(source)
+            return self._open.embed(unpack(source)) if self._spec.embeds else unpack(source, device)
         return self._open.embed(_tensors(source))
 
     def _answer(self, microbatch: int, hidden: torch.Tensor, wanted: Wanted, targets: np.ndarray | None) -> Any:

@@ -14,6 +14,7 @@ from stages.observe import observing
 from stages.recipe import Recipe
 from stages.reconstruct import weight_rms
 from stages.spool import Spool, SpoolBudget
+from stages.staging import upload
 from stages.statistics import InputStatistics
 from stages.units import groups_of
 
@@ -101,7 +102,7 @@ class BlockCalibration:
 
         def draw(module: nn.Module, args: Any, output: Any) -> Any:
             given, end = seen.pop(), len(drifted)
-            read = dense.batch(list(range(end - len(given), end))).to(given.device)
+            read = upload(dense.batch(list(range(end - len(given), end))), given.device)
             moved = drawn(first(output), given, read, self._components_in_unit)
             return (moved, *output[1:]) if isinstance(output, tuple) else moved
 

@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stages.devices import on_accelerator
 from stages.errors import Refusal
 from stages.files import file_digest, is_full, replacing, sync
 from stages.headers import TensorEntry, entries_of, opened, read_headers, unread_files
+from stages.staging import placing, to_host
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]  # of a hub id's files
 UNWANTED = ["original/*", "consolidated*", "*.bin.index.json"]  # the same weights once more, in other formats
@@ -65,9 +67,16 @@ class Checkpoint:
         Raises Refusal naming the tensor that holds a NaN or an infinity, or that the checkpoint lacks.
         """
         loaded: dict[str, Tensor] = {}
+        files: dict[str, str] = {}
+        place = placing(device)
         for file, name, tensor in self._tensors(names):
             target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            loaded[name] = _finite(tensor.to(device=device, dtype=target, copy=True), f"{file}: {name}")
+            loaded[name], files[name] = place(tensor, target), file
+            if not on_accelerator(device):
+                _check_finite(loaded[name], f"{file}: {name}")
+        if on_accelerator(device) and not _all_finite(loaded.values()):
+            for name, tensor in loaded.items():
+                _check_finite(tensor, f"{files[name]}: {name}")
         return loaded
 
     def copies(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -85,9 +94,17 @@ class Checkpoint:
                     yield file, name, handle.get_tensor(name)
 
 
-def _finite(tensor: Tensor, name: str) -> Tensor:
-    # One pass: a sum is finite exactly when no term is NaN or infinite (float32 cannot overflow on weights).
-    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor holds a NaN or an infinity, asked of their device once.
+
+    A sum is finite exactly when no term is NaN or infinite (float32 cannot overflow on weights).
+    """
+    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors if tensor.is_floating_point()]
+    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
+
+
+def _check_finite(tensor: Tensor, name: str) -> None:
+    if not _all_finite([tensor]):
         bad = (~torch.isfinite(tensor)).sum().item()
         if bad:
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -95,7 +112,6 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
                 f"{name}: {bad} of {tensor.numel()} weights are NaN or infinite as {dtype}; repair the checkpoint, "
                 "or choose a --dtype with a wider range"
             )
-    return tensor
 
 
 def resolve(model: str) -> Path:
@@ -161,7 +177,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     The digest is of the bytes that came back from the file system. Raises Refusal when the disk is full.
     """
     try:
-        plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        plain = dict(zip(tensors, to_host(list(tensors.values())), strict=True))
         with replacing(path) as temporary:
             save_file(plain, str(temporary), metadata={"format": "pt"})
             sync(temporary)

@@ -30,6 +30,11 @@ def beside(device: torch.device | str) -> Callable[[], AbstractContextManager[No
     return aside
 
 
+def copies_apart(device: torch.device | str) -> bool:
+    """Whether copies to and from there can run beside the computing, on streams of their own."""
+    return on_accelerator(device) and hasattr(torch.get_device_module(device), "Stream")
+
+
 # Of a processor's capabilities, as torch names them, those that multiply matrices of a dtype.
 UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"), torch.float16: ("amx_fp16", "avx512_fp16", "fp16")}
 

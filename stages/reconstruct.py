@@ -4,7 +4,8 @@ Letters: S = samples of a batch, L = tokens of a sample, D = hidden size.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from stages.devices import deterministic
 from stages.masks import masked
 from stages.precision import cast_for_good, computing
 from stages.spool import Spool
+from stages.staging import Make, Room, prefetch, upload
 from stages.units import UnitModules
 
 WARM_UP = 0.1  # share of the steps over which the learning rate rises
@@ -61,11 +63,11 @@ class Target:
             raise ValueError("a shifted target needs the dense inputs and those given")
         self._outputs, self._dense, self._given, self._shift = outputs, dense, given, shift
 
-    def batch(self, indices: list[int]) -> Tensor:
-        """Targets of those samples, (S, L, D)."""
-        outputs_SLD = self._outputs.batch(indices)
+    def batch(self, indices: list[int], room: Room | None = None) -> Tensor:
+        """Targets of those samples, (S, L, D); in memory that `room` gives, if it is given and can be used."""
         if not self._shift or self._dense is None or self._given is None:
-            return outputs_SLD
+            return self._outputs.batch(indices, room)
+        outputs_SLD = self._outputs.batch(indices)
         error_SLD = self._dense.batch(indices).float() - self._given.batch(indices)
         return outputs_SLD.float().add_(error_SLD, alpha=self._shift)
 
@@ -144,11 +146,11 @@ def rate_unit(weights: Sequence[tuple[float, int]], width: int) -> float:
 
 def weight_rms(weight: Tensor) -> float:
     """Root mean square of a tensor."""
-    squares = 0.0
+    squares = torch.zeros((), dtype=torch.float64, device=weight.device)  # there: the host waits once
     for part in weight.detach().reshape(-1).split(STEPPED_AT_A_TIME // 8):
         values = part.float()
-        squares += float(values.dot(values))
-    return (squares / max(weight.numel(), 1)) ** 0.5
+        squares += values.dot(values)
+    return (float(squares) / max(weight.numel(), 1)) ** 0.5
 
 
 def learning_rate_at(step: int, steps: int, peak: float) -> float:
@@ -172,14 +174,22 @@ def relative_error(
 ) -> float:
     """‖f̃(x) − f(x)‖² / ‖f(x)‖² over the given samples, one sample at a time, summed in float64."""
     device = next(unit.parameters()).device
-    error = total = 0.0
+    error = torch.zeros((), dtype=torch.float64, device=device)  # there: the host waits once
+    total = torch.zeros_like(error)
+    made: Iterator[list[Make]] = ([functools.partial(targets.batch, [index]), _one(inputs, index)] for index in samples)
     with computing(unit):
-        for index in samples:
-            target = targets.batch([index])[0].to(device).float()
-            output = unit(inputs[index].to(device)[None], [call.at([index]) for call in calls])[0].float()
-            error += float((output - target).square().sum(dtype=torch.float64))
-            total += float(target.square().sum(dtype=torch.float64))
-    return error / total if total else error
+        for index, (wanted, given) in zip(samples, prefetch(made, device), strict=True):
+            target = wanted()[0].float()
+            output = unit(given(), [call.at([index]) for call in calls])[0].float()
+            error += (output - target).square().sum(dtype=torch.float64)
+            total += target.square().sum(dtype=torch.float64)
+    apart, of = torch.stack([error, total]).tolist()
+    return apart / of if of else apart
+
+
+def _one(spool: Spool, index: int) -> Make:
+    """Makes a batch of that sample alone: itself."""
+    return lambda room: spool[index][None]
 
 
 def _cpu_attention_flops(
@@ -195,7 +205,7 @@ def forward_flops(unit: UnitModules, calls: Sequence[Call], sample: Tensor) -> i
     """FLOPs of the matrix products, attention's included, in one forward pass over one sample (L, D)."""
     mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
     with computing(unit), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        unit(sample.to(next(unit.parameters()).device)[None], calls)
+        unit(upload(sample, next(unit.parameters()).device)[None], calls)
     return counter.get_total_flops()
 
 
@@ -244,11 +254,22 @@ def fit(
 
 
 def _finite(unit: UnitModules) -> bool:
-    return all(bool(torch.isfinite(parameter.sum(dtype=torch.float32))) for parameter in unit.parameters())
+    sums = [parameter.sum(dtype=torch.float32) for parameter in unit.parameters()]
+    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
 
 
 def _steps(samples: int, settings: FitSettings) -> int:
     return settings.epochs * -(-samples // settings.batch)
+
+
+def _minibatches(samples: list[int], settings: FitSettings) -> list[list[int]]:
+    """The samples of each step, all epochs one after the other."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    batches: list[list[int]] = []
+    for _ in range(settings.epochs):
+        order = [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
+        batches += [order[start : start + settings.batch] for start in range(0, len(order), settings.batch)]
+    return batches
 
 
 def _train(
@@ -270,19 +291,16 @@ def _train(
         parameter.requires_grad_(True)
     masters = {name: parameter.detach().float().clone() for name, parameter in unit.named().items()}
     state = _Masters(working.named(), keep, masters)
-    generator = torch.Generator().manual_seed(settings.seed)
     first_targets = targets.batch(samples[: settings.batch]).float()
     scale = 1.0 / max(float(first_targets.square().mean()), 1e-30)  # a relative error, whatever the activations' units
-    step, steps = 0, _steps(len(samples), settings)
-    for _ in range(settings.epochs):
-        order = [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
-        for start in range(0, len(order), settings.batch):
-            batch = order[start : start + settings.batch]
-            state.learning_rate = learning_rate_at(step, steps, peak)
-            output = working(inputs.batch(batch).to(device=device, dtype=dtype), [call.at(batch) for call in calls])
-            # The gradient of scale · mean squared error, written out: one pass, and no float32 copies of the batch.
-            residual = output.detach() - targets.batch(batch).to(device)
-            output.backward(residual.mul_(2 * scale / residual.numel()).to(dtype))
-            step += 1
+    steps = _steps(len(samples), settings)
+    batches = _minibatches(samples, settings)
+    made = ([functools.partial(inputs.batch, batch), functools.partial(targets.batch, batch)] for batch in batches)
+    for step, (batch, (given, wanted)) in enumerate(zip(batches, prefetch(made, device), strict=True)):
+        state.learning_rate = learning_rate_at(step, steps, peak)
+        output = working(given().to(dtype=dtype), [call.at(batch) for call in calls])
+        # The gradient of scale · mean squared error, written out: one pass, and no float32 copies of the batch.
+        residual = output.detach() - wanted()
+        output.backward(residual.mul_(2 * scale / residual.numel()).to(dtype))
     state.close()
     return masters

@@ -41,6 +41,7 @@ from stages.shadow_store import Shadow
 from stages.skeleton import Skeleton
 from stages.spec import ShardSpec
 from stages.spool import Spool, SpoolBudget
+from stages.staging import upload
 from stages.varying import PassCalls
 from stages.vision import open_skeleton
 from stages.work import Work
@@ -117,7 +118,7 @@ class Shard:
         """This shard's blocks applied to one microbatch (samples, length, hidden), all in memory."""
         self._in_step(microbatch)
         for index in range(self.spec.first, self.spec.last):
-            hidden = self._through(index, hidden.to(self.spec.device))
+            hidden = self._through(index, hidden)
         if microbatch + 1 == self._microbatches:
             self.gathered.end()
         return hidden
@@ -126,7 +127,7 @@ class Shard:
         """Take in one microbatch, for `advance` or for work with pruned inputs."""
         self._in_step(microbatch)
         if self._carry is None:
-            self._carry = Carry(self._scratch, self._budget, self.spec.first)
+            self._carry = Carry(self._scratch, self._budget, self.spec.first, self.spec.device)
         self._carry.receive(hidden)
 
     def advance(self) -> None:
@@ -140,9 +141,10 @@ class Shard:
         """The last block's output for one microbatch."""
         if self._carry is None or self._carry.block < self.spec.last - 1:
             raise OutOfStep(f"shard {self.spec.index} has not advanced to its last block")
-        hidden = self._carry.microbatch(microbatch)
         if self._carry.block < self.spec.last:
-            hidden = self._through(self.spec.last - 1, hidden)
+            hidden = self._through(self.spec.last - 1, self._carry.on_device(microbatch))
+        else:
+            hidden = self._carry.microbatch(microbatch)
         if microbatch + 1 == self._microbatches:
             self._close_carry()
             self.gathered.end()
@@ -170,7 +172,7 @@ class Shard:
         return self._carry
 
     def _run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        hidden = hidden.to(self.spec.device)
+        hidden = upload(hidden, self.spec.device)
         told = memory_told(
             f"block {index}, {hidden.shape[0]} x {hidden.shape[1]} tokens on {self.spec.device}", LESS_MEMORY
         )
@@ -201,14 +203,14 @@ class Shard:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits (samples, length, vocabulary) from its last block's output."""
-        return self.skeleton.logits(hidden.to(self.spec.device))
+        return self.skeleton.logits(upload(hidden, self.spec.device))
 
     def measure(self, hidden: Tensor, tokens: Tensor, dense: Tensor | None = None) -> Measures:
         """What the last block's output says of the windows' tokens, and how far it is from the dense model's output."""
         device = self.spec.device
         with self.timeline.phase("evaluate"), torch.no_grad():
-            compared = None if dense is None else (self._dense.logits, dense.to(device))
-            return measure(self.skeleton.logits, hidden.to(device), tokens.long().to(device), compared)
+            compared = None if dense is None else (self._dense.logits, upload(dense, device))
+            return measure(self.skeleton.logits, upload(hidden, device), upload(tokens.long(), device), compared)
 
     @functools.cached_property
     def _dense(self) -> Skeleton:

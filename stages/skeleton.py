@@ -24,6 +24,7 @@ from stages.errors import Refusal
 from stages.headers import TensorEntry
 from stages.precision import check_range, note_dtypes
 from stages.recipe import Tower
+from stages.staging import upload
 from stages.storage import Storage
 from stages.structure import check_family, layout_in
 
@@ -106,7 +107,7 @@ class Skeleton:
         self._fill_outer(self.outer, {})
         for name, buffer in list(self.model.named_buffers()):
             holder, _, attribute = name.rpartition(".")
-            self.model.get_submodule(holder)._buffers[attribute] = buffer.to(device)
+            self.model.get_submodule(holder)._buffers[attribute] = upload(buffer, device)
 
     def _find_layers(self) -> list[nn.Module]:
         blocks = self.layout.blocks
@@ -234,7 +235,7 @@ class Skeleton:
 
     def _given(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs as the model takes them: kept by sample, but rotary positions of several axes go axis first."""
-        given = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        given = {name: upload(tensor, self.device) for name, tensor in inputs.items()}
         if "position_ids" in given:
             given["position_ids"] = given["position_ids"].long().movedim(1, 0)
         return given
@@ -266,7 +267,9 @@ class Skeleton:
 
         With images the model merges their features into the embedded tokens; `open_eyes` comes before that.
         """
-        given = self._given(inputs) | {"input_ids": inputs["input_ids"].long().to(self.device)}
+        given = self._given({n: t for n, t in inputs.items() if n != "input_ids"}) | {
+            "input_ids": upload(inputs["input_ids"].long(), self.device)
+        }
         return self._entering(lambda: self.model(**given, use_cache=False))
 
     def _entering(self, run: Callable[[], object]) -> Tensor:
@@ -294,7 +297,7 @@ class Skeleton:
         layer.load_state_dict(tensors, assign=True, strict=True)
         for module in layer.modules():
             for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(self.device)
+                module._buffers[name] = None if buffer is None else upload(buffer, self.device)
         return layer.requires_grad_(False).eval()
 
 

@@ -5,6 +5,8 @@ count as the process's memory, and its bound is a promise.
 """
 
 import contextlib
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import Refusal
+from stages.staging import Lane, Room, download
 
 _SCHEMA = pa.schema([("sample", pa.large_binary())])
 
@@ -41,7 +44,7 @@ class Spool:
     """A sequence of samples, each (length, channels) of one dtype, appended once and read in any order.
 
     Bits go in and come out unchanged. Lengths may differ, as those of images of several sizes do. `close` frees the
-    memory and removes the file.
+    memory and removes the file. What comes from a device has its place at once and arrives later, before it is read.
     """
 
     def __init__(self, path: Path, budget: SpoolBudget) -> None:
@@ -53,6 +56,9 @@ class Spool:
         self._lengths: set[int] = set()
         self._channels = self._disk_bytes = 0
         self._dtype = torch.float32
+        self._coming: Lane | None = None  # what still delivers some of the samples
+        self._delivered = self._expected = 0
+        self._life = object()  # until it is closed
 
     def __len__(self) -> int:
         return len(self._held) + self._on_disk
@@ -68,13 +74,40 @@ class Spool:
 
     def append(self, samples: Tensor) -> None:
         """Add samples (n, length, channels). Raises Refusal when neither the budget nor the disk has room."""
-        for sample in samples.detach():
-            self._channels, self._dtype = sample.shape[-1], sample.dtype
-            self._lengths.add(len(sample))
-            if self._writer is None and self._budget.take(sample.nbytes):
-                self._held.append(sample.to("cpu", copy=True).contiguous())
+        samples = samples.detach()
+        if not len(samples):
+            return
+        self._channels, self._dtype = samples.shape[-1], samples.dtype
+        self._lengths.add(samples.shape[1])
+        places = [self._place(samples.shape[1:]) for _ in range(len(samples))]
+        self._expected += len(samples)
+        if samples.device.type == "cpu":
+            self._arrive()  # in the order of the calls
+        self._coming = download(samples, functools.partial(self._keep, places, self._life))
+
+    def _place(self, shape: Sequence[int]) -> Tensor | None:
+        """Memory for the next sample; None if it goes to disk."""
+        if not self._on_disk and self._budget.take(torch.Size(shape).numel() * self._dtype.itemsize):
+            self._held.append(torch.empty(shape, dtype=self._dtype))
+            return self._held[-1]
+        self._on_disk += 1
+        return None
+
+    def _keep(self, places: Sequence[Tensor | None], life: object, samples: Tensor) -> None:
+        """Put samples that are in the host's memory in their places, unless the spool was closed meanwhile."""
+        if life is not self._life:
+            return
+        self._delivered += len(places)
+        for place, sample in zip(places, samples, strict=True):
+            if place is None:
+                self._write(sample.contiguous())
             else:
-                self._write(sample.to("cpu").contiguous())
+                place.copy_(sample)
+
+    def _arrive(self) -> None:
+        """Wait for what is on its way."""
+        if self._coming is not None and self._delivered < self._expected:
+            self._coming.settle()
 
     def _write(self, sample: Tensor) -> None:
         raw = sample.reshape(-1).view(torch.uint8).numpy()
@@ -87,7 +120,6 @@ class Spool:
             self._writer.write_batch(pa.record_batch([column], schema=_SCHEMA))
         except OSError as error:
             raise self._refusal(error) from None
-        self._on_disk += 1
         self._disk_bytes += raw.nbytes
 
     def _refusal(self, error: OSError) -> Refusal:
@@ -98,6 +130,7 @@ class Spool:
 
     def __getitem__(self, index: int) -> Tensor:
         """Sample `index`, (length, channels)."""
+        self._arrive()
         if index < len(self._held):
             return self._held[index]
         if self._reader is None:
@@ -119,21 +152,25 @@ class Spool:
         """Move what is held in memory to disk, once nothing more is appended and before anything is read."""
         if self._reader is not None or self._spilled:
             return
+        self._arrive()
         held, self._held = self._held, []
         for sample in held:
             self._write(sample)
+        self._on_disk += len(held)
         self._spilled = len(held)
         self._budget.give_back(sum(sample.nbytes for sample in held))
 
-    def batch(self, indices: list[int]) -> Tensor:
+    def batch(self, indices: list[int], room: Room | None = None) -> Tensor:
         """Samples `indices` stacked: (n, length, channels); those of several lengths one after the other:
-        (1, length of all, channels)."""
+        (1, length of all, channels). In memory that `room` gives, if it is given."""
         samples = [self[index] for index in indices]
         if len({len(sample) for sample in samples}) > 1:
-            return torch.cat(samples)[None]
-        return torch.stack(samples)
+            tokens = sum(len(sample) for sample in samples)
+            return torch.cat(samples, out=room((tokens, self._channels), self._dtype) if room else None)[None]
+        return torch.stack(samples, out=room((len(samples), *samples[0].shape), self._dtype) if room else None)
 
     def close(self) -> None:
+        self._life, self._coming, self._delivered, self._expected = object(), None, 0, 0
         self._budget.give_back(sum(sample.nbytes for sample in self._held))
         self._held = []
         for handle in (self._writer, self._reader):

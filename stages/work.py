@@ -3,6 +3,7 @@
 What goes in is dense (or, in a later sweep, what the sweep before left), what comes out is pruned.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,6 +26,7 @@ from stages.recipe import Recipe, WorkOrder, derived_seed
 from stages.reconstruct import FitSettings, Target, fit, rate_unit
 from stages.skeleton import Skeleton
 from stages.spool import Spool
+from stages.staging import prefetch
 from stages.statistics import InputStatistics
 from stages.units import FitUnit, Group, UnitModules, groups_of
 
@@ -172,8 +174,8 @@ class Work:
                 root = next(entry.module for entry in unit.steps if entry.block == step)
                 hooks.enter_context(observing(module, anatomy, count, root=root))
             hooks.enter_context(computing(chain))
-            for samples, batch in _batches(inputs):
-                chain(batch.to(self.skeleton.device), [step.call.at(samples) for step in unit.steps])
+            for samples, batch in _batches(inputs, self.skeleton.device):
+                chain(batch, [step.call.at(samples) for step in unit.steps])
         return gathered
 
     # -- activations -----------------------------------------------------------------------------------------------
@@ -198,9 +200,9 @@ class Work:
 
         block = self.modules[unit.first]
         with torch.no_grad(), computing(block), observing(block, entry.anatomy, None, {module: [reached]}):
-            for samples, batch in _batches(self._carried):
+            for samples, batch in _batches(self._carried, self.skeleton.device):
                 with suppress(_Reached):
-                    entry.call.at(samples).run(block, batch.to(self.skeleton.device))
+                    entry.call.at(samples).run(block, batch)
         return spool
 
     def _activations(self, unit: FitUnit, captured: dict[str, Spool]) -> tuple[Spool, Target]:
@@ -293,9 +295,10 @@ def _part(anatomy: Anatomy, names: set[str]) -> Anatomy:
     return Anatomy([], shared, {})
 
 
-def _batches(samples: Spool) -> Iterator[tuple[list[int], Tensor]]:
-    """All samples in order, a few at a time, with their numbers."""
+def _batches(samples: Spool, device: str) -> Iterator[tuple[list[int], Tensor]]:
+    """All samples in order, a few at a time, with their numbers, on the device; the next are on their way meanwhile."""
     step = max(1, PASS_TOKENS // len(samples[0])) if len(samples) and not samples.ragged else 1
-    for start in range(0, len(samples), step):
-        indices = list(range(start, min(start + step, len(samples))))
-        yield indices, samples.batch(indices)
+    numbers = [list(range(start, min(start + step, len(samples)))) for start in range(0, len(samples), step)]
+    made = ([functools.partial(samples.batch, indices)] for indices in numbers)
+    for indices, (batch,) in zip(numbers, prefetch(made, device), strict=True):
+        yield indices, batch()
