@@ -1,0 +1,1 @@
+"""Shards and ranks as Ray actors: made, fed, replaced when they die."""

@@ -7,12 +7,12 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
-from cluster.actor import ShardState
-from cluster.passes import answers
-from cluster.room import first_of
+from cluster.connection.room import first_of
+from cluster.shard_actor import ShardState
+from cluster.streaming import answers
 from stages.errors import OutOfStep
 from stages.recipe import WorkOrder
-from stages.spec import ShardSpec
+from stages.shard.spec import ShardSpec
 
 LOST = (OutOfStep, RayActorError, ObjectLostError)  # what a restarted, dying or vanished shard looks like
 

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from stages.allocation import LayerRule, Override, layer_rule
-from stages.criteria import find_criterion
+from stages.criteria.scoring import find_criterion
+from stages.layer_rules import LayerRule, Override, layer_rule
 from stages.masks import Scope
 
-Tower = Literal["language", "vision"]  # of a model that reads images too; any other is a language tower
 Refine = Literal["none", "dsnot", "r2-dsnot", "swaps"]
 Rebuild = Literal["none", "matrix", "component", "block", "window"]
 
@@ -74,7 +73,8 @@ class Recipe:
 
     @property
     def foresees(self) -> bool:
-        """Whether a sweep's units read foreseen inputs rather than the pruned model's own; see `stages.foresight`."""
+        """Whether a sweep's units read foreseen inputs rather than the pruned model's own; see
+        `stages.reconstruction.target`."""
         return bool(self.sweeps) and not self.corrections
 
     @property

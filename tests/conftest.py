@@ -14,7 +14,7 @@ import torch
 from cluster.arithmetic import steady_products
 
 if TYPE_CHECKING:
-    from cluster.ranks import Ranks
+    from cluster.rank_group import Ranks
 
 steady_products()  # before the first product of this process, as every worker does
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -46,7 +46,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByRoom(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             room, _, file = nodeid.partition("::")[0].rpartition("/")
-            return room if room.endswith(("cluster", "pipeline")) else file
+            return room if "/cluster" in room or "/pipeline" in room else file
 
     return ByRoom(config, log)
 
@@ -70,7 +70,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A Ray cluster that this process is connected to, and whole runs that use its warm shards: see tests/warm.py.
+    """A Ray cluster that this process is connected to, and whole runs that use its warm shards: see
+    tests/support/warm.py.
 
     It goes on from module to module and ends with the first test that does not ask for it.
     """
@@ -80,7 +81,7 @@ def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     if not ray.is_initialized():
         _shared_cluster.enter_context(warm_cluster(tmp_path_factory.mktemp("shards")))
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("pipeline.prune_run", "pipeline.evaluate"):
+        for module in ("pipeline.pruning.run", "pipeline.commands.evaluate"):
             patch.setattr(f"{module}.Fleet", WarmFleet)
         yield
 
@@ -88,7 +89,7 @@ def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def two_ranks(one_cluster: None) -> "Iterator[Ranks]":
     """Two ZeRO ranks in the shared cluster, for all modules that train: a rank imports DeepSpeed for seconds."""
-    from cluster.ranks import Ranks
+    from cluster.rank_group import Ranks
 
     if not _shared_ranks:
         _shared_cluster.callback(_shared_ranks.clear)

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-NAMED = re.compile(r"`((?:stages|cluster|pipeline)/test_\w+\.py)(?:::(\w+))?`")
+NAMED = re.compile(r"`((?:stages|cluster|pipeline)/(?:\w+/)*test_\w+\.py)(?:::(\w+))?`")
 ROWS = [line for line in (TESTS / "README.md").read_text().splitlines() if line.startswith("| ") and "test_" in line]
 
 

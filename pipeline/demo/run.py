@@ -10,14 +10,14 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.connect import connect
-from cluster.folders import own_folder
-from pipeline.config import PruneConfig
+from cluster.connection.connect import connect
+from cluster.connection.folders import own_folder
+from pipeline.config.prune import PruneConfig
 from pipeline.demo.sources import write_texts
-from pipeline.driver import prune
-from pipeline.progress import reporter_for
-from pipeline.rundir import check_free
-from stages.checkpoint import resolve
+from pipeline.pruning.prune import prune
+from pipeline.run.directory import check_free
+from pipeline.run.progress import reporter_for
+from stages.storage.hf_checkpoint import resolve
 
 MODEL = Path(__file__).parent / "model"
 EXPERIMENT = "espalier-demo"

@@ -16,8 +16,8 @@ import torch
 from bench_model import SMALL, make_llama, report
 
 from stages.recipe import Recipe, WorkOrder
-from stages.shard import Shard
-from stages.spec import ShardSpec
+from stages.shard.shard import Shard
+from stages.shard.spec import ShardSpec
 
 
 def plain_gflops(shapes: Iterable[torch.Size], tokens: int, repeat: int = 5) -> float:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from bench_model import report
 
-from stages.criteria import score
+from stages.criteria.scoring import score
 from stages.masks import keep_mask
-from stages.refine import dsnot, r2_dsnot, swaps
+from stages.refine.grow_and_prune import dsnot, r2_dsnot, swaps
 from stages.statistics import InputStatistics
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "stages"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 from trained import BUNDLED, error, layers
 
 CHUNK = 1 << 17  # weights scored and masked at a time, as a block's work does

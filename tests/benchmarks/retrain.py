@@ -20,11 +20,11 @@ from typing import Any
 import trained_model
 from trained_model import Quiet, commit, texts_for
 
-from cluster.connect import local_cluster
-from cluster.ranks import Ranks
+from cluster.connection.connect import local_cluster
+from cluster.rank_group import Ranks
 from pipeline import PruneConfig, prune
-from pipeline.retrain import retrain
-from pipeline.retrain_config import RetrainConfig
+from pipeline.config.retrain import RetrainConfig
+from pipeline.retraining.run import retrain
 
 PROCESSES = 2
 BATCH = 4  # windows in an optimizer step

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from pipeline.demo import sources
-from pipeline.progress import Reporter
+from pipeline.run.progress import Reporter
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"

@@ -46,7 +46,7 @@ class TwoRaylets:
 def two_raylets() -> Iterator[TwoRaylets]:
     """The cluster, started once for the whole session (about 15 s), gone with it whatever happens in the tests."""
     home = Path(tempfile.mkdtemp(prefix="esp", dir="/tmp"))  # short: Ray puts sockets under it
-    script = Path(__file__).with_name("two_raylets.py")
+    script = Path(__file__).parents[1] / "support" / "two_raylets.py"
     with open(home / "log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, str(script), str(home), str(CPUS_EACH)],

@@ -1,6 +1,6 @@
 """A fleet of shards on Ray: what one shard refuses comes out as it was said, and a shard that keeps dying ends the run.
 
-Whole runs that lose a shard are in tests/pipeline/test_resume.py.
+Whole runs that lose a shard are in tests/pipeline/run/test_resume.py.
 """
 
 import os
@@ -15,13 +15,14 @@ import ray
 import torch
 from ray import cloudpickle
 
-from cluster import fleet as module
-from cluster import ranks, room
-from cluster.actor import RESTARTS
-from cluster.fleet import Fleet, Stream
+from cluster import rank_group as ranks
+from cluster import shard_group as module
+from cluster.connection import room
+from cluster.shard_actor import RESTARTS
+from cluster.shard_group import Fleet, Stream
 from stages.errors import Refusal
 from stages.recipe import Recipe, WorkOrder
-from stages.spec import ShardSpec
+from stages.shard.spec import ShardSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 LENGTH, MICROBATCHES = 16, 6

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, Listener, add_tokenizer, prune_without_ray, weights_of, write_text
 
-from pipeline.cli import main
-from pipeline.config import PruneConfig
-from pipeline.driver import prune
+from pipeline.cli.main import main
+from pipeline.config.prune import PruneConfig
+from pipeline.pruning.prune import prune
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -1,6 +1,6 @@
 """Ranks without Ray: how many there may be, what is done when they die.
 
-Ranks that train, and one that is killed, are in tests/pipeline/test_zero_runs.py.
+Ranks that train, and one that is killed, are in tests/pipeline/retraining/test_zero_runs.py.
 """
 
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cluster import ranks as module
-from cluster.connect import Node
-from cluster.ranks import FRUITLESS_RESTARTS, Ranks, check_devices
+from cluster import rank_group as module
+from cluster.connection.inventory import Node
+from cluster.rank_group import FRUITLESS_RESTARTS, Ranks, check_devices
 from stages.errors import Refusal
 
 SPEC: Any = None  # no rank of these tests reads it

@@ -15,13 +15,13 @@ from streaming import GENTLE, make_shards, microbatches, prune, same_bits, strea
 from torch import nn
 
 from stages import devices
-from stages.checkpoint import Checkpoint
-from stages.empty import empty_model
 from stages.errors import Refusal
+from stages.loading.skeleton import read_config
+from stages.model.empty import empty_model
 from stages.precision import COMPUTED, chosen_compute, computing, note_dtypes, weights_dtype
 from stages.recipe import Recipe
-from stages.skeleton import read_config
-from stages.spec import block_file
+from stages.shard.spec import block_file
+from stages.storage.hf_checkpoint import Checkpoint
 
 LENGTH = 20
 APART = [  # stored in, computed in

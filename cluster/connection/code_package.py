@@ -1,0 +1,41 @@
+"""This project as Ray ships it: the code that runs on every node is the code of the one who asked."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from cluster.connection.folders import own_folder
+
+PACKAGES = ("pipeline", "cluster", "stages")
+LEFT_OUT = ("__pycache__", "*.pyc", ".*", "mlflow.db", "mlruns")
+DEMO_MODEL = ("demo", "model")  # megabytes that only `espalier demo` reads
+
+
+def root() -> Path:
+    """The directory that holds the three packages, in a clone as in site-packages."""
+    return Path(__file__).resolve().parents[2]
+
+
+@contextlib.contextmanager
+def staged(*, demo_model: bool, own: Mapping[str, Path]) -> Iterator[Path]:
+    """A temporary directory with the three packages, and the files in `own` under these names; nothing else.
+
+    Ray uploads a whole directory; the root may be a clone with a .venv and checkpoints, or all of site-packages.
+    Equal code gives an equal upload, which Ray then skips.
+    """
+
+    def ignore(directory: str, names: list[str]) -> set[str]:
+        dropped = set(shutil.ignore_patterns(*LEFT_OUT)(directory, names))
+        if not demo_model and Path(directory).name == DEMO_MODEL[0]:
+            dropped.add(DEMO_MODEL[1])
+        return dropped
+
+    with own_folder() as folder:
+        code = folder / "code"
+        for name in PACKAGES:
+            shutil.copytree(root() / name, code / name, ignore=ignore)
+        for name, file in own.items():
+            (code / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, code / name)
+        yield code

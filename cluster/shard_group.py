@@ -1,0 +1,290 @@
+"""All shards of a run: opened together, streamed through, set to work, and brought back when one is lost.
+
+Recompute, don't replicate: a lost actor comes back empty; the fleet opens it and streams the calibration through the
+shards before it once more. Finished blocks stay finished.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+import ray
+from ray.exceptions import ActorDiedError
+
+from cluster.connection.room import first_of
+from cluster.losses import cause_of, one_line
+from cluster.orders import LOST, Orders
+from cluster.shard_actor import RESTARTS, ShardActor, ShardFacts, ShardState
+from cluster.streaming import Stream, answers, begin, blockwise, pipelined, receiving, windowed
+from stages.errors import Refusal
+from stages.metrics.perplexity import Measures
+from stages.recipe import WorkOrder
+from stages.shard.spec import ShardSpec
+
+__all__ = ["Fleet", "Stream"]
+
+FRUITLESS_RECOVERIES = 3  # in a row, with no block finished between them, before the run gives up
+
+Answer = TypeVar("Answer")
+
+
+class Fleet:
+    """The shard actors of one run. Use as a context manager: on leaving, the actors are ended."""
+
+    def __init__(
+        self, specs: Sequence[ShardSpec], threads: int, run_file: str | None, on_event: Callable[[str], None]
+    ) -> None:
+        self.specs = list(specs)
+        self._on_event = on_event
+        self._recipe = specs[0].recipe
+        self._fruitless = 0
+        self._threads, self._run_file = threads, run_file
+        self._actors: list[Any] = self._started(threads, run_file)
+
+    def _started(self, threads: int, run_file: str | None) -> list[Any]:
+        """An actor for each spec."""
+        return [self._actor_of(spec) for spec in self.specs]
+
+    def _actor_of(self, spec: ShardSpec) -> Any:
+        gpus = 1 if spec.device.startswith("cuda") else 0
+        options = ShardActor.options(num_cpus=self._threads, num_gpus=gpus, scheduling_strategy="SPREAD")
+        return options.remote(spec, self._threads, self._run_file)
+
+    def __enter__(self) -> "Fleet":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+
+    def open(self) -> list[ShardFacts]:
+        """Every shard's tensors loaded from the model. Raises Refusal for a shard whose process dies at every start."""
+        try:
+            return answers([actor.open.remote() for actor in self._actors])
+        except ActorDiedError as loss:
+            raise Refusal(
+                f"a shard died before it was open, and so {RESTARTS} more times ({cause_of(loss)}); mend what is said "
+                "there, or, if nothing is, use more shards or --resident one: it may be out of memory"
+            ) from None
+
+    def calibrate(self, stream: Stream, blocks: set[int], on_step: Callable[[int], None], sweep: int = 0) -> None:
+        """Stream the calibration, gathering in `blocks` what `sweep` needs; what a lost shard had gathered is gathered
+        again. Before a sweep, that is the dense model's activations and then the pruned model's."""
+        self._recovering(lambda: self._calibrate_missing(stream, blocks, on_step, sweep))
+
+    def measure(
+        self,
+        stream: Stream,
+        on_step: Callable[[int], None],
+        source: int | None = None,
+        wanted: Literal["measures", "kept", "compared"] = "measures",
+    ) -> Measures:
+        """What is measured over the stream, summed in its order: of the dense model, or of the one that sweep number
+        `source` left.
+
+        "kept": the last shard keeps its hidden states. "compared": it compares with those kept, and lets them go;
+        where they were lost, or an earlier process kept them elsewhere, a pass of the dense model makes them again.
+        """
+
+        def attempt() -> Measures:
+            if wanted == "compared":
+                self._keep_missing(stream)
+            self._hold(source)
+            return sum(self._run(stream, len(self._actors), {}, wanted, on_step), Measures())
+
+        measures = self._recovering(attempt)
+        if wanted == "compared":
+            answers(self._actors[-1].forget.remote())
+        return measures
+
+    def _keep_missing(self, stream: Stream) -> None:
+        self._open_lost()
+        if answers(self._actors[-1].keeps.remote(stream.microbatches)):
+            return
+        spec = self.specs[-1]
+        if spec.reference is not None:
+            raise Refusal(
+                f"scratch {spec.scratch}: the last shard of {spec.model} does not see what {spec.reference} left; "
+                "with several nodes --scratch must lie on storage that all of them share"
+            )
+        self._hold(None)
+        self._run(stream, len(self._actors), {}, "kept", lambda _: None)
+
+    def outlier_shares(self, stream: Stream, blocks: Sequence[int]) -> list[float]:
+        """What OWL weighs each of `blocks` by, from their calibration."""
+
+        def attempt() -> list[float]:
+            self._calibrate_missing(stream, set(blocks), lambda _: None)
+            owners = {block: self._actors[spec.index] for spec in self.specs for block in range(spec.first, spec.last)}
+            return answers([owners[block].outlier_share.remote(block) for block in blocks])
+
+        return self._recovering(attempt)
+
+    def work(self, stream: Stream, orders: Sequence[WorkOrder]) -> Iterator[list[dict[str, Any]]]:
+        """Reports of `orders` as they are on disk, every shard on its own in order, all shards at once."""
+        left, sweep = Orders(self.specs, orders), orders[0].sweep
+
+        def gather() -> None:
+            self._calibrate_missing(stream, left.blocks, lambda _: None, sweep)
+
+        def gather_again() -> None:
+            left.take_back(self._states())  # answered once every shard is back, or done with its order
+            gather()
+
+        self._recovering(gather)
+        left.start(self._actors)
+        while left:
+            try:
+                reports = left.step(self._actors)
+            except LOST as loss:
+                self._note(loss)
+                self._recovering(gather_again)
+            else:
+                if reports is not None:
+                    self._fruitless = 0
+                    yield reports
+            left.start(self._actors)
+
+    def work_in_order(self, stream: Stream, orders: Sequence[WorkOrder]) -> Iterator[list[dict[str, Any]]]:
+        """Reports of `orders` as they are on disk, block after block: each reads what the pruned blocks before it give.
+
+        After a loss all is streamed once more, through the blocks finished by then. Work whose every order is in
+        `done` is passed through in the same way, so a resumed run goes on as one that lost its shards.
+        """
+        left = {order.blocks: order for order in orders}
+        while left:
+            try:
+                yield from self._one_after_another(stream, left)
+            except LOST as loss:
+                self._note(loss)
+
+    def _one_after_another(
+        self, stream: Stream, left: dict[tuple[int, ...], WorkOrder]
+    ) -> Iterator[list[dict[str, Any]]]:
+        """One try at what is `left`, from which each order goes when it is on disk."""
+        if self._recipe is not None and self._recipe.streams_dense:
+            self._calibrate_missing(stream, {block for blocks in left for block in blocks}, lambda _: None)
+        self._hold(None)
+        last = max(left)[0]
+        writing: dict[Any, tuple[int, ...]] = {}
+
+        def written_before(working: Any = None) -> Iterator[list[dict[str, Any]]]:
+            """Reports of what comes to be on disk before `working` is answered; of all there is, without one."""
+            while writing and (done := first_of([*writing, *([] if working is None else [working])])) != working:
+                reports = answers(done)
+                self._fruitless = 0
+                del left[writing.pop(done)]
+                yield reports
+
+        begin(self._actors, stream)
+        for position, (spec, actor) in enumerate(zip(self.specs, self._actors, strict=True)):
+            if spec.first > last:
+                break
+            windowed(receiving(self._actors, position, stream), stream, lambda _: None)
+            for blocks in (blocks for blocks in spec.pieces if blocks[0] <= last):
+                if order := left.get(blocks):
+                    working = actor.work.remote(order)
+                    yield from written_before(working)
+                    answers(working)
+                    writing[actor.committed.remote(order)] = blocks
+                else:
+                    answers(actor.pass_on.remote(blocks, 0))
+        yield from written_before()
+
+    def copy_ends(self) -> dict[str, list[str]]:
+        """Everything outside the blocks copied to the output: file -> tensor names."""
+
+        def attempt() -> dict[str, list[str]]:
+            self._open_lost()
+            return answers(self._actors[0].copy_ends.remote())
+
+        return self._recovering(attempt)
+
+    def record(self) -> list[tuple[int, list[dict[str, Any]]]]:
+        """Each shard's peak memory in bytes and its phases."""
+        return answers([actor.record.remote() for actor in self._actors])
+
+    # -- passes ----------------------------------------------------------------------------------------------------
+
+    def _calibrate_missing(
+        self, stream: Stream, blocks: set[int], on_step: Callable[[int], None], sweep: int = 0
+    ) -> None:
+        """Passes that gather what the shards lack for `sweep` in `blocks`, after which each has what it starts from."""
+        foresees = sweep and self._recipe is not None and self._recipe.foresees
+        if foresees:  # what a unit's input will be depends on all units before it
+            blocks = set(range(max(blocks, default=-1) + 1))
+        dense = self._lacking(blocks, lambda held, block: block in held)
+        if dense:
+            self._hold(None)
+            self._run(stream, max(dense) + 1, dense, "nothing", on_step)
+        if sweep:
+            drifted = self._lacking(blocks, lambda held, block: held.get(block) == sweep)
+            self._hold(sweep - 1)
+            if drifted and foresees:
+                drifted = self._lacking(blocks, lambda held, block: False)
+            if drifted:
+                self._run(stream, max(drifted) + 1, drifted, "nothing", on_step, sweep)
+        else:
+            self._hold(None)
+
+    def _lacking(self, blocks: set[int], holds: Callable[[dict[int, int], int], bool]) -> dict[int, set[int]]:
+        """Shard -> those of `blocks` that are its own and of which it does not hold what is wanted."""
+        states = self._states()
+        return {
+            spec.index: missing
+            for spec, state in zip(self.specs, states, strict=True)
+            if (missing := {b for b in blocks if spec.first <= b < spec.last and not holds(state.calibrated, b)})
+        }
+
+    def _run(
+        self,
+        stream: Stream,
+        shards: int,
+        collect: dict[int, set[int]],
+        wanted: str,
+        on_step: Callable[[int], None],
+        sweep: int = 0,
+    ) -> list[Any]:
+        """One pass through the first `shards` shards; the last one's answers, in order."""
+        actors = self._actors[:shards]
+        begin(actors, stream, collect, sweep)
+        run = blockwise if self.specs[0].resident == "one" else pipelined
+        return run(actors, stream, wanted, on_step)
+
+    # -- losses ----------------------------------------------------------------------------------------------------
+
+    def _states(self) -> list[ShardState]:
+        """What each shard has. One that is not restarted any more gets a successor, which has nothing."""
+        states = []
+        for position, asked in enumerate([actor.state.remote() for actor in self._actors]):
+            try:
+                states.append(answers(asked))
+            except ActorDiedError:
+                self._actors[position] = self._actor_of(self.specs[position])
+                states.append(ShardState())
+        return states
+
+    def _open_lost(self) -> None:
+        """Open the shards that came back empty."""
+        pairs = zip(self._actors, self._states(), strict=True)
+        answers([actor.open.remote() for actor, state in pairs if not state.open])
+
+    def _hold(self, source: int | None) -> None:
+        """Every shard with the dense model's blocks, or with those that sweep number `source` left."""
+        pairs = zip(self._actors, self._states(), strict=True)
+        answers([actor.open.remote(source) for actor, state in pairs if not state.open or state.source != source])
+
+    def _recovering(self, attempt: Callable[[], Answer]) -> Answer:
+        while True:
+            try:
+                return attempt()
+            except LOST as loss:
+                self._note(loss)
+
+    def _note(self, loss: Exception) -> None:
+        self._fruitless += 1
+        if self._fruitless > FRUITLESS_RECOVERIES:
+            raise Refusal(
+                f"a shard was lost {self._fruitless} times with no block finished between ({cause_of(loss)}); "
+                "likely out of memory: use more shards, --resident one or a smaller --spool-memory, then resume"
+            )
+        self._on_event(f"a shard was lost ({one_line(loss)}); streaming to its replacement")

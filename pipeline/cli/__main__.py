@@ -1,0 +1,30 @@
+"""The process of a command, `espalier ...`: it can be told to stop before the command itself is imported."""
+
+import os
+import sys
+
+from pipeline.run.stopping import exit_code, heard
+
+
+def main() -> int:
+    """Run the command line of this process; its exit code. One that was interrupted does not come back.
+
+    Python takes seconds to take itself apart after all that a run imports, and hears nothing meanwhile.
+    """
+    try:
+        with heard():
+            from pipeline.cli.main import main as run
+
+            code = run()
+    except KeyboardInterrupt:
+        sys.stderr.write("espalier: interrupted\n")
+        code = exit_code()
+    if code > 128:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""`espalier submit -- ARGS`: the same command line, run as a job on a Ray cluster."""
+
+import itertools
+import os
+from collections.abc import Callable
+
+import typer
+
+from cluster.connection.jobs import submit
+from cluster.connection.redact import is_secret, without_credentials
+from pipeline.record.mlflow_client import default_tracking_uri
+from pipeline.run.own_modules import criteria_in, own_files
+from stages.errors import Refusal
+
+WRITTEN = ("--output", "--out")  # made absolute although they do not exist yet
+READ = ("--calibration", "--eval", "--config", "--data", "--against")
+FLAGS = ("--json",)  # take no value: what follows is an argument of its own
+PASSED_ON = ("MLFLOW_", "HF_", "TRANSFORMERS_", "TOKENIZERS_")
+
+
+def submit_command(
+    args: list[str], *, address: str | None, follow: bool = True, on_line: Callable[[str], None] = typer.echo
+) -> int:
+    """Runs `espalier ARGS` as a Ray job and gives its exit code (0 at once with follow=False).
+
+    The job runs in another directory, maybe on another machine: paths become absolute (see `absolute`), and what they
+    name must be on storage that the nodes share. MLflow is the submitter's: MLFLOW_TRACKING_URI, else mlflow.db here.
+    Raises Refusal for a URI with credentials in `args`.
+    """
+    for argument in args:
+        if without_credentials(argument) != argument:
+            raise Refusal(
+                f"submit: {without_credentials(argument)} holds a user, a password or a token, and Ray shows a job's "
+                "command on its dashboard; put it into the environment of the nodes, or into a file that --config names"
+            )
+    uri = default_tracking_uri()
+    if without_credentials(uri) != uri:
+        on_line(
+            f"MLflow at {without_credentials(uri)}: its credentials stay here, as Ray shows a job's variables on its "
+            "dashboard; the job uses the MLFLOW_TRACKING_URI of its node"
+        )
+    own = own_files(criteria_in(args))
+    entrypoint = ["python", "-m", "pipeline.cli", *absolute(args)]
+    outcome = submit(entrypoint, address=address, env=job_environment(), on_line=on_line, follow=follow, own=own)
+    return outcome.exit_code or 0
+
+
+def absolute(args: list[str]) -> list[str]:
+    """`args` with the paths made absolute.
+
+    Those are: what follows --output and --out; and if it exists here, what follows another option that takes a path,
+    any argument that belongs to no option, and any value with a slash in it. So a hub id stays a hub id, and
+    `--criterion wanda` stays beside a directory named wanda. The command's name, first, stays too.
+    """
+    done = args[:1]
+    for before, argument in itertools.pairwise(args):
+        option, equals, value = argument.partition("=")
+        if equals and option.startswith("--"):
+            done.append(f"{option}={_absolute(value, option)}")
+        else:
+            done.append(_absolute(argument, before if before.startswith("--") and "=" not in before else ""))
+    return done
+
+
+def job_environment() -> dict[str, str]:
+    """The variables that say where a run logs and downloads, as they are here, with MLflow's default filled in.
+
+    Secrets stay here, and so do URIs that hold some, because Ray shows a job's variables on its dashboard and in the
+    process list: set those on the nodes.
+    """
+    passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON) and not is_secret(name)}
+    passed.setdefault("MLFLOW_TRACKING_URI", default_tracking_uri())
+    return {name: value for name, value in passed.items() if without_credentials(value) == value}
+
+
+def _absolute(value: str, option: str) -> str:
+    if "://" in value or value.startswith("-"):
+        return value
+    is_path = option in WRITTEN or (os.path.exists(value) and (option in ("", *READ, *FLAGS) or os.sep in value))
+    return os.path.abspath(value) if is_path else value

@@ -1,0 +1,1 @@
+"""The request: the same names and checks from flags, YAML and Python."""

@@ -1,0 +1,1 @@
+"""`espalier prune`, from the request to the pruned checkpoint."""

@@ -1,0 +1,112 @@
+"""A pruning run begun, or gone on with: what it is asked for is looked at before anything is written."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.options import build_config, located
+from pipeline.config.prune import PruneConfig
+from pipeline.planning.model_info import ModelFacts, check_headers, model_facts
+from pipeline.planning.placement import Load, arrange, check_disk
+from pipeline.planning.resolve import check_recipe_fits, settled
+from pipeline.pruning.run import PRUNED_MEASURES, PruneRun
+from pipeline.run.directory import RunDirectory, check_free, check_same_model
+from pipeline.run.inputs import check_calibration
+from pipeline.run.new_family import tried
+from pipeline.run.progress import Reporter
+from stages.layer_rules import AMOUNTS
+from stages.loading.skeleton import read_config
+from stages.shadow.store import check_shadow
+from stages.storage.hf_checkpoint import Checkpoint, resolve
+
+SUMMARY = (
+    *("output", "sparsity", "dense_perplexity", *PRUNED_MEASURES, "seconds", "peak_memory", "estimate"),
+    *("shards", "blocks", "mlflow_run_id", "tracking_uri", "warnings"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PruneResult:
+    """What a finished run gave; `run` is all of run.json."""
+
+    output: Path
+    sparsity: float
+    perplexity: float | None
+    dense_perplexity: float | None
+    kl: float | None  # KL(dense || pruned), nats a token
+    top1_agreement: float | None
+    run: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """The object that `prune --json` prints."""
+        return {name: self.run[name] for name in SUMMARY}
+
+
+def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
+    """Prune a model as `config` says; the result's directory is a plain Hugging Face checkpoint.
+
+    Raises Refusal, before anything is written, for what cannot work; and later for what the machine does not allow.
+    """
+    config = _located(config)
+    output = Path(config.output)
+    check_free(output)
+    facts, fingerprint = _inspect(config)
+    config = settled(config, facts)
+    layout = arrange(config, facts, Load.of_pruning(config))
+    check_disk(output, facts)
+    asked = config.model_dump(mode="json")
+    directory, run = RunDirectory.begin(output, "prune", asked, model=facts.summary(), fingerprint=fingerprint)
+    single = PruneRun(config, facts, layout, directory, run, reporter)
+    with directory.at_work(lambda: single.worked):
+        return _result(single)
+
+
+def resume(output: Path, shards: int | None = None, reporter: Reporter | None = None) -> PruneResult:
+    """Go on with an interrupted run, with another number of shards if wanted; the bytes come out the same.
+
+    Raises Refusal if there is no run to go on with, or the model is not the one it began with.
+    """
+    directory, run = RunDirectory.reopen(output.expanduser().absolute())
+    with directory.at_work():
+        config = build_config(_request(run["config"], shards), PruneConfig)
+        if "compute" in run:  # what the run found units for, whatever this machine has
+            config = config.model_copy(update={"compute": run["compute"]})
+        facts, fingerprint = _inspect(config)
+        check_same_model(run, fingerprint)
+        layout = arrange(config, facts, Load.of_pruning(config))
+        return _result(PruneRun(config, facts, layout, directory, run, reporter))
+
+
+def _result(single: PruneRun) -> PruneResult:
+    """What the run gave, run to its end."""
+    run = single.go()
+    names = ("sparsity", "perplexity", "dense_perplexity", "kl", "top1_agreement")
+    return PruneResult(Path(run["output"]), **{name: run[name] for name in names}, run=run)
+
+
+def _located(config: PruneConfig) -> PruneConfig:
+    """`config` with its paths absolute; scratch is one although it may not be there yet."""
+    scratch = str(Path(config.scratch).expanduser().absolute()) if config.scratch else config.scratch
+    return located(config, "model", "calibration", "eval", "shadow").model_copy(update={"scratch": scratch})
+
+
+def _request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
+    """The options that a run.json records, as they were given: one way to say how much goes, shards as wanted now."""
+    used = next(name for name in ("pattern", "threshold", "sparsity") if recorded.get(name) is not None)
+    kept = {name: value for name, value in recorded.items() if name == used or name not in AMOUNTS}
+    if used == "threshold":
+        kept.pop("scope")  # has no say in it, and may not be given as its default
+    return kept | ({"shards": shards} if shards else {})
+
+
+def _inspect(config: PruneConfig) -> tuple[ModelFacts, str]:
+    model = resolve(config.model)
+    checkpoint, settings = Checkpoint(model), read_config(model, config.trust_remote_code)
+    facts = model_facts(settings, config.model, config.dtype, checkpoint, config.tower)
+    facts = replace(facts, remarks=(*facts.remarks, *tried(settings)))
+    check_recipe_fits(facts, config.recipe)
+    check_calibration(config, facts)
+    fingerprint = check_headers(facts, checkpoint)
+    if config.shadow is not None:
+        fingerprint += check_shadow(Path(config.shadow), settings)
+    return facts, fingerprint

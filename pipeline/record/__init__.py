@@ -1,0 +1,1 @@
+"""What is recorded: MLflow, and a copy of every number on disk."""

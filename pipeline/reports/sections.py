@@ -1,0 +1,96 @@
+"""Sections that every report.md has: times, how to load it, how to do it again."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from pipeline.reports.format import duration, operations, plain, table
+from stages.metrics.energy import described
+
+PHASES = {
+    "plan": "plan",
+    "tokens": "tokenise",
+    "connect": "connect to Ray",
+    "load": "start the shards and load their blocks",
+    "stream": "stream the calibration through the shards",
+    "work": "score, mask and rebuild",
+    "train": "train: the ranks' models, steps, evaluations, checkpoints",
+    "steps": "of this, optimizer steps",
+    "track": "of these, the shadow",
+    "assemble": "assemble and verify the checkpoint",
+    "evaluate_dense": "evaluate the dense model",
+    "evaluate": "evaluate the pruned model",
+    "total": "**total**",
+}
+
+
+def warnings(run: Mapping[str, Any]) -> str:
+    return "\n".join(f"> **Warning.** {warning}\n>" for warning in run.get("warnings", ())).removesuffix("\n>")
+
+
+def times(run: Mapping[str, Any]) -> str:
+    seconds = run.get("seconds", {})
+    order = [*(phase for phase in PHASES if phase in seconds and phase != "total"), *(seconds.keys() - PHASES.keys())]
+    energy, flops = run.get("energy", {}), run.get("flops", {})
+    rows = [
+        [PHASES.get(phase, phase), duration(seconds[phase]), described(energy.get(phase)), operations(flops.get(phase))]
+        for phase in [*order, "total"]
+        if phase in seconds
+    ]
+    return table(["phase", "time", "energy of the machine", "floating-point operations"], rows)
+
+
+def loading(run: Mapping[str, Any]) -> str:
+    output = str(run["output"])
+    opening = f"A plain checkpoint{' with exact zeros' if run.get('sparsity') else ''}:\n\n```python\n"
+    if run["model"].get("images"):
+        return (
+            f"{opening}"
+            "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+            f"model = AutoModelForImageTextToText.from_pretrained({output!r}, dtype='auto')\n"
+            f"processor = AutoProcessor.from_pretrained({output!r})\n```"
+        )
+    return (
+        f"{opening}"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({output!r}, dtype='auto')\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({output!r})\n```"
+    )
+
+
+def recipe(run: Mapping[str, Any]) -> str:
+    config = {name: value for name, value in run.get("config", {}).items() if value is not None}
+    for name in ("model", "output", "config"):  # given on the command line
+        config.pop(name, None)
+    if "pattern" in config or "threshold" in config:  # they exclude sparsity, and an unused one has a default
+        config.pop("sparsity", None)
+    if "threshold" in config:
+        config.pop("scope", None)
+    for name in ("calibration", "data", "eval"):
+        if isinstance(config.get(name), (list, tuple)):  # texts or token ids given in Python, possibly millions
+            config[name] = f"{name.upper()}_TEXT"
+    command = run.get("command", "prune")
+    command = "prune" if command in ("resume", "demo") else command
+    model = shlex.quote(str(run["model"]["path"]))
+    written = yaml.safe_dump(plain(config), sort_keys=False, default_flow_style=False, allow_unicode=True).rstrip()
+    return (
+        f"Save these lines as `recipe.yaml`:\n\n```yaml\n{written}\n```\n\n```sh\n"
+        f"espalier {command} {model} --output NEW_DIRECTORY --config recipe.yaml\n```"
+    )
+
+
+def surroundings(run: Mapping[str, Any]) -> str:
+    rows = [
+        [f"shard {shard['index']}", f"blocks {shard['first']}–{shard['last']} on {shard['device']}, {shard['node']}"]
+        for shard in run.get("shards", ())
+    ]
+    rows += [["text", read] for read in run.get("read", {}).values() if read]
+    hardware = run.get("hardware", {})
+    if hardware:
+        rows.append(["hardware", f"{hardware['cpus']} CPUs; {', '.join(map(str, hardware['devices']))}"])
+    rows += [[name, str(version)] for name, version in run.get("versions", {}).items()]
+    rows += [["run", str(run.get("run_id"))], ["MLflow run", str(run.get("mlflow_run_id") or "none")]]
+    rows.append(["MLflow", str(run.get("tracking_uri"))])
+    return table(["", ""], rows)

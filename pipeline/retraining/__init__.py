@@ -1,0 +1,1 @@
+"""`espalier retrain`, from the request to the trained checkpoint."""

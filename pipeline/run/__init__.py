@@ -1,0 +1,1 @@
+"""What every run has: its directory, inputs, progress, costs, end."""

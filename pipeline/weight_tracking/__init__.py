@@ -1,0 +1,1 @@
+"""`espalier track`: experiments on what a shadow of the weights is worth."""

@@ -1,0 +1,1 @@
+"""The picture experiment: rendered labels, and a small model that reads them."""

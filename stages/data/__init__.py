@@ -1,0 +1,1 @@
+"""Samples: token tables, images and their captions, training batches."""

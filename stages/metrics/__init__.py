@@ -1,0 +1,1 @@
+"""What is measured: perplexity, divergence, operations, energy, memory and time."""

@@ -1,0 +1,52 @@
+"""The model that transformers makes of a config, without memory for its weights."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from stages.errors import Refusal
+from stages.model.families import sees_images
+
+LARGE = 1 << 20  # numbers: a tensor of more, made to be filled later, is a weight
+
+
+class _LargeWithoutMemory(TorchFunctionMode):
+    """Within it large tensors without values are made on the meta device: a model's weights, before they become
+    parameters. All experts of a block can be one of 30 GB, which no host has to have for a moment."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            if prod(size) > LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The transformers class that makes a whole model of `config`, head included."""
+    return AutoModelForImageTextToText if sees_images(config.model_type) else AutoModelForCausalLM
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of `config` without memory for its parameters; its buffers hold what they should.
+
+    Raises Refusal for a config that transformers reads but makes no model of.
+    """
+    auto = auto_class(config)
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights(), _LargeWithoutMemory():
+            return auto.from_config(config, dtype=dtype)
+    except Exception as error:
+        raise Refusal(
+            f"{config.name_or_path or config.model_type}: transformers makes no model of its config.json ({error!r}); "
+            "fetch that file again"
+        ) from error

@@ -1,0 +1,1 @@
+"""A unit's surviving weights fitted to what the dense unit gives."""

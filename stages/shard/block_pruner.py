@@ -1,0 +1,305 @@
+"""The work on one block, or on a window of blocks: mask and rebuild one unit after the other, then count.
+
+What goes in is dense (or, in a later sweep, what the sweep before left), what comes out is pruned.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.device_errors import memory_told
+from stages.loading.skeleton import Skeleton
+from stages.masks import count_zeros, masked
+from stages.metrics.profile import Timeline, release_memory
+from stages.model.anatomy import Anatomy, Weight
+from stages.model.hooks import observing
+from stages.precision import computing, fitted_in
+from stages.recipe import Recipe, WorkOrder, derived_seed
+from stages.reconstruction.fit import FitSettings, fit, rate_unit
+from stages.reconstruction.target import Target
+from stages.reconstruction.units import FitUnit, Group, UnitModules, groups_of
+from stages.shard.calibration import BlockCalibration, counting, new_statistics
+from stages.shard.mask_selection import Chooser
+from stages.statistics import InputStatistics
+from stages.storage.spool import Spool
+from stages.storage.staging import prefetch
+
+TRAINING_BYTES = 13  # a parameter of the unit being fitted, beside its working weight: float32 master, moments, mask
+SWEEP_RATE = 0.4  # a sweep's learning rate, of the first fit's: the best of 0.25 to 1 on a trained model
+PASS_TOKENS = 2048  # run through a unit at a time where its activations are needed once more
+LESS_MEMORY = {  # what takes less of it
+    "mask": "use --resident one, fewer shards a node, or no Gram matrices (--criterion wanda --refine dsnot)",
+    "reconstruct": "use a smaller --batch, --resident one, --reconstruct component or none, or fewer shards a node",
+}
+
+
+class _Reached(Exception):
+    """Ends a pass at the module that was looked for."""
+
+
+class Work:
+    """One piece of work. `modules` holds the blocks as they are so far.
+
+    `carried` is the pruned model's activations at the first block, where units are to read those; a sweep may foresee
+    them. `spool` makes an empty spool of a name. `importances` are what a shadow says of the blocks' tensors, by block
+    and name inside it.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        order: WorkOrder,
+        blocks: Mapping[int, nn.Module],
+        calibrations: Mapping[int, BlockCalibration],
+        skeleton: Skeleton,
+        timeline: Timeline,
+        spool: Callable[[str], Spool],
+        carried: Spool | None = None,
+        importances: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
+    ) -> None:
+        self.recipe, self.order, self.calibrations = recipe, order, calibrations
+        self.skeleton, self.timeline, self._spool, self._carried = skeleton, timeline, spool, carried
+        if recipe.foresees and order.sweep:  # a unit after the first reads what those before it, rebuilt, make of it
+            self._carried = next(iter(calibrations[order.blocks[0]].drifted.values()))
+        self._importances = importances
+        self.modules = {index: skeleton.assembled(index, dict(block.state_dict())) for index, block in blocks.items()}
+        self.groups = groups_of(
+            {index: calibration.anatomy for index, calibration in calibrations.items()},
+            {index: calibration.call for index, calibration in calibrations.items()},
+            recipe.reconstruct,
+        )
+        self.keep: dict[str, Tensor] = {}  # by block.parameter, in the parameter's own shape and orientation
+        self.units: dict[int, list[dict[str, Any]]] = {index: [] for index in blocks}
+        self.seconds = {index: {"mask": 0.0, "reconstruct": 0.0} for index in blocks}
+        ratios = order.sparsity or (recipe.sparsity,) * len(order.blocks)
+        self.choosers = {
+            index: Chooser(recipe, index, ratio) for index, ratio in zip(order.blocks, ratios, strict=True)
+        }
+
+    @property
+    def training_bytes(self) -> int:
+        """Memory that the most demanding group takes: one fit's weights, or the Hessians of its inputs."""
+        fits = [unit for group in self.groups for unit in group.fits] if self.recipe.reconstruct != "none" else []
+        each = TRAINING_BYTES + fitted_in(self.skeleton.dtype).itemsize
+        training = [each * sum(self._stored(*at).numel() for at in _parameters(unit)) for unit in fits]
+        hessians = [self._hessian_bytes(group.whole) for group in self.groups if "hessian" in self.recipe.needs]
+        return max([*training, *hessians, 0])
+
+    def _hessian_bytes(self, unit: FitUnit) -> int:
+        names = {weight.name for _, weight in unit.weights}
+        widths = [
+            group[0].of(self._stored(block, group[0].parameter)).shape[1]
+            for block in {step.block for step in unit.steps}
+            for group in self.calibrations[block].anatomy.shared_inputs
+            if group[0].name in names
+        ]
+        return 4 * (sum(width * width for width in widths) + 3 * max(width * width for width in widths))
+
+    def _stored(self, block: int, parameter: str) -> Tensor:
+        return self.modules[block].get_parameter(parameter).detach()
+
+    def _put(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        self.modules[block].load_state_dict(tensors, strict=False, assign=True)
+        self.modules[block].requires_grad_(False)
+
+    def run(self) -> None:
+        """Mask and rebuild all units, each against its dense outputs."""
+        for group in self.groups:
+            with ExitStack() as held:
+                captured: dict[str, Spool] = {}
+                held.callback(_close, captured)
+                with self._timed(group.whole, "mask"), torch.no_grad():
+                    if self.order.sweep:
+                        self._find_masks(group)
+                    else:
+                        self._mask(group, captured)
+                if self.recipe.reconstruct != "none":
+                    for unit in group.fits:
+                        release_memory()  # or what the last step freed would count towards this one's peak
+                        with self._timed(unit, "reconstruct"):
+                            self._fit(unit, captured)
+            self.keep.clear()
+
+    @contextmanager
+    def _timed(self, unit: FitUnit, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        told = memory_told(f"block {unit.first}, {what} of {unit.name} on {self.skeleton.device}", LESS_MEMORY[what])
+        with self.timeline.phase("score" if what == "mask" else what, unit.first), told:
+            yield
+        self.seconds[unit.first][what] += time.perf_counter() - started
+
+    # -- masks -----------------------------------------------------------------------------------------------------
+
+    def _mask(self, group: Group, captured: dict[str, Spool]) -> None:
+        """Score, mask and refine every prunable weight of the group; pruned weights become +0."""
+        gathered = self._gather(group.whole, captured) if self.recipe.gathers else {}
+        for block, parameter in _parameters(group.whole):
+            chooser = self.choosers[block]
+            statistics = gathered.get(block) or self.calibrations[block].statistics
+            stored = moved = self._stored(block, parameter)
+            keep = torch.empty_like(stored, dtype=torch.bool)
+            importance = self._importances.get(block, {}).get(parameter)
+            for _, weight in (at for at in group.whole.weights if at[0] == block and at[1].parameter == parameter):
+                said = None if importance is None else weight.of(importance)
+                kept, values = chooser.choose(weight, weight.of(stored), statistics[weight.name], said)
+                weight.of(keep).copy_(kept)
+                if values is not None and (values.dtype != torch.float16 or bool(torch.isfinite(values).all())):
+                    moved = stored.clone() if moved is stored else moved
+                    weight.of(moved).copy_(values)
+            self.keep[f"{block}.{parameter}"] = keep
+            self._put(block, {parameter: masked(moved, keep)})
+
+    def _find_masks(self, group: Group) -> None:
+        """The masks of an earlier sweep: what is zero stays zero."""
+        for block, parameter in _parameters(group.whole):
+            self.keep[f"{block}.{parameter}"] = self._stored(block, parameter) != 0
+
+    def _gather(self, unit: FitUnit, captured: dict[str, Spool]) -> dict[int, dict[str, InputStatistics]]:
+        """Statistics of what the unit's weights read when the unit, still dense, is given its inputs once more."""
+        inputs = self._captured(unit, captured) if self.recipe.sequential else self._entry(unit).inputs[unit.source]
+        names = {weight.name for _, weight in unit.weights}
+        gathered: dict[int, dict[str, InputStatistics]] = {}
+        chain = UnitModules(unit, self.modules)
+        with ExitStack() as hooks:
+            for step in _entries(unit):
+                module, anatomy = self.modules[step], _part(self.calibrations[step].anatomy, names)
+                gathered[step] = new_statistics(anatomy, module, self.recipe.needs)
+                count = counting(gathered[step], module, f"calibration, block {step}")
+                root = next(entry.module for entry in unit.steps if entry.block == step)
+                hooks.enter_context(observing(module, anatomy, count, root=root))
+            hooks.enter_context(computing(chain))
+            for samples, batch in _batches(inputs, self.skeleton.device):
+                chain(batch, [step.call.at(samples) for step in unit.steps])
+        return gathered
+
+    # -- activations -----------------------------------------------------------------------------------------------
+
+    def _entry(self, unit: FitUnit) -> BlockCalibration:
+        return self.calibrations[unit.first]
+
+    def _captured(self, unit: FitUnit, captured: dict[str, Spool]) -> Spool:
+        """What reaches the unit when the first block's inputs, the pruned model's or foreseen, pass through the blocks
+        as they are so far."""
+        assert self._carried is not None
+        module, entry = unit.steps[0].module, self._entry(unit)
+        if not module:
+            return self._carried
+        if unit.source in captured:
+            return captured[unit.source]
+        spool = captured[unit.source] = self._spool(f"block-{unit.first:05d}-{unit.source}.captured")
+
+        def reached(hidden: Tensor) -> None:
+            spool.append(hidden)
+            raise _Reached
+
+        block = self.modules[unit.first]
+        with torch.no_grad(), computing(block), observing(block, entry.anatomy, None, {module: [reached]}):
+            for samples, batch in _batches(self._carried, self.skeleton.device):
+                with suppress(_Reached):
+                    entry.call.at(samples).run(block, batch)
+        return spool
+
+    def _activations(self, unit: FitUnit, captured: dict[str, Spool]) -> tuple[Spool, Target]:
+        """What the unit reads while it is fitted, and what it is to give."""
+        recipe, entry = self.recipe, self._entry(unit)
+        outputs = self.calibrations[unit.last].outputs[unit.name]
+        if self.order.sweep:
+            given = self._captured(unit, captured) if recipe.foresees else entry.drifted[unit.source]
+            correction = 1.0 if recipe.foresees else recipe.corrections[self.order.sweep - 1]
+        elif recipe.sequential:
+            given, correction = self._captured(unit, captured), 1.0
+        else:
+            return entry.inputs[unit.source], Target(outputs)
+        shift = correction - 1 if unit.residual else correction * unit.share
+        return given, Target(outputs, entry.inputs[unit.source], given, shift)
+
+    # -- fits ------------------------------------------------------------------------------------------------------
+
+    def _fit(self, unit: FitUnit, captured: dict[str, Spool]) -> None:
+        recipe = self.recipe
+        inputs, target = self._activations(unit, captured)
+        sizes = [
+            (self.calibrations[block].rms[name], self._stored(block, name).numel()) for block, name in _parameters(unit)
+        ]
+        parameters, report = fit(
+            UnitModules(unit, self.modules),
+            self.keep,
+            [step.call for step in unit.steps],
+            inputs,
+            target,
+            FitSettings(
+                epochs=recipe.epochs,
+                batch=recipe.batch,
+                learning_rate=recipe.learning_rate * (SWEEP_RATE if self.order.sweep else 1),
+                seed=derived_seed(recipe.seed, unit.first, unit.name, self.order.sweep),
+                dtype=fitted_in(self.skeleton.dtype),
+            ),
+            rate_unit(sizes, self.skeleton.hidden_size),
+        )
+        for block in _entries(unit):
+            prefix = f"{block}."
+            self._put(block, {n.removeprefix(prefix): t for n, t in parameters.items() if n.startswith(prefix)})
+        self.units[unit.first].append({"name": unit.name, **asdict(report)})
+
+    # -- the result ------------------------------------------------------------------------------------------------
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Counted zeros, errors, seconds: a plain dict for each block, ready for the journal and for MLflow."""
+        return [self._report(index) for index in self.order.blocks]
+
+    def _report(self, index: int) -> dict[str, Any]:
+        layers = {}
+        for weight in self.calibrations[index].anatomy.weights:
+            matrix = weight.of(self._stored(index, weight.parameter))
+            layers[weight.name] = {"zeros": count_zeros(matrix), "weights": matrix.numel()}
+        seconds = self.seconds[index]
+        flops = sum(unit["flops"] for unit in self.units[index])
+        return {
+            "block": index,
+            "sweep": self.order.sweep,
+            "sparsity": sum(each["zeros"] for each in layers.values())
+            / sum(each["weights"] for each in layers.values()),
+            "gflops": flops / seconds["reconstruct"] / 1e9 if flops else None,
+            "seconds": dict(seconds),
+            "units": self.units[index],
+            "layers": layers,
+            "fallbacks": dict(self.choosers[index].fallbacks),
+            "spool_disk": self.calibrations[index].disk_bytes,
+        }
+
+
+def _close(spools: Mapping[str, Spool]) -> None:
+    for spool in spools.values():
+        spool.close()
+
+
+def _parameters(unit: FitUnit) -> list[tuple[int, str]]:
+    """The stored tensors that hold the unit's weights, with their blocks."""
+    return list(dict.fromkeys((block, weight.parameter) for block, weight in unit.weights))
+
+
+def _entries(unit: FitUnit) -> list[int]:
+    """The unit's blocks."""
+    return list(dict.fromkeys(step.block for step in unit.steps))
+
+
+def _part(anatomy: Anatomy, names: set[str]) -> Anatomy:
+    """The anatomy with those weights alone."""
+    shared: list[tuple[Weight, ...]] = [group for group in anatomy.shared_inputs if group[0].name in names]
+    return Anatomy([], shared, {})
+
+
+def _batches(samples: Spool, device: str) -> Iterator[tuple[list[int], Tensor]]:
+    """All samples in order, a few at a time, with their numbers, on the device; the next are on their way meanwhile."""
+    step = max(1, PASS_TOKENS // len(samples[0])) if len(samples) and not samples.ragged else 1
+    numbers = [list(range(start, min(start + step, len(samples)))) for start in range(0, len(samples), step)]
+    made = ([functools.partial(samples.batch, indices)] for indices in numbers)
+    for indices, (batch,) in zip(numbers, prefetch(made, device), strict=True):
+        yield indices, batch()

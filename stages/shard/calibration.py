@@ -1,0 +1,185 @@
+"""What the calibration stream leaves behind in one block: statistics per shared input, activations per unit."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from stages.errors import Refusal
+from stages.model.anatomy import Anatomy, Weight
+from stages.model.calls import Call, first
+from stages.model.hooks import observing
+from stages.recipe import Recipe
+from stages.reconstruction.fit import weight_rms
+from stages.reconstruction.target import drawn
+from stages.reconstruction.units import groups_of
+from stages.statistics import InputStatistics
+from stages.storage.spool import Spool, SpoolBudget
+from stages.storage.staging import upload
+
+
+class BlockCalibration:
+    """Filled by the forward passes made inside `watching`, in stream order; read by the block's work.
+
+    `statistics`: weight name -> the statistics of its input, one object for all weights that read the same tensor.
+    `inputs`, `outputs`: name of a source, or of a unit -> its dense inputs, its dense outputs, one record a sample.
+    `drifted`: source -> its inputs in the pruned model, as the last sweep left it.
+    What of these the recipe has no use for is not there. `piece` is the blocks that are rebuilt together with this one.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        block: nn.Module,
+        anatomy: Anatomy,
+        call: Call,
+        recipe: Recipe,
+        piece: tuple[int, ...],
+        directory: Path,
+        budget: SpoolBudget,
+    ) -> None:
+        self.index, self.anatomy, self.call = index, anatomy, call
+        self.complete = False  # set when the pass that fills it has ended
+        self.drifted_for = 0  # the sweep whose inputs `drifted` holds, all of them
+        self.statistics: dict[str, InputStatistics] = {}
+        if not recipe.gathers:
+            self.statistics = new_statistics(anatomy, block, recipe.needs)
+        elif recipe.allocation == "owl":
+            self.statistics = new_statistics(anatomy, block, frozenset())
+        self.rms = {name: weight_rms(tensor) for name, tensor in block.state_dict().items() if tensor.ndim > 1}
+        self._sources, self._results = _kept(index, anatomy, call, recipe, piece)
+        whole = recipe.reconstruct in ("block", "window")
+        self._components_in_unit = len(anatomy.units) * len(piece) if whole else 1
+        self._stem, self._budget = directory / f"block-{index:05d}", budget
+        self.inputs = self._spools(self._sources, "inputs")
+        self.outputs = self._spools(self._results, "outputs")
+        self.drifted: dict[str, Spool] = {}
+
+    def _spools(self, names: Mapping[str, str], kind: str) -> dict[str, Spool]:
+        return {name: Spool(Path(f"{self._stem}-{name}.{kind}.arrow"), self._budget) for name in names}
+
+    def begin_drift(self) -> None:
+        """Make room for the inputs that the next sweep is to see."""
+        for spool in self.drifted.values():
+            spool.close()
+        self.drifted, self.drifted_for = self._spools(self._sources, "drifted"), 0
+
+    @contextmanager
+    def watching(self, block: nn.Module) -> Iterator[None]:
+        """Within it, each forward pass of `block` adds its samples. The pass itself computes what it always does."""
+        inputs, outputs = _appending(self._sources, self.inputs), _appending(self._results, self.outputs)
+        count = counting(self.statistics, block, f"calibration, block {self.index}") if self.statistics else None
+        with observing(block, self.anatomy, count, inputs, outputs):
+            yield
+
+    @contextmanager
+    def watching_drift(self, block: nn.Module, foresee: bool = False) -> Iterator[None]:
+        """The same for the pruned block: only its units' inputs are kept.
+
+        With `foresee`, each pass gives what the block will give once its units, and those before, have taken back their
+        share of the error; see `stages.reconstruction.target`.
+        """
+        keepers = _appending(self._sources, self.drifted)
+        with ExitStack() as drawing:
+            for names in self._reading_alike() if foresee else ():
+                keep, draw = self._drawing(names[-1])
+                keepers[self._sources[names[-1]]].append(keep)
+                last = next((unit.modules[-1] for unit in self.anatomy.units if unit.name == names[-1]), "")
+                drawing.callback(block.get_submodule(last).register_forward_hook(draw).remove)
+            drawing.enter_context(observing(block, self.anatomy, None, keepers))
+            yield
+
+    def _reading_alike(self) -> list[list[str]]:
+        """The units whose inputs are kept, those together that read one tensor and add to the stream side by side."""
+        parallel = [unit.name for unit in self.anatomy.units if unit.parallel and unit.name in self._sources]
+        return [*([parallel] if parallel else []), *([name] for name in self._sources if name not in parallel)]
+
+    def _drawing(self, name: str) -> tuple[Callable[[Tensor], None], Callable[..., Any]]:
+        """What sees the input of the unit of that name, and the hook that then draws its output."""
+        seen: list[Tensor] = []
+        drifted, dense = self.drifted[name], self.inputs[name]
+
+        def draw(module: nn.Module, args: Any, output: Any) -> Any:
+            given, end = seen.pop(), len(drifted)
+            read = upload(dense.batch(list(range(end - len(given), end))), given.device)
+            moved = drawn(first(output), given, read, self._components_in_unit)
+            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+        return seen.append, draw
+
+    @property
+    def _all(self) -> list[Spool]:
+        return [*self.inputs.values(), *self.outputs.values(), *self.drifted.values()]
+
+    @property
+    def keeps_alike(self) -> bool:
+        """Whether as many samples of one tensor are kept as of any other."""
+        return len({len(spool) for spool in self._all}) < 2
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(spool.disk_bytes for spool in self._all)
+
+    def spill(self) -> None:
+        """Move the activations to disk."""
+        for spool in self._all:
+            spool.spill()
+
+    def close(self) -> None:
+        """Free the activations, in memory and on disk."""
+        for spool in self._all:
+            spool.close()
+
+
+def _kept(
+    index: int, anatomy: Anatomy, call: Call, recipe: Recipe, piece: tuple[int, ...]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Of which modules of block `index` the inputs, and of which the outputs are kept: name -> module."""
+    groups = groups_of({index: anatomy}, {index: call}, recipe.reconstruct)
+    fits = [unit for group in groups for unit in group.fits] if recipe.reconstruct != "none" else []
+    read = [*fits, *(group.whole for group in groups if recipe.gathers and not recipe.sequential)]
+    sources = {unit.source: unit.steps[0].module for unit in read if index == piece[0]}
+    return sources, {unit.name: unit.steps[-1].module for unit in fits if index == piece[-1]}
+
+
+def new_statistics(anatomy: Anatomy, block: nn.Module, needs: frozenset[str]) -> dict[str, InputStatistics]:
+    """Weight name -> empty statistics; weights that read one tensor share them, unless their outputs count too."""
+    made: dict[str, InputStatistics] = {}
+    outputs = "outputs" in needs and "hessian" not in needs  # with a Hessian the outputs' norms follow from it
+    for group in anatomy.shared_inputs:
+        for weight in group:
+            if weight is group[0] or outputs:
+                rows, columns = weight.of(block.get_parameter(weight.parameter)).shape
+                device = block.get_parameter(weight.parameter).device
+                shared = InputStatistics(columns, "hessian" in needs, rows if outputs else None, device=device)
+            made[weight.name] = shared
+    return made
+
+
+def counting(
+    statistics: Mapping[str, InputStatistics], block: nn.Module, where: str
+) -> Callable[[tuple[Weight, ...], Tensor], None]:
+    """What adds the tensor that some weights of `block` read to their statistics."""
+
+    def count(group: tuple[Weight, ...], x: Tensor) -> None:
+        try:
+            for weight in group:
+                sums = statistics[weight.name]
+                if sums.output_sum_sq is not None:  # X Wᵀ once more: what the module gives may hold a bias
+                    sums.update(x, nn.functional.linear(x, weight.of(block.get_parameter(weight.parameter))))
+                elif weight is group[0]:
+                    sums.update(x)
+        except Refusal as refusal:
+            raise Refusal(f"{where}, {group[0].name}: {refusal}") from None
+
+    return count
+
+
+def _appending(modules: Mapping[str, str], spools: Mapping[str, Spool]) -> dict[str, list[Callable[[Tensor], None]]]:
+    """Module -> what keeps the tensors seen there."""
+    keepers: dict[str, list[Callable[[Tensor], None]]] = {}
+    for name, module in modules.items():
+        keepers.setdefault(module, []).append(spools[name].append)
+    return keepers

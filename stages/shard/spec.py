@@ -1,0 +1,51 @@
+"""What one shard owns, and where its results go."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stages.model.families import Tower
+from stages.precision import Compute
+from stages.recipe import Recipe, pieces
+
+HOME = "espalier"  # a run's own directory inside its output
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardSpec:
+    """What one shard owns and where it works. Blocks are `first` to `last`, `last` excluded."""
+
+    index: int
+    first: int
+    last: int
+    embeds: bool  # owns the input embedding
+    heads: bool  # owns the final norm and the head
+    model: str
+    output: str
+    scratch: str
+    length: int
+    tower: Tower = "language"  # whose blocks these are
+    dtype: str = "auto"  # what weights are held and saved in; auto: each tensor as in its file
+    compute: Compute | None = None  # what blocks are computed in; None: what most weights are stored in
+    device: str = "cpu"
+    resident: Literal["all", "one"] = "all"
+    spool_memory: int = 1 << 30
+    trust_remote_code: bool = False
+    recipe: Recipe | None = None
+    reference: str | None = None  # the model to compare with, where that is not this one before it was pruned
+    reference_compute: Compute | None = None
+
+    @property
+    def pieces(self) -> list[tuple[int, ...]]:
+        """Its blocks, those together that are rebuilt together."""
+        return pieces(range(self.first, self.last), self.recipe.window if self.recipe else 1)
+
+
+def block_file(index: int) -> str:
+    """The output file of one finished block."""
+    return f"model-block-{index:05d}.safetensors"
+
+
+def sweep_directory(output: Path, sweep: int, sweeps: int) -> Path:
+    """Where the blocks of one sweep are written: the last one's are the result, the others' wait in the run's own."""
+    return output if sweep == sweeps else output / HOME / f"sweep-{sweep}"

@@ -1,0 +1,1 @@
+"""Calibration text as people have it: files, records, columns, conversations, documents."""

@@ -1,0 +1,1 @@
+"""Retraining under a mask on ZeRO ranks."""

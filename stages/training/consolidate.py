@@ -1,0 +1,57 @@
+"""A training run's checkpoint -> plain Hugging Face checkpoints: the model, and the importances of its weights."""
+
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from stages.loading.ends import copy_unread
+from stages.shadow.store import write_shadow
+from stages.storage.files import share
+from stages.training.checkpoint import MASTER, StoredPieces
+from stages.training.model import has_weights, load_model
+from stages.training.spec import DTYPES, RetrainSpec
+
+IMPORTANCE = "importance"  # the kind of its pieces
+
+
+def consolidate(checkpoint: Path, output: Path, spec: RetrainSpec) -> PreTrainedModel:
+    """The trained model, written to `output` as config.json and safetensors in the dtype that it was trained in.
+
+    What was not trained is as in the model that the run began with; what the model does not read of its checkpoint lies
+    in files of its own, which no index names. The directory appears under its name when everything is in it. Needs
+    memory for the whole model once, in its dtype.
+    """
+    source = Path(spec.model)
+    model = load_model(source, DTYPES[spec.dtype], spec.seed, spec.trust_remote_code)
+    StoredPieces(checkpoint, MASTER).fill(model)
+    gathering = _emptied(output)
+    model.save_pretrained(gathering)
+    share(gathering)
+    if has_weights(source):
+        copy_unread(source, gathering, spec.trust_remote_code)
+    gathering.rename(output)
+    return model
+
+
+def consolidate_shadow(model: PreTrainedModel, pieces: Path, output: Path, spec: RetrainSpec, updates: int) -> None:
+    """The shadow directory of `model`, from all ranks' pieces. A weight that was not trained is its own average."""
+    stored = StoredPieces(pieces, IMPORTANCE)
+    importances = {
+        name: stored.read(name, 0, parameter.numel()).view(parameter.shape)
+        if name in stored
+        else parameter.detach().float().abs()
+        for name, parameter in model.named_parameters()
+    }
+    gathering = _emptied(output)
+    assert spec.shadow is not None
+    write_shadow(gathering, model.config, importances, spec.shadow, updates)
+    gathering.rename(output)
+
+
+def _emptied(output: Path) -> Path:
+    """Where to gather what is to become `output`; what either held before is gone."""
+    gathering = output.with_name(f"{output.name}-unfinished")
+    for directory in (gathering, output):
+        shutil.rmtree(directory, ignore_errors=True)
+    return gathering

@@ -1,0 +1,113 @@
+"""What a command's options make of its text: the BOS, the column, what is told, and what a resumed run still says."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, processors
+from whole_runs import add_tokenizer
+
+from pipeline.commands import evaluate
+from pipeline.config.prune import EvalConfig, PruneConfig
+from pipeline.config.retrain import RetrainConfig
+from pipeline.run.inputs import bos_for, tell, token_table
+from stages.data.token_table import TokenTable
+from stages.errors import Refusal
+
+BOS, LENGTH = 128, 16
+
+
+@pytest.fixture
+def spoken(model: Path) -> Path:
+    """The tiny model with a tokenizer that begins a text with <s>."""
+    add_tokenizer(model, {"<s>": BOS})
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer.save(str(model / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    return model
+
+
+@pytest.fixture
+def table_of(spoken: Path, tmp_path: Path) -> Callable[..., TokenTable]:
+    def make(kind: Any, source: Any, purpose: Any, family: str = "llama", **options: Any) -> TokenTable:
+        name = "data" if kind is RetrainConfig else "calibration"
+        config = kind(model=str(spoken), output=str(tmp_path / "out"), **{name: source}, **options)
+        facts: Any = SimpleNamespace(vocabulary=BOS + 1, family=family)
+        return token_table(purpose, source, config, facts, LENGTH, tmp_path / f"{kind.__name__}{len(options)}{family}")
+
+    return make
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    file = tmp_path / "a.jsonl"
+    lines = [{"n": n, "text": "no", "data": {"body": f"story {n} of a bird"}} for n in range(40)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.mark.parametrize(("kind", "purpose"), [(PruneConfig, "calibration"), (RetrainConfig, "training")])
+def test_the_options_of_a_command_reach_its_tokens(
+    table_of: Callable[..., TokenTable], records: Path, kind: Any, purpose: str
+) -> None:
+    plain = table_of(kind, str(records), purpose, text_column="data.body", bos="none").rows(0, 20)
+    assert bytes(plain[0].tolist()) == b"story 0 of a bir" and BOS not in plain
+    auto = table_of(kind, str(records), purpose, text_column="data.body")
+    assert auto.rows(0, 1)[0].tolist() == [BOS, *b"story 0 of a bi"]
+    heads = table_of(kind, str(records), purpose, "gemma3_text", text_column="data.body").rows(0, 20)
+    assert (heads[:, 0] == BOS).all()
+    with pytest.raises(Refusal, match="text-column body: no such column, among: n"):
+        table_of(kind, str(records), purpose, "other", text_column="body")
+
+
+def test_auto_is_window_for_gemma_alone_and_what_is_asked_for_is_done() -> None:
+    families = ("gemma", "gemma2", "gemma3_text", "llama")
+    assert [bos_for("auto", SimpleNamespace(family=name)) for name in families] == [*["window"] * 3, "auto"]  # type: ignore[arg-type]
+    assert bos_for("none", SimpleNamespace(family="gemma")) == "none"  # type: ignore[arg-type]
+
+
+def test_a_resumed_run_says_what_was_read_though_the_text_is_gone(
+    table_of: Callable[..., TokenTable], records: Path
+) -> None:
+    told: list[list[str]] = []
+    for _ in range(2):
+        notes: list[str] = []
+        tell(table_of(PruneConfig, str(records), "calibration"), notes.append)
+        told.append(notes)
+        records.unlink(missing_ok=True)
+    assert told[0] == told[1] and len(told[0]) == 2
+    assert told[0][0] == 'calibration text a.jsonl: read column "text"; <s> before each document'
+    assert told[0][1].startswith('warning: calibration text a.jsonl: column "text" holds "no" in every record')
+
+
+def test_token_ids_in_a_file_need_no_tokenizer(
+    table_of: Callable[..., TokenTable], spoken: Path, tmp_path: Path
+) -> None:
+    for file in spoken.glob("tokenizer*"):
+        file.unlink()
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text("".join(json.dumps({"input_ids": [n] * LENGTH}) + "\n" for n in range(5)))
+    assert table_of(PruneConfig, str(ids), "calibration").rows(0, 5)[:, 3].tolist() == list(range(5))
+    ids.write_text(json.dumps({"text": "words"}))
+    with pytest.raises(Refusal, match="its tokenizer cannot be read"):
+        table_of(PruneConfig, str(ids), "calibration", "anew")
+
+
+def test_eval_reads_its_text_by_the_same_options(spoken: Path, records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Enough(Exception):
+        pass
+
+    def build(source: Any, tokenizer: Any, **options: Any) -> TokenTable:
+        assert (options["bos"], options["text_column"]) == ("window", "data.body")
+        raise Enough
+
+    monkeypatch.setattr(evaluate, "build_token_table", build)
+    config = EvalConfig(model=str(spoken), data=str(records), bos="window", text_column="data.body", shards=1)
+    with pytest.raises(Enough):
+        evaluate.evaluate(config)

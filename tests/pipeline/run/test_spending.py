@@ -1,0 +1,36 @@
+"""What phases took, added up."""
+
+import pytest
+
+from pipeline.run.costs import Spending
+from stages.metrics.flops import Shapes, forward_flops
+
+SHAPES = Shapes(parameters=1000, layers=2, width=16)
+
+
+class Counter:
+    joules = 0.0
+
+    def read(self) -> float:
+        return self.joules
+
+
+def test_a_phase_that_comes_again_adds_up_and_samples_become_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = Counter()
+    monkeypatch.setattr("stages.metrics.energy.rapl_counters", lambda: [counter])
+    monkeypatch.setattr("stages.metrics.energy.nvml_counters", list)
+    with Spending() as spending:
+        for joules in (5.0, 7.0):
+            with spending.phase("stream", samples=3):
+                counter.joules += joules
+        counter.joules += 1.0
+        record = spending.record(1, SHAPES, 8, {"work": 15.0})
+    assert record["energy"] == {"stream": {"cpu": 12.0, "gpu": None}, "total": {"cpu": 13.0, "gpu": None}}
+    assert record["flops"] == {"stream": forward_flops(SHAPES, 48, 8), "work": 15.0}
+    assert 0 <= record["seconds"]["stream"] <= record["seconds"]["total"]
+
+
+def test_a_run_on_several_nodes_claims_no_energy() -> None:
+    with Spending() as spending, spending.phase("work"):
+        pass
+    assert spending.record(2, SHAPES, 8, {})["energy"] == {}

@@ -1,0 +1,74 @@
+"""Masks against what the reference implementations gave, where the fixtures are at hand (shared/oracles)."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.criteria.scoring import score
+from stages.masks import keep_mask
+from stages.statistics import InputStatistics
+
+PATTERNS = {
+    "unstructured50": {"sparsity": 0.5},
+    "unstructured60": {"sparsity": 0.6},
+    "2of4": {"pattern": (2, 4)},
+    "4of8": {"pattern": (4, 8)},
+}
+LINEARS = {"q_proj": "self_attn.q_proj", "fc": "mlp.fc"}
+ALLOWED = 1e-4  # near-ties, whose order hangs on the order of summation
+
+
+@pytest.fixture(scope="module")
+def oracle(shared_folder) -> dict[str, torch.Tensor]:
+    return load_file(shared_folder("oracles", "reference_masks.safetensors"))
+
+
+def part_of(oracle, linear: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, InputStatistics]:
+    """The dense weight and its statistics, gathered three samples at a time."""
+    weight = next(tensor for name, tensor in oracle.items() if name in (f"dense.{linear}", f"dense.{LINEARS[linear]}"))
+    x = oracle[f"x.{linear}"]
+    statistics = InputStatistics(x.shape[-1])
+    for part in x.split(3):
+        statistics.update(part.to(dtype))
+    return weight, statistics
+
+
+def reference_keep(oracle, method: str, pattern: str, linear: str) -> torch.Tensor:
+    names = [f"{method}.{pattern}.{name}.keep_bits" for name in (linear, LINEARS[linear])]
+    bits = next(oracle[name] for name in names if name in oracle)
+    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1).astype(bool))
+
+
+@pytest.mark.parametrize("linear", LINEARS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_wanda_masks_are_the_reference_implementations(oracle, pattern, linear) -> None:
+    weight, statistics = part_of(oracle, linear)
+    keep = keep_mask(score("wanda", weight, statistics), **PATTERNS[pattern])
+    reference = reference_keep(oracle, "wanda", pattern, linear)
+    assert int((keep != reference).sum()) <= ALLOWED * weight.numel()
+    assert torch.equal(keep.sum(-1), reference.sum(-1))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize("linear", LINEARS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_ria_masks_are_the_reference_implementations(oracle, pattern, linear, alpha) -> None:
+    weight, statistics = part_of(oracle, linear)
+    keep = keep_mask(score("ria", weight, statistics, alpha=alpha), **PATTERNS[pattern])
+    reference = reference_keep(oracle, f"ria_a{alpha}", pattern, linear)
+    assert int((keep != reference).sum()) <= ALLOWED * weight.numel()
+    assert torch.equal(keep.sum(-1), reference.sum(-1))
+
+
+@pytest.mark.parametrize("linear", LINEARS)
+def test_magnitude_masks_are_those_of_a_full_sort(oracle, linear) -> None:
+    weight, statistics = part_of(oracle, linear)
+    scores = score("magnitude", weight, statistics)
+    flat = weight.double().abs().flatten().sort(stable=True).indices
+    expected = torch.ones(weight.numel(), dtype=torch.bool)
+    expected[flat[: weight.numel() // 2]] = False
+    assert torch.equal(keep_mask(scores, 0.5, scope="matrix").flatten(), expected)
+    order = weight.double().abs().sort(dim=-1, stable=True).indices
+    rows = torch.ones_like(weight, dtype=torch.bool).scatter_(-1, order[:, : int(weight.shape[-1] * 0.6)], False)
+    assert torch.equal(keep_mask(scores, 0.6), rows)

@@ -1,0 +1,47 @@
+"""Files that appear whole under their name, with the mode of any new file, or not at all."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.storage.files import replacing, write_text
+from stages.storage.hf_checkpoint import write_tensors
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize(("umask", "wanted"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_are_for_whom_the_umask_lets_read(tmp_path: Path, umask: int, wanted: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "w.safetensors", {"w": torch.ones(3)})
+        write_text(tmp_path / "run.json", "{}")
+        write_text(tmp_path / "run.json", "[]")  # a file that was there before, too
+    finally:
+        os.umask(before)
+    assert {path.name: mode(path) for path in tmp_path.iterdir()} == {"w.safetensors": wanted, "run.json": wanted}
+
+
+def test_what_fails_midway_leaves_the_older_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "run.json", "old")
+
+    class Full(Exception):
+        pass
+
+    with pytest.raises(Full), replacing(tmp_path / "run.json") as temporary:
+        temporary.write_text("ne")
+        raise Full
+    assert os.listdir(tmp_path) == ["run.json"]
+    assert (tmp_path / "run.json").read_text() == "old"
+
+
+def test_nothing_stands_under_the_name_before_all_is_written(tmp_path: Path) -> None:
+    with replacing(tmp_path / "run.json") as temporary:
+        temporary.write_text("new")
+        assert not (tmp_path / "run.json").exists()
+    assert (tmp_path / "run.json").read_text() == "new"
