@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray._private.worker
 
-from stages.device_errors import context_lost
+from espalier.stages.device_errors import context_lost
 
 
 @contextmanager

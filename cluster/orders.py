@@ -7,12 +7,12 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
-from cluster.connection.room import first_of
-from cluster.shard_actor import ShardState
-from cluster.streaming import answers
-from stages.errors import OutOfStep
-from stages.recipe import WorkOrder
-from stages.shard.spec import ShardSpec
+from espalier.cluster.connection.room import first_of
+from espalier.cluster.shard_actor import ShardState
+from espalier.cluster.streaming import answers
+from espalier.stages.errors import OutOfStep
+from espalier.stages.recipe import WorkOrder
+from espalier.stages.shard.spec import ShardSpec
 
 LOST = (OutOfStep, RayActorError, ObjectLostError)  # what a restarted, dying or vanished shard looks like
 

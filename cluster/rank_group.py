@@ -15,12 +15,12 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.arithmetic import steady_products
-from cluster.connection.inventory import nodes
-from cluster.connection.room import WAIT_SECONDS, no_room
-from cluster.losses import ending_with_its_device
-from stages.errors import Refusal
-from stages.training.spec import RetrainSpec
+from espalier.cluster.arithmetic import steady_products
+from espalier.cluster.connection.inventory import nodes
+from espalier.cluster.connection.room import WAIT_SECONDS, no_room
+from espalier.cluster.losses import ending_with_its_device
+from espalier.stages.errors import Refusal
+from espalier.stages.training.spec import RetrainSpec
 
 FRUITLESS_RESTARTS = 3  # in a row, with no checkpoint between them, before the run gives up
 FALLEN_SECONDS = 15.0  # how long after one rank's failure another's death may come to light
@@ -48,13 +48,13 @@ class RankWorker:
         return {"node": ray.util.get_node_ip_address(), "pid": os.getpid(), "port": port}
 
     def join(self, address: str, rank: int, ranks: int) -> None:
-        from stages.training.engine import join
+        from espalier.stages.training.engine import join
 
         join("nccl" if self._device == "cuda" else "gloo", address, rank, ranks)
 
     def train(self, spec: RetrainSpec) -> Iterator[Event]:
-        from stages.device_errors import memory_told
-        from stages.training.rank import train
+        from espalier.stages.device_errors import memory_told
+        from espalier.stages.training.rank import train
 
         less = "use a smaller --microbatch, --activation-checkpointing, a higher --zero-stage, --offload or more ranks"
         with ending_with_its_device(), memory_told(f"training on {self._device}", less):
@@ -90,7 +90,7 @@ class Ranks:
         self._stop()
 
     def train(self, spec: RetrainSpec) -> Generator[Event, None, None]:
-        """What the ranks tell while they train as `spec` says (see `stages.training.rank.train`).
+        """What the ranks tell while they train as `spec` says (see `espalier.stages.training.rank.train`).
 
         After a death the run goes on from its newest checkpoint, so steps since then are told again. One that closes
         this before its end ends the ranks too; the next run starts them anew.

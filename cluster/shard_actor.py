@@ -16,14 +16,14 @@ import numpy as np
 import ray
 import torch
 
-from cluster.arithmetic import steady_products
-from cluster.losses import ending_with_its_device
-from cluster.transport import pack, unpack
-from stages.errors import OutOfStep, Refusal
-from stages.metrics.profile import peak_bytes
-from stages.recipe import WorkOrder
-from stages.shard.shard import Shard
-from stages.shard.spec import ShardSpec
+from espalier.cluster.arithmetic import steady_products
+from espalier.cluster.losses import ending_with_its_device
+from espalier.cluster.transport import pack, unpack
+from espalier.stages.errors import OutOfStep, Refusal
+from espalier.stages.metrics.profile import peak_bytes
+from espalier.stages.recipe import WorkOrder
+from espalier.stages.shard.shard import Shard
+from espalier.stages.shard.spec import ShardSpec
 
 COMMITTING = "committing"  # the concurrency group that waits for blocks to be on disk
 

@@ -10,15 +10,15 @@ from typing import Any, Literal, TypeVar
 import ray
 from ray.exceptions import ActorDiedError
 
-from cluster.connection.room import first_of
-from cluster.losses import cause_of, one_line
-from cluster.orders import LOST, Orders
-from cluster.shard_actor import RESTARTS, ShardActor, ShardFacts, ShardState
-from cluster.streaming import Stream, answers, begin, blockwise, pipelined, receiving, windowed
-from stages.errors import Refusal
-from stages.metrics.perplexity import Measures
-from stages.recipe import WorkOrder
-from stages.shard.spec import ShardSpec
+from espalier.cluster.connection.room import first_of
+from espalier.cluster.losses import cause_of, one_line
+from espalier.cluster.orders import LOST, Orders
+from espalier.cluster.shard_actor import RESTARTS, ShardActor, ShardFacts, ShardState
+from espalier.cluster.streaming import Stream, answers, begin, blockwise, pipelined, receiving, windowed
+from espalier.stages.errors import Refusal
+from espalier.stages.metrics.perplexity import Measures
+from espalier.stages.recipe import WorkOrder
+from espalier.stages.shard.spec import ShardSpec
 
 __all__ = ["Fleet", "Stream"]
 

@@ -9,11 +9,15 @@ import numpy as np
 import ray
 from ray.exceptions import RayTaskError
 
-from cluster.connection.room import answered
-from cluster.shard_actor import Inputs
-from stages.errors import OutOfStep, Refusal
+from espalier.cluster.connection.room import answered
+from espalier.cluster.shard_actor import Inputs
+from espalier.stages.errors import OutOfStep, Refusal
 
-MEASURED = ("measures", "kept", "compared")  # what takes the tokens themselves too: see cluster.shard_actor.Wanted
+MEASURED = (
+    "measures",
+    "kept",
+    "compared",
+)  # what takes the tokens themselves too: see espalier.cluster.shard_actor.Wanted
 
 Batches = Callable[[int], Inputs]  # microbatch number -> tokens (samples, length) int32, or inputs with images
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.storage.staging import Room, to_host, upload_made
+from espalier.stages.storage.staging import Room, to_host, upload_made
 
 
 def pack(hidden: Tensor) -> np.ndarray:

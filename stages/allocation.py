@@ -1,12 +1,13 @@
-"""Which layer loses how much: outlier-weighted ratios of blocks (OWL), and a user's exceptions by name. Methods §3."""
+"""Which layer loses how much: outlier-weighted ratios of blocks (OWL), and a user's exceptions by name.
+stages/README.md §3."""
 
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from stages.errors import Refusal
-from stages.masks import check_sparsity
+from espalier.stages.errors import Refusal
+from espalier.stages.masks import check_sparsity
 
 
 def outlier_share(scores: Callable[[], Iterable[Tensor]], m: float = 5.0) -> float:

@@ -20,9 +20,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stages.errors import Refusal
-from stages.masks import Scope, check_divisible, check_pattern, check_sparsity, keep_mask
-from stages.sparsegpt import check_damping
+from espalier.stages.errors import Refusal
+from espalier.stages.masks import Scope, check_divisible, check_pattern, check_sparsity, keep_mask
+from espalier.stages.sparsegpt import check_damping
 
 RHOS = (0.1, 0.2, 0.4, 0.8)  # of a Hessian with a unit diagonal
 STEPS_A_RHO = 4

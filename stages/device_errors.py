@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from stages.errors import Refusal
+from espalier.stages.errors import Refusal
 
 # Of torch's allocator on the CPU, of CUDA's own, of cuBLAS and cuDNN, which take memory beside torch's.
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|ALLOC_FAILED|INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")

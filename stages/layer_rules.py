@@ -6,9 +6,9 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
-from stages.criteria.scoring import check_criterion, check_options
-from stages.errors import Refusal
-from stages.masks import Scope, check_sparsity, check_threshold, parse_pattern
+from espalier.stages.criteria.scoring import check_criterion, check_options
+from espalier.stages.errors import Refusal
+from espalier.stages.masks import Scope, check_sparsity, check_threshold, parse_pattern
 
 AMOUNTS = ("sparsity", "pattern", "threshold")  # the ways to say how much goes
 

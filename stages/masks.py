@@ -1,4 +1,4 @@
-"""Keep masks from scores. A mask is always `keep`: True = the weight survives. Methods §3.
+"""Keep masks from scores. A mask is always `keep`: True = the weight survives. stages/README.md §3.
 
 Letters: O = output rows, I = input columns, G = groups of M neighbours along the inputs.
 """
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.errors import Refusal
+from espalier.stages.errors import Refusal
 
 SHIFT = 11  # bits of a float32 that are let go: scores are told apart to 0.1 % of their size
 

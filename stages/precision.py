@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from stages.errors import Refusal
-from stages.storage.headers import DTYPES
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.errors import Refusal
+from espalier.stages.storage.headers import DTYPES
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 Compute = Literal["fp32", "bf16", "fp16"]
 COMPUTED: dict[Compute, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

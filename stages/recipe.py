@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from stages.criteria.scoring import find_criterion
-from stages.layer_rules import LayerRule, Override, layer_rule
-from stages.masks import Scope
+from espalier.stages.criteria.scoring import find_criterion
+from espalier.stages.layer_rules import LayerRule, Override, layer_rule
+from espalier.stages.masks import Scope
 
 Refine = Literal["none", "dsnot", "r2-dsnot", "swaps"]
 Rebuild = Literal["none", "matrix", "component", "block", "window"]
@@ -74,7 +74,7 @@ class Recipe:
     @property
     def foresees(self) -> bool:
         """Whether a sweep's units read foreseen inputs rather than the pruned model's own; see
-        `stages.reconstruction.target`."""
+        `espalier.stages.reconstruction.target`."""
         return bool(self.sweeps) and not self.corrections
 
     @property

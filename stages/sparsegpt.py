@@ -1,4 +1,4 @@
-"""SparseGPT: masks chosen while the surviving weights make up for those that went (2301.00774). Methods §5.
+"""SparseGPT: masks chosen while the surviving weights make up for those that went (2301.00774). stages/README.md §5.
 
 With H⁻¹ = Uᵀ U (U upper triangular), columns are pruned from left to right. Pruning w_j costs w_j² / U_jj², and what
 then minimises ‖X(W̃ − W)‖ over the columns still to come is w_k ← w_k − w_j / U_jj · U_jk for k > j.
@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stages.errors import Refusal
-from stages.masks import check_divisible, check_pattern, check_sparsity, keep_mask
+from espalier.stages.errors import Refusal
+from espalier.stages.masks import check_divisible, check_pattern, check_sparsity, keep_mask
 
 MAX_DAMPING = 1.0  # share of the mean diagonal: more would say that the calibration data does not matter
 FIRST_DAMPING = 1e-3  # the first retry of a damping of 0

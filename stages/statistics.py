@@ -1,4 +1,4 @@
-"""Sums over a layer's calibration inputs, kept while the inputs stream by. Methods §1.
+"""Sums over a layer's calibration inputs, kept while the inputs stream by. stages/README.md §1.
 
 Letters: S = samples in this call, T = tokens of a sample, C = chunks of a sample's tokens, I = input channels,
 O = output channels.
@@ -7,8 +7,8 @@ O = output channels.
 import torch
 from torch import Tensor
 
-from stages.devices import bfloat16_factors
-from stages.errors import Refusal
+from espalier.stages.devices import bfloat16_factors
+from espalier.stages.errors import Refusal
 
 CPU_CHUNK = 1 << 18  # elements converted to float32 at a time, so that a chunk stays in the cache
 PIVOT_TOKENS = 32  # tokens whose mean the sums are taken around
@@ -80,9 +80,9 @@ class InputStatistics:
         return gram * (2.0 / max(self.samples, 1))
 
     def inverse_factor(self, damping: float = 0.01) -> Tensor:
-        """The upper Cholesky factor of H⁻¹ (see `stages.sparsegpt.inverse_factor`), factored once for all linears that
-        read this input. Raises ValueError without `hessian=True`."""
-        from stages.sparsegpt import inverse_factor
+        """The upper Cholesky factor of H⁻¹ (see `espalier.stages.sparsegpt.inverse_factor`), factored once for all
+        linears that read this input. Raises ValueError without `hessian=True`."""
+        from espalier.stages.sparsegpt import inverse_factor
 
         if damping not in self._factors:
             self._factors[damping] = inverse_factor(self.hessian, damping)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from cluster.arithmetic import steady_products
+from espalier.cluster.arithmetic import steady_products
 
 if TYPE_CHECKING:
-    from cluster.rank_group import Ranks
+    from espalier.cluster.rank_group import Ranks
 
 steady_products()  # before the first product of this process, as every worker does
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -81,7 +81,7 @@ def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     if not ray.is_initialized():
         _shared_cluster.enter_context(warm_cluster(tmp_path_factory.mktemp("shards")))
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("pipeline.pruning.run", "pipeline.commands.evaluate"):
+        for module in ("espalier.pipeline.pruning.run", "espalier.pipeline.commands.evaluate"):
             patch.setattr(f"{module}.Fleet", WarmFleet)
         yield
 
@@ -89,7 +89,7 @@ def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def two_ranks(one_cluster: None) -> "Iterator[Ranks]":
     """Two ZeRO ranks in the shared cluster, for all modules that train: a rank imports DeepSpeed for seconds."""
-    from cluster.rank_group import Ranks
+    from espalier.cluster.rank_group import Ranks
 
     if not _shared_ranks:
         _shared_cluster.callback(_shared_ranks.clear)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.connection.watchdog import TOKEN_FILE
-from stages.errors import Refusal
+from espalier.cluster.connection.watchdog import TOKEN_FILE
+from espalier.stages.errors import Refusal
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 DEFAULT_TOKEN_PATH = Path("~/.ray/auth_token")

@@ -5,21 +5,22 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from cluster.connection.folders import own_folder
+import espalier
+from espalier.cluster.connection.folders import own_folder
 
-PACKAGES = ("pipeline", "cluster", "stages")
+PACKAGE = "espalier"
 LEFT_OUT = ("__pycache__", "*.pyc", ".*", "mlflow.db", "mlruns")
 DEMO_MODEL = ("demo", "model")  # megabytes that only `espalier demo` reads
 
 
 def root() -> Path:
-    """The directory that holds the three packages, in a clone as in site-packages."""
-    return Path(__file__).resolve().parents[2]
+    """The directory that holds the package, in a clone as in site-packages. (In a clone its rooms are links.)"""
+    return Path(espalier.__file__).parent
 
 
 @contextlib.contextmanager
 def staged(*, demo_model: bool, own: Mapping[str, Path]) -> Iterator[Path]:
-    """A temporary directory with the three packages, and the files in `own` under these names; nothing else.
+    """A temporary directory with the package, and the files in `own` under these names; nothing else.
 
     Ray uploads a whole directory; the root may be a clone with a .venv and checkpoints, or all of site-packages.
     Equal code gives an equal upload, which Ray then skips.
@@ -33,8 +34,7 @@ def staged(*, demo_model: bool, own: Mapping[str, Path]) -> Iterator[Path]:
 
     with own_folder() as folder:
         code = folder / "code"
-        for name in PACKAGES:
-            shutil.copytree(root() / name, code / name, ignore=ignore)
+        shutil.copytree(root(), code / PACKAGE, ignore=ignore)
         for name, file in own.items():
             (code / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, code / name)

@@ -18,11 +18,11 @@ from typing import Any
 
 import ray
 
-from cluster.connection import authentication
-from cluster.connection import code_package as package
-from cluster.connection.folders import own_folder
-from cluster.connection.watchdog import watched
-from stages.errors import Refusal
+from espalier.cluster.connection import authentication
+from espalier.cluster.connection import code_package as package
+from espalier.cluster.connection.folders import own_folder
+from espalier.cluster.connection.watchdog import watched
+from espalier.stages.errors import Refusal
 
 NOTHING: Mapping[str, Path] = MappingProxyType({})
 PROBE_SECONDS = 4.0  # for the TCP connection and again for the call: together under the ten seconds promised

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster.connection.watchdog import sweep
+from espalier.cluster.connection.watchdog import sweep
 
 PREFIX = "espalier-"
 LOCK = "lock"  # held for as long as the owner lives

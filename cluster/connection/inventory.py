@@ -7,7 +7,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stages.devices import has_units
+from espalier.stages.devices import has_units
 
 
 @dataclass(frozen=True)

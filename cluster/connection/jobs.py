@@ -21,11 +21,11 @@ import aiohttp
 import requests
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.connection import authentication
-from cluster.connection import code_package as package
-from cluster.connection.connect import NOTHING, endpoint_of, probe, reachable
-from cluster.connection.redact import without_credentials
-from stages.errors import Refusal
+from espalier.cluster.connection import authentication
+from espalier.cluster.connection import code_package as package
+from espalier.cluster.connection.connect import NOTHING, endpoint_of, probe, reachable
+from espalier.cluster.connection.redact import without_credentials
+from espalier.stages.errors import Refusal
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PREFLIGHT_SECONDS = 5.0

@@ -6,7 +6,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError
 
-from stages.errors import Refusal
+from espalier.stages.errors import Refusal
 
 WAIT_SECONDS = 20.0
 WAITING = ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "RESTARTING")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 from rich.console import Console
 
-from cluster.connection.redact import storable
+from espalier.cluster.connection.redact import storable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -153,8 +153,8 @@ def request_of(kind: "type[M]", file: Path | None, model: str | None, values: di
 
     A flag that says how much to prune overrides the other ways in which the file says it. Raises Refusal.
     """
-    from pipeline.config.options import build_config, read_yaml
-    from stages.layer_rules import AMOUNTS
+    from espalier.pipeline.config.options import build_config, read_yaml
+    from espalier.stages.layer_rules import AMOUNTS
 
     flags = given(values)
     wanted = (read_yaml(file) if file else {}) | flags | ({"model": model} if model else {})

@@ -13,16 +13,16 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from cluster.connection.redact import without_secrets
-from cluster.connection.watchdog import end_clusters
-from pipeline.cli import retrain as cli_retrain
-from pipeline.cli import track as cli_track
-from pipeline.cli.flags import Json, given, request_of, show, stdout_kept, with_all_options, with_options
-from pipeline.run.stopping import at_the_last, exit_code, how_to_go_on
-from stages.errors import Refusal
+from espalier.cluster.connection.redact import without_secrets
+from espalier.cluster.connection.watchdog import end_clusters
+from espalier.pipeline.cli import retrain as cli_retrain
+from espalier.pipeline.cli import track as cli_track
+from espalier.pipeline.cli.flags import Json, given, request_of, show, stdout_kept, with_all_options, with_options
+from espalier.pipeline.run.stopping import at_the_last, exit_code, how_to_go_on
+from espalier.stages.errors import Refusal
 
 if TYPE_CHECKING:
-    from pipeline.pruning.prune import PruneResult
+    from espalier.pipeline.pruning.prune import PruneResult
 
 # Quiet, and nothing sent anywhere: set before any of these libraries is imported.
 for _name, _value in {
@@ -93,7 +93,7 @@ def espalier(
 
 
 @app.command()
-@with_options("pipeline.config.prune:PruneConfig")
+@with_options("espalier.pipeline.config.prune:PruneConfig")
 def prune(
     model: Annotated[str | None, typer.Argument(help="Checkpoint directory (safetensors) or hub id.")] = None,
     *,
@@ -105,10 +105,10 @@ def prune(
 
     Example: espalier prune ./llama --output ./llama-50 --calibration text.txt --eval held-out.txt --sparsity 0.5
     """
-    from pipeline.config.prune import PruneConfig
+    from espalier.pipeline.config.prune import PruneConfig
 
     request = request_of(PruneConfig, config, model, values)
-    from pipeline.pruning.prune import prune as run
+    from espalier.pipeline.pruning.prune import prune as run
 
     with stdout_kept():
         result = run(request)
@@ -127,7 +127,7 @@ def resume(
 
     Example: espalier resume ./llama-50
     """
-    from pipeline.run.directory import command_of
+    from espalier.pipeline.run.directory import command_of
 
     if command_of(directory) == "retrain":
         cli_retrain.resume(directory, shards, ranks, zero_stage, as_json)
@@ -137,7 +137,7 @@ def resume(
     if command_of(directory) == "track":
         cli_track.resume(directory, as_json)
         return
-    from pipeline.pruning.prune import resume as run
+    from espalier.pipeline.pruning.prune import resume as run
 
     with stdout_kept():
         result = run(directory, shards)
@@ -149,7 +149,7 @@ app.command()(cli_track.track)
 
 
 @app.command(name="eval")
-@with_options("pipeline.config.prune:EvalConfig")
+@with_options("espalier.pipeline.config.prune:EvalConfig")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint directory (safetensors) or hub id.")],
     *,
@@ -160,12 +160,12 @@ def evaluate(
 
     Example: espalier eval ./llama-50 --data held-out.txt --against ./llama
     """
-    from pipeline.config.options import build_config
-    from pipeline.config.prune import EvalConfig
+    from espalier.pipeline.config.options import build_config
+    from espalier.pipeline.config.prune import EvalConfig
 
     request = build_config(given(values) | {"model": model}, EvalConfig)
-    from pipeline.cli.tables import evaluation_table
-    from pipeline.commands.evaluate import evaluate as run
+    from espalier.pipeline.cli.tables import evaluation_table
+    from espalier.pipeline.commands.evaluate import evaluate as run
 
     with stdout_kept():
         result = run(request)
@@ -195,8 +195,8 @@ def plan(
 
     Example: espalier plan ./llama-70b/config.json --nodes 2 --gpus-per-node 4 --gpu-memory 80GB
     """
-    from pipeline.cli.tables import plan_table
-    from pipeline.commands.plan import forecast
+    from espalier.pipeline.cli.tables import plan_table
+    from espalier.pipeline.commands.plan import forecast
 
     result = forecast(
         model,
@@ -226,7 +226,7 @@ def compare(
 
     Example: espalier compare espalier --out comparison
     """
-    from pipeline.commands.compare import compare as run
+    from espalier.pipeline.commands.compare import compare as run
 
     comparison = run(selection or [], out=out)
     show({"runs": comparison.rows, "files": [str(file) for file in comparison.files]}, as_json, comparison.table)
@@ -246,7 +246,7 @@ def submit(
     """
     if not context.args:
         raise Refusal("submit: nothing to run; write `espalier submit -- prune ...`")
-    from pipeline.commands.submit import submit_command
+    from espalier.pipeline.commands.submit import submit_command
 
     raise typer.Exit(submit_command(context.args, address=address, follow=follow))
 
@@ -263,8 +263,8 @@ def demo(
 
     Example: espalier demo
     """
-    from pipeline.cli.tables import demo_tables
-    from pipeline.demo.run import run_demo
+    from espalier.pipeline.cli.tables import demo_tables
+    from espalier.pipeline.demo.run import run_demo
 
     with stdout_kept():
         result = run_demo(output, address)
@@ -279,7 +279,7 @@ def doctor(as_json: Json = False) -> None:
     """
     from dataclasses import asdict
 
-    from pipeline.commands.doctor import examine, exit_code, render
+    from espalier.pipeline.commands.doctor import examine, exit_code, render
 
     findings = examine()
     show({"findings": [asdict(finding) for finding in findings]}, as_json, lambda: render(findings))
@@ -287,7 +287,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def show_result(result: "PruneResult", as_json: bool) -> None:
-    from pipeline.cli.tables import result_table
+    from espalier.pipeline.cli.tables import result_table
 
     show(result.summary(), as_json, lambda: result_table(result.run))
 

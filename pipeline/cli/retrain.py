@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.flags import Json, request_of, show, stdout_kept, with_options
-from stages.errors import Refusal
+from espalier.pipeline.cli.flags import Json, request_of, show, stdout_kept, with_options
+from espalier.stages.errors import Refusal
 
 if TYPE_CHECKING:
-    from pipeline.retraining.run import RetrainResult
+    from espalier.pipeline.retraining.run import RetrainResult
 
 
-@with_options("pipeline.config.retrain:RetrainConfig")
+@with_options("espalier.pipeline.config.retrain:RetrainConfig")
 def retrain(
     model: Annotated[
         str | None, typer.Argument(help="Checkpoint directory or hub id; or a config.json to begin at random.")
@@ -26,10 +26,10 @@ def retrain(
 
     Example: espalier retrain ./llama-50 --output ./llama-50-trained --data text.txt --eval held-out.txt --masked
     """
-    from pipeline.config.retrain import RetrainConfig
+    from espalier.pipeline.config.retrain import RetrainConfig
 
     request = request_of(RetrainConfig, config, model, values)
-    from pipeline.retraining.run import retrain as run
+    from espalier.pipeline.retraining.run import retrain as run
 
     with stdout_kept():
         result = run(request)
@@ -40,7 +40,7 @@ def resume(directory: Path, shards: int | None, ranks: int | None, zero_stage: i
     """Go on with a training run from its newest checkpoint."""
     if shards is not None:
         raise Refusal(f"shards {shards}: {directory} holds a training run, which has ranks; give --ranks")
-    from pipeline.retraining.run import resume as run
+    from espalier.pipeline.retraining.run import resume as run
 
     wanted = {"ranks": ranks, "zero_stage": zero_stage}
     changes = {name: value for name, value in wanted.items() if value is not None}
@@ -51,6 +51,6 @@ def resume(directory: Path, shards: int | None, ranks: int | None, zero_stage: i
 
 def show_result(result: "RetrainResult", as_json: bool) -> None:
     """The finished run, on stdout."""
-    from pipeline.cli.tables import training_table
+    from espalier.pipeline.cli.tables import training_table
 
     show(result.summary(), as_json, lambda: training_table(result.run))

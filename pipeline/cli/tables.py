@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from pipeline.record.mlflow_client import ui_command
-from pipeline.reports.format import human_seconds
+from espalier.pipeline.record.mlflow_client import ui_command
+from espalier.pipeline.reports.format import human_seconds
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
@@ -111,7 +111,7 @@ def demo_tables(result: Mapping[str, Any]) -> Group:
 
 def training_table(run: Mapping[str, Any]) -> Group:
     """One finished training run: the curve's ends, what each rank held, where everything is."""
-    from stages.metrics.perplexity import perplexity_of
+    from espalier.stages.metrics.perplexity import perplexity_of
 
     table = _table("after step", "loss", "perplexity")
     for step, loss in run["evaluations"]:

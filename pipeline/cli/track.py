@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.flags import Json, given, show, stdout_kept, with_options
+from espalier.pipeline.cli.flags import Json, given, show, stdout_kept, with_options
 
 if TYPE_CHECKING:
-    from pipeline.weight_tracking.track import TrackResult
+    from espalier.pipeline.weight_tracking.track import TrackResult
 
 
-@with_options("pipeline.config.track:TrackConfig")
+@with_options("espalier.pipeline.config.track:TrackConfig")
 def track(
     recipe: Annotated[str, typer.Argument(help="shakespeare, shakespeare-small, or a YAML file with the same names.")],
     *,
@@ -27,10 +27,10 @@ def track(
 
     Example: espalier track shakespeare-small --data tinyshakespeare.txt --output tracked
     """
-    from pipeline.config.track import load_config
+    from espalier.pipeline.config.track import load_config
 
     request = load_config(recipe, given(values | {"model": model}))
-    from pipeline.weight_tracking.track import track as run
+    from espalier.pipeline.weight_tracking.track import track as run
 
     with stdout_kept():
         result = run(request)
@@ -39,7 +39,7 @@ def track(
 
 def resume(directory: Path, as_json: bool) -> None:
     """Go on with an interrupted experiment."""
-    from pipeline.weight_tracking.track import resume as run
+    from espalier.pipeline.weight_tracking.track import resume as run
 
     with stdout_kept():
         result = run(directory)
@@ -48,6 +48,6 @@ def resume(directory: Path, as_json: bool) -> None:
 
 def show_result(result: "TrackResult", as_json: bool) -> None:
     """The finished experiment, on stdout."""
-    from pipeline.reports.track import track_table
+    from espalier.pipeline.reports.track import track_table
 
     show(result.summary(), as_json, lambda: track_table(result.run))

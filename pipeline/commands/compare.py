@@ -13,9 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.connection.redact import without_credentials
-from pipeline.record.metric_names import COMPUTE_TAG
-from pipeline.record.mlflow_client import (
+from espalier.cluster.connection.redact import without_credentials
+from espalier.pipeline.record.metric_names import COMPUTE_TAG
+from espalier.pipeline.record.mlflow_client import (
     client_errors,
     default_tracking_uri,
     is_final,
@@ -23,9 +23,9 @@ from pipeline.record.mlflow_client import (
     reason,
     sqlite_path,
 )
-from pipeline.reports.figures import draw_perplexity
-from pipeline.reports.format import duration, number, percent, table
-from stages.errors import Refusal
+from espalier.pipeline.reports.figures import draw_perplexity
+from espalier.pipeline.reports.format import duration, number, percent, table
+from espalier.stages.errors import Refusal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

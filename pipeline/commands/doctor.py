@@ -24,11 +24,11 @@ from packaging.specifiers import SpecifierSet
 from rich.table import Table
 from rich.text import Text
 
-from cluster.connection.authentication import DEFAULT_TOKEN_PATH, TOKEN, TOKEN_PATH, find_credentials
-from cluster.connection.redact import without_credentials, without_secrets
-from pipeline.planning import hardware as machine
-from pipeline.record.mlflow_client import default_tracking_uri, sqlite_path
-from stages.errors import Refusal
+from espalier.cluster.connection.authentication import DEFAULT_TOKEN_PATH, TOKEN, TOKEN_PATH, find_credentials
+from espalier.cluster.connection.redact import without_credentials, without_secrets
+from espalier.pipeline.planning import hardware as machine
+from espalier.pipeline.record.mlflow_client import default_tracking_uri, sqlite_path
+from espalier.stages.errors import Refusal
 
 if TYPE_CHECKING:
     import torch
@@ -162,7 +162,7 @@ def _arithmetic() -> list[Finding]:
 def _arithmetic_on(device: "torch.device") -> Finding:
     import torch
 
-    from stages.devices import has_units
+    from espalier.stages.devices import has_units
 
     bf16, fp32 = (machine.gflops(dtype, device) for dtype in (torch.bfloat16, torch.float32))
     ratio = f"{bf16 / fp32:.1f} times faster" if bf16 > fp32 else f"{fp32 / bf16:.1f} times slower"

@@ -9,23 +9,23 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from cluster.connection.connect import connect
-from cluster.connection.folders import own_folder
-from cluster.shard_group import Fleet
-from pipeline.config.prune import EvalConfig
-from pipeline.planning.model_info import check_headers, model_facts
-from pipeline.planning.placement import Layout, Load, arrange
-from pipeline.planning.windows import microbatch_size
-from pipeline.run.export import sparsity_of
-from pipeline.run.inputs import bos_for, load_tokenizer, stream_of, tell
-from pipeline.run.new_family import tried
-from pipeline.run.progress import Reporter, reporter_for
-from stages.data.token_table import TokenTable, build_token_table
-from stages.errors import Refusal
-from stages.loading.skeleton import read_config
-from stages.metrics.perplexity import Measures
-from stages.shard.spec import ShardSpec
-from stages.storage.hf_checkpoint import Checkpoint, resolve
+from espalier.cluster.connection.connect import connect
+from espalier.cluster.connection.folders import own_folder
+from espalier.cluster.shard_group import Fleet
+from espalier.pipeline.config.prune import EvalConfig
+from espalier.pipeline.planning.model_info import check_headers, model_facts
+from espalier.pipeline.planning.placement import Layout, Load, arrange
+from espalier.pipeline.planning.windows import microbatch_size
+from espalier.pipeline.run.export import sparsity_of
+from espalier.pipeline.run.inputs import bos_for, load_tokenizer, stream_of, tell
+from espalier.pipeline.run.new_family import tried
+from espalier.pipeline.run.progress import Reporter, reporter_for
+from espalier.stages.data.token_table import TokenTable, build_token_table
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.metrics.perplexity import Measures
+from espalier.stages.shard.spec import ShardSpec
+from espalier.stages.storage.hf_checkpoint import Checkpoint, resolve
 
 
 def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, Any]:

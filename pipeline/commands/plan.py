@@ -5,18 +5,18 @@ from typing import Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from pipeline.config.options import build_config
-from pipeline.config.prune import PruneConfig
-from pipeline.planning.hardware import cores, memory_available
-from pipeline.planning.memory import choose_resident, split_blocks
-from pipeline.planning.model_info import ModelFacts, model_facts
-from pipeline.planning.placement import DRIVER_BYTES, Load, estimates_by_resident
-from pipeline.planning.windows import window_length
-from stages.devices import has_units
-from stages.errors import Refusal
-from stages.loading.skeleton import read_config
-from stages.precision import Compute, chosen_compute, dtype_of
-from stages.storage.hf_checkpoint import Checkpoint, resolve
+from espalier.pipeline.config.options import build_config
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.planning.hardware import cores, memory_available
+from espalier.pipeline.planning.memory import choose_resident, split_blocks
+from espalier.pipeline.planning.model_info import ModelFacts, model_facts
+from espalier.pipeline.planning.placement import DRIVER_BYTES, Load, estimates_by_resident
+from espalier.pipeline.planning.windows import window_length
+from espalier.stages.devices import has_units
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.precision import Compute, chosen_compute, dtype_of
+from espalier.stages.storage.hf_checkpoint import Checkpoint, resolve
 
 
 def forecast(

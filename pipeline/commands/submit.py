@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import typer
 
-from cluster.connection.jobs import submit
-from cluster.connection.redact import is_secret, without_credentials
-from pipeline.record.mlflow_client import default_tracking_uri
-from pipeline.run.own_modules import criteria_in, own_files
-from stages.errors import Refusal
+from espalier.cluster.connection.jobs import submit
+from espalier.cluster.connection.redact import is_secret, without_credentials
+from espalier.pipeline.record.mlflow_client import default_tracking_uri
+from espalier.pipeline.run.own_modules import criteria_in, own_files
+from espalier.stages.errors import Refusal
 
 WRITTEN = ("--output", "--out")  # made absolute although they do not exist yet
 READ = ("--calibration", "--eval", "--config", "--data", "--against")
@@ -40,7 +40,7 @@ def submit_command(
             "dashboard; the job uses the MLFLOW_TRACKING_URI of its node"
         )
     own = own_files(criteria_in(args))
-    entrypoint = ["python", "-m", "pipeline.cli", *absolute(args)]
+    entrypoint = ["python", "-m", "espalier", *absolute(args)]
     outcome = submit(entrypoint, address=address, env=job_environment(), on_line=on_line, follow=follow, own=own)
     return outcome.exit_code or 0
 

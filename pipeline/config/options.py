@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from stages.errors import Refusal
+from espalier.stages.errors import Refusal
 
 Config = TypeVar("Config", bound=BaseModel)
 Count = Annotated[int, Field(ge=1)]

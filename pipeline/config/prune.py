@@ -5,15 +5,15 @@ from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.config.options import BOS_HELP, COLUMN_HELP, Count, Length
-from stages.criteria.equations import CRITERIA
-from stages.criteria.scoring import check_criterion, check_options
-from stages.errors import Refusal
-from stages.layer_rules import Override, resolve_overrides
-from stages.masks import check_sparsity, check_threshold, parse_pattern
-from stages.model.families import Tower
-from stages.recipe import Rebuild, Recipe
-from stages.text.openings import Bos
+from espalier.pipeline.config.options import BOS_HELP, COLUMN_HELP, Count, Length
+from espalier.stages.criteria.equations import CRITERIA
+from espalier.stages.criteria.scoring import check_criterion, check_options
+from espalier.stages.errors import Refusal
+from espalier.stages.layer_rules import Override, resolve_overrides
+from espalier.stages.masks import check_sparsity, check_threshold, parse_pattern
+from espalier.stages.model.families import Tower
+from espalier.stages.recipe import Rebuild, Recipe
+from espalier.stages.text.openings import Bos
 
 
 class ClusterConfig(BaseModel):

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.config.options import BOS_HELP, COLUMN_HELP, Count, Length
-from stages.errors import Refusal
-from stages.shadow.spec import ShadowSpec
-from stages.text.openings import Bos
+from espalier.pipeline.config.options import BOS_HELP, COLUMN_HELP, Count, Length
+from espalier.stages.errors import Refusal
+from espalier.stages.shadow.spec import ShadowSpec
+from espalier.stages.text.openings import Bos
 
 LENGTHS = ("steps", "epochs", "tokens")  # ways to say how long to train
 

@@ -6,15 +6,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.config.options import Count, build_config, read_yaml
-from stages.errors import Refusal
+from espalier.pipeline.config.options import Count, build_config, read_yaml
+from espalier.stages.errors import Refusal
 
 RECIPES = Path(__file__).parent / "recipes"
-# What data there is to track on: a name -> "module:function", a `pipeline.weight_tracking.data.Prepare`.
+# What data there is to track on: a name -> "module:function", a `espalier.pipeline.weight_tracking.data.Prepare`.
 DATA_KINDS = {
-    "characters": "pipeline.weight_tracking.data:characters",
-    "text": "pipeline.weight_tracking.data:text",
-    "pictures": "pipeline.weight_tracking.pictures.data:pictures",
+    "characters": "espalier.pipeline.weight_tracking.data:characters",
+    "text": "espalier.pipeline.weight_tracking.data:text",
+    "pictures": "espalier.pipeline.weight_tracking.pictures.data:pictures",
 }
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.connection.connect import connect
-from cluster.connection.folders import own_folder
-from pipeline.config.prune import PruneConfig
-from pipeline.demo.sources import write_texts
-from pipeline.pruning.prune import prune
-from pipeline.run.directory import check_free
-from pipeline.run.progress import reporter_for
-from stages.storage.hf_checkpoint import resolve
+from espalier.cluster.connection.connect import connect
+from espalier.cluster.connection.folders import own_folder
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.demo.sources import write_texts
+from espalier.pipeline.pruning.prune import prune
+from espalier.pipeline.run.directory import check_free
+from espalier.pipeline.run.progress import reporter_for
+from espalier.stages.storage.hf_checkpoint import resolve
 
 MODEL = Path(__file__).parent / "model"
 EXPERIMENT = "espalier-demo"

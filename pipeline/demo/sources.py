@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 from typing import Literal
 
-from stages.errors import Refusal
+from espalier.stages.errors import Refusal
 
 Part = Literal["training", "calibration", "held-out"]
 

@@ -1,4 +1,4 @@
-"""The demo model, trained from nothing: `python -m pipeline.demo.train OUT --minutes 40`.
+"""The demo model, trained from nothing: `python -m espalier.pipeline.demo.train OUT --minutes 40`.
 
 A byte-level BPE tokenizer and a small Llama learn the standard library's own sources on the CPU, and are written as a
 plain Hugging Face checkpoint. Seeds are fixed, but the schedule follows the clock: a faster machine sees more text.
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.demo import sources
+from espalier.pipeline.demo import sources
 
-log = logging.getLogger("pipeline.demo.train")
+log = logging.getLogger("espalier.pipeline.demo.train")
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 4096

@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.planning.model_info import ModelFacts
-from stages.errors import Refusal
-from stages.precision import COMPUTED, Compute, fitted_in
-from stages.recipe import Recipe, pieces
+from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.stages.errors import Refusal
+from espalier.stages.precision import COMPUTED, Compute, fitted_in
+from espalier.stages.recipe import Recipe, pieces
 
 PROCESS_BYTES = 600 << 20  # a shard's process with torch, transformers and Ray loaded and nothing else
 

@@ -11,15 +11,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from stages.errors import Refusal
-from stages.loading.accounted import check_tensors, remarks
-from stages.loading.ends import ENDS_FILE_BYTES
-from stages.loading.skeleton import Skeleton, tied_names
-from stages.loading.vision import SKELETONS
-from stages.model.anatomy import prunable
-from stages.model.families import Tower, sees_images
-from stages.precision import weights_dtype
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.accounted import check_tensors, remarks
+from espalier.stages.loading.ends import ENDS_FILE_BYTES
+from espalier.stages.loading.skeleton import Skeleton, tied_names
+from espalier.stages.loading.vision import SKELETONS
+from espalier.stages.model.anatomy import prunable
+from espalier.stages.model.families import Tower, sees_images
+from espalier.stages.precision import weights_dtype
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 SAMPLED_STRETCHES, STRETCH_BYTES = 64, 4096
 

@@ -4,17 +4,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.connection.inventory import Node, nodes, smallest_gpu_bytes, units_everywhere
-from pipeline.config.prune import ClusterConfig, PruneConfig
-from pipeline.planning.hardware import cores, memory_available
-from pipeline.planning.memory import ShardEstimate, as_dicts, choose_resident, estimate_shard, free_bytes, split_blocks
-from pipeline.planning.model_info import ModelFacts
-from pipeline.planning.windows import microbatch_size, window_length
-from stages.devices import has_units
-from stages.errors import Refusal
-from stages.precision import COMPUTED, Compute, chosen_compute, dtype_of, own_compute
-from stages.shard.block_pruner import Recipe
-from stages.shard.spec import ShardSpec
+from espalier.cluster.connection.inventory import Node, nodes, smallest_gpu_bytes, units_everywhere
+from espalier.pipeline.config.prune import ClusterConfig, PruneConfig
+from espalier.pipeline.planning.hardware import cores, memory_available
+from espalier.pipeline.planning.memory import (
+    ShardEstimate,
+    as_dicts,
+    choose_resident,
+    estimate_shard,
+    free_bytes,
+    split_blocks,
+)
+from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.pipeline.planning.windows import microbatch_size, window_length
+from espalier.stages.devices import has_units
+from espalier.stages.errors import Refusal
+from espalier.stages.precision import COMPUTED, Compute, chosen_compute, dtype_of, own_compute
+from espalier.stages.shard.block_pruner import Recipe
+from espalier.stages.shard.spec import ShardSpec
 
 DRIVER_BYTES = 1_200_000_000
 STORE_BYTES = 128 << 20  # the least that Ray's object store is given

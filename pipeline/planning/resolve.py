@@ -2,14 +2,14 @@
 
 import math
 
-from pipeline.config.prune import PruneConfig
-from pipeline.planning.model_info import ModelFacts
-from pipeline.planning.windows import window_length
-from stages.criteria.scoring import find_criterion
-from stages.errors import Refusal
-from stages.layer_rules import LayerRule, check_matches
-from stages.masks import check_divisible
-from stages.recipe import Recipe
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.pipeline.planning.windows import window_length
+from espalier.stages.criteria.scoring import find_criterion
+from espalier.stages.errors import Refusal
+from espalier.stages.layer_rules import LayerRule, check_matches
+from espalier.stages.masks import check_divisible
+from espalier.stages.recipe import Recipe
 
 SWAPS_FROM = 4  # tokens for each channel of the widest input
 

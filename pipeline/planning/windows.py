@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from pipeline.planning.model_info import ModelFacts
-from stages.errors import Refusal
+from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.stages.errors import Refusal
 
 MICROBATCH_TOKENS = 2048
 

@@ -4,20 +4,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.options import build_config, located
-from pipeline.config.prune import PruneConfig
-from pipeline.planning.model_info import ModelFacts, check_headers, model_facts
-from pipeline.planning.placement import Load, arrange, check_disk
-from pipeline.planning.resolve import check_recipe_fits, settled
-from pipeline.pruning.run import PRUNED_MEASURES, PruneRun
-from pipeline.run.directory import RunDirectory, check_free, check_same_model
-from pipeline.run.inputs import check_calibration
-from pipeline.run.new_family import tried
-from pipeline.run.progress import Reporter
-from stages.layer_rules import AMOUNTS
-from stages.loading.skeleton import read_config
-from stages.shadow.store import check_shadow
-from stages.storage.hf_checkpoint import Checkpoint, resolve
+from espalier.pipeline.config.options import build_config, located
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.planning.model_info import ModelFacts, check_headers, model_facts
+from espalier.pipeline.planning.placement import Load, arrange, check_disk
+from espalier.pipeline.planning.resolve import check_recipe_fits, settled
+from espalier.pipeline.pruning.run import PRUNED_MEASURES, PruneRun
+from espalier.pipeline.run.directory import RunDirectory, check_free, check_same_model
+from espalier.pipeline.run.inputs import check_calibration
+from espalier.pipeline.run.new_family import tried
+from espalier.pipeline.run.progress import Reporter
+from espalier.stages.layer_rules import AMOUNTS
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.shadow.store import check_shadow
+from espalier.stages.storage.hf_checkpoint import Checkpoint, resolve
 
 SUMMARY = (
     *("output", "sparsity", "dense_perplexity", *PRUNED_MEASURES, "seconds", "peak_memory", "estimate"),

@@ -10,35 +10,35 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from cluster.connection.connect import connect
-from cluster.connection.inventory import nodes
-from cluster.connection.redact import without_secrets
-from cluster.shard_group import Fleet, Stream
-from pipeline.config.prune import PruneConfig
-from pipeline.planning.model_info import ModelFacts
-from pipeline.planning.placement import Layout, ShardLayout
-from pipeline.planning.resolve import removes_nothing
-from pipeline.planning.windows import microbatch_size, window_length
-from pipeline.record.metric_names import COMPUTE_TAG, block_metrics, total_metrics
-from pipeline.record.recorder import Recorder, recorded_run
-from pipeline.reports.prune import write_report
-from pipeline.run.costs import Spending
-from pipeline.run.directory import RunDirectory, disk_full_refused
-from pipeline.run.export import copy_companions, write_index
-from pipeline.run.inputs import Purpose, image_file, image_table, stream_of, tell, token_table
-from pipeline.run.own_modules import criteria_of, own_files
-from pipeline.run.progress import Reporter, reporter_for
-from pipeline.run.stopping import at_the_last
-from stages.allocation import owl
-from stages.data.image_table import ImageTable
-from stages.data.token_table import TokenTable
-from stages.loading.skeleton import read_config
-from stages.metrics.flops import Shapes, encoder_shapes, shapes_of
-from stages.metrics.perplexity import Measures
-from stages.metrics.profile import peak_bytes
-from stages.recipe import WorkOrder
-from stages.shard.mask_selection import EXPERT_TOKENS
-from stages.storage.hf_checkpoint import resolve
+from espalier.cluster.connection.connect import connect
+from espalier.cluster.connection.inventory import nodes
+from espalier.cluster.connection.redact import without_secrets
+from espalier.cluster.shard_group import Fleet, Stream
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.pipeline.planning.placement import Layout, ShardLayout
+from espalier.pipeline.planning.resolve import removes_nothing
+from espalier.pipeline.planning.windows import microbatch_size, window_length
+from espalier.pipeline.record.metric_names import COMPUTE_TAG, block_metrics, total_metrics
+from espalier.pipeline.record.recorder import Recorder, recorded_run
+from espalier.pipeline.reports.prune import write_report
+from espalier.pipeline.run.costs import Spending
+from espalier.pipeline.run.directory import RunDirectory, disk_full_refused
+from espalier.pipeline.run.export import copy_companions, write_index
+from espalier.pipeline.run.inputs import Purpose, image_file, image_table, stream_of, tell, token_table
+from espalier.pipeline.run.own_modules import criteria_of, own_files
+from espalier.pipeline.run.progress import Reporter, reporter_for
+from espalier.pipeline.run.stopping import at_the_last
+from espalier.stages.allocation import owl
+from espalier.stages.data.image_table import ImageTable
+from espalier.stages.data.token_table import TokenTable
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.metrics.flops import Shapes, encoder_shapes, shapes_of
+from espalier.stages.metrics.perplexity import Measures
+from espalier.stages.metrics.profile import peak_bytes
+from espalier.stages.recipe import WorkOrder
+from espalier.stages.shard.mask_selection import EXPERT_TOKENS
+from espalier.stages.storage.hf_checkpoint import resolve
 
 PRUNED_MEASURES = ("perplexity", "kl", "top1_agreement")  # the last two: beside the dense model
 PACKAGES = ("torch", "transformers", "ray", "mlflow", "datasets", "pyarrow", "safetensors", "espalier-llm")

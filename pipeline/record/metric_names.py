@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.record.mlflow_client import key_of
+from espalier.pipeline.record.mlflow_client import key_of
 
 MB = 1e6
 COMPUTE_TAG = "espalier.compute"  # an MLflow tag: fp32, bf16 or fp16, what a run turned out to be computed in

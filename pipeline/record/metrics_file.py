@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.record.mlflow_client import reason
+from espalier.pipeline.record.mlflow_client import reason
 
 LOCAL_COPY = "metrics.jsonl"
 

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.connection.redact import without_credentials, without_secrets
+from espalier.cluster.connection.redact import without_credentials, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

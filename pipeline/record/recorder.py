@@ -19,9 +19,9 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.connection.redact import without_credentials, without_secrets
-from pipeline.record.metrics_file import LocalCopy, Point
-from pipeline.record.mlflow_client import (
+from espalier.cluster.connection.redact import without_credentials, without_secrets
+from espalier.pipeline.record.metrics_file import LocalCopy, Point
+from espalier.pipeline.record.mlflow_client import (
     KEY_LENGTH,
     default_tracking_uri,
     existing_run,

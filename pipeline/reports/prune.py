@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.connection.redact import storable
-from pipeline.reports.figures import component_title, draw_errors, draw_timeline, unit_names
-from pipeline.reports.format import count, duration, number, percent, size, table
-from pipeline.reports.sections import loading, recipe, surroundings, times, warnings
-from stages.storage.files import write_text
+from espalier.cluster.connection.redact import storable
+from espalier.pipeline.reports.figures import component_title, draw_errors, draw_timeline, unit_names
+from espalier.pipeline.reports.format import count, duration, number, percent, size, table
+from espalier.pipeline.reports.sections import loading, recipe, surroundings, times, warnings
+from espalier.stages.storage.files import write_text
 
 ESTIMATE_PARTS = {"weights": "weights", "spool_memory": "spool", "spool_disk": "spool on disk", "training": "training"}
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.connection.redact import storable
-from pipeline.reports.figures import draw_losses
-from pipeline.reports.format import count, duration, number, size, table
-from pipeline.reports.sections import loading, recipe, surroundings, times, warnings
-from stages.metrics.perplexity import perplexity_of
-from stages.storage.files import write_text
+from espalier.cluster.connection.redact import storable
+from espalier.pipeline.reports.figures import draw_losses
+from espalier.pipeline.reports.format import count, duration, number, size, table
+from espalier.pipeline.reports.sections import loading, recipe, surroundings, times, warnings
+from espalier.stages.metrics.perplexity import perplexity_of
+from espalier.stages.storage.files import write_text
 
 HELD = {"parameters": "parameters", "optimizer": "optimizer state", "shadow": "shadow"}
 

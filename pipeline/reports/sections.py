@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.reports.format import duration, operations, plain, table
-from stages.metrics.energy import described
+from espalier.pipeline.reports.format import duration, operations, plain, table
+from espalier.stages.metrics.energy import described
 
 PHASES = {
     "plan": "plan",

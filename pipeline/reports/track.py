@@ -8,12 +8,12 @@ import yaml
 from rich.console import Group, JustifyMethod
 from rich.table import Table
 
-from cluster.connection.redact import storable
-from pipeline.record.mlflow_client import ui_command
-from pipeline.reports.figures import draw_track
-from pipeline.reports.format import count, duration, number, operations, percent, plain, table
-from stages.metrics.energy import described
-from stages.storage.files import write_text
+from espalier.cluster.connection.redact import storable
+from espalier.pipeline.record.mlflow_client import ui_command
+from espalier.pipeline.reports.figures import draw_track
+from espalier.pipeline.reports.format import count, duration, number, operations, percent, plain, table
+from espalier.stages.metrics.energy import described
+from espalier.stages.storage.files import write_text
 
 SAME_SPARSITY = 0.015  # a published point this near, in shares, is shown in the row
 

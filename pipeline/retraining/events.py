@@ -4,13 +4,13 @@ import math
 import time
 from typing import Any
 
-from pipeline.record.recorder import Recorder
-from pipeline.reports.format import human_seconds
-from pipeline.run.directory import RunDirectory
-from pipeline.run.progress import Reporter
-from stages.errors import Refusal
-from stages.metrics.perplexity import perplexity_of
-from stages.training.spec import RetrainSpec
+from espalier.pipeline.record.recorder import Recorder
+from espalier.pipeline.reports.format import human_seconds
+from espalier.pipeline.run.directory import RunDirectory
+from espalier.pipeline.run.progress import Reporter
+from espalier.stages.errors import Refusal
+from espalier.stages.metrics.perplexity import perplexity_of
+from espalier.stages.training.spec import RetrainSpec
 
 TOLD_SECONDS = 5.0  # between two lines about steps
 HELD = ("parameters", "optimizer", "shadow")  # what a rank says how many bytes it keeps of
@@ -36,7 +36,7 @@ class Heard:
         return [self.losses[step] for step in sorted(self.losses)]
 
     def take(self, event: dict[str, Any], spec: RetrainSpec, recorder: Recorder) -> None:
-        """One event of `stages.training.rank.train`; of those of all ranks alike, rank 0's."""
+        """One event of `espalier.stages.training.rank.train`; of those of all ranks alike, rank 0's."""
         rank, step = event["rank"], event.get("step", 0)
         match event["event"]:
             case "holds":

@@ -6,11 +6,11 @@ back. Of a Llama of 25 M parameters on two CPU ranks, stages 1 and 3, peaks were
 
 from dataclasses import asdict, dataclass
 
-from cluster.connection.inventory import Node
-from pipeline.planning.model_info import ModelFacts
-from pipeline.planning.placement import memory_per_process
-from stages.errors import Refusal
-from stages.training.spec import MOST_BUCKET, MOST_GATHERED, RetrainSpec
+from espalier.cluster.connection.inventory import Node
+from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.pipeline.planning.placement import memory_per_process
+from espalier.stages.errors import Refusal
+from espalier.stages.training.spec import MOST_BUCKET, MOST_GATHERED, RetrainSpec
 
 PROCESS_BYTES = 700 << 20  # a rank's process with torch, transformers and DeepSpeed loaded, and nothing else
 MASTER, MOMENTS = 4, 8  # bytes of a float32 master, and of Adam's two moments

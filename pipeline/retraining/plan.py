@@ -7,17 +7,17 @@ from typing import cast
 
 import torch
 
-from cluster.rank_group import Ranks
-from pipeline.config.retrain import RetrainConfig
-from pipeline.planning.hardware import cores
-from pipeline.planning.model_info import ModelFacts, check_headers, model_facts
-from pipeline.planning.windows import window_length
-from stages.data.training_batches import Sources, open_source
-from stages.errors import Refusal
-from stages.loading.skeleton import read_config
-from stages.storage.hf_checkpoint import Checkpoint, resolve
-from stages.training.model import check_mask, has_weights
-from stages.training.spec import Precision, RetrainSpec
+from espalier.cluster.rank_group import Ranks
+from espalier.pipeline.config.retrain import RetrainConfig
+from espalier.pipeline.planning.hardware import cores
+from espalier.pipeline.planning.model_info import ModelFacts, check_headers, model_facts
+from espalier.pipeline.planning.windows import window_length
+from espalier.stages.data.training_batches import Sources, open_source
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.storage.hf_checkpoint import Checkpoint, resolve
+from espalier.stages.training.model import check_mask, has_weights
+from espalier.stages.training.spec import Precision, RetrainSpec
 
 MICROBATCH_TOKENS = 8192
 # What the ranks are told as the user said it.

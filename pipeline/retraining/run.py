@@ -10,36 +10,36 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.connection.connect import connect
-from cluster.connection.inventory import nodes
-from cluster.rank_group import Ranks
-from pipeline.config.options import build_config, located
-from pipeline.config.retrain import RetrainConfig
-from pipeline.planning.model_info import ModelFacts
-from pipeline.planning.placement import DRIVER_BYTES
-from pipeline.planning.windows import window_length
-from pipeline.record.metric_names import COMPUTE_TAG, total_metrics
-from pipeline.record.recorder import Recorder, recorded_run
-from pipeline.reports.retrain import write_report
-from pipeline.retraining.events import Heard
-from pipeline.retraining.memory import check_ranks_fit, estimate_rank
-from pipeline.retraining.plan import devices, inspect, spec_of
-from pipeline.run.costs import Spending
-from pipeline.run.directory import RunDirectory, check_free, check_same_model, disk_full_refused
-from pipeline.run.export import copy_companions, sparsity_of, write_index
-from pipeline.run.inputs import Purpose, tell, token_table
-from pipeline.run.progress import Reporter, reporter_for
-from pipeline.run.stopping import at_the_last
-from stages.data.token_table import TokenTable
-from stages.data.training_batches import Sources, SourceSpec
-from stages.loading.skeleton import read_config
-from stages.metrics.flops import shapes_of, tracking_flops, training_flops
-from stages.metrics.perplexity import perplexity_of
-from stages.metrics.profile import peak_bytes
-from stages.precision import dtype_of, own_compute
-from stages.storage.headers import WEIGHTS
-from stages.storage.hf_checkpoint import resolve
-from stages.training.spec import RetrainSpec
+from espalier.cluster.connection.connect import connect
+from espalier.cluster.connection.inventory import nodes
+from espalier.cluster.rank_group import Ranks
+from espalier.pipeline.config.options import build_config, located
+from espalier.pipeline.config.retrain import RetrainConfig
+from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.pipeline.planning.placement import DRIVER_BYTES
+from espalier.pipeline.planning.windows import window_length
+from espalier.pipeline.record.metric_names import COMPUTE_TAG, total_metrics
+from espalier.pipeline.record.recorder import Recorder, recorded_run
+from espalier.pipeline.reports.retrain import write_report
+from espalier.pipeline.retraining.events import Heard
+from espalier.pipeline.retraining.memory import check_ranks_fit, estimate_rank
+from espalier.pipeline.retraining.plan import devices, inspect, spec_of
+from espalier.pipeline.run.costs import Spending
+from espalier.pipeline.run.directory import RunDirectory, check_free, check_same_model, disk_full_refused
+from espalier.pipeline.run.export import copy_companions, sparsity_of, write_index
+from espalier.pipeline.run.inputs import Purpose, tell, token_table
+from espalier.pipeline.run.progress import Reporter, reporter_for
+from espalier.pipeline.run.stopping import at_the_last
+from espalier.stages.data.token_table import TokenTable
+from espalier.stages.data.training_batches import Sources, SourceSpec
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.metrics.flops import shapes_of, tracking_flops, training_flops
+from espalier.stages.metrics.perplexity import perplexity_of
+from espalier.stages.metrics.profile import peak_bytes
+from espalier.stages.precision import dtype_of, own_compute
+from espalier.stages.storage.headers import WEIGHTS
+from espalier.stages.storage.hf_checkpoint import resolve
+from espalier.stages.training.spec import RetrainSpec
 
 STORE_BYTES = 128 << 20  # of Ray's object store: nothing large passes through it
 TRAINED = "model-trained"  # the one file of a model that others lie beside: what it does not read
@@ -302,4 +302,4 @@ class _Run:
 
 
 def _windows(table: TokenTable) -> SourceSpec:
-    return SourceSpec(factory="stages.data.training_batches:TokenWindows", options={"path": str(table.path)})
+    return SourceSpec(factory="espalier.stages.data.training_batches:TokenWindows", options={"path": str(table.path)})

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Self
 
-from stages.metrics.energy import Energy, EnergyMeter
-from stages.metrics.flops import Shapes, forward_flops
+from espalier.stages.metrics.energy import Energy, EnergyMeter
+from espalier.stages.metrics.flops import Shapes, forward_flops
 
 
 class Spending:

@@ -20,11 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from cluster.connection.redact import storable
-from pipeline.run.stopping import at_the_last
-from stages.errors import Refusal
-from stages.shard.spec import HOME, sweep_directory
-from stages.storage.files import file_digest, is_full, write_text
+from espalier.cluster.connection.redact import storable
+from espalier.pipeline.run.stopping import at_the_last
+from espalier.stages.errors import Refusal
+from espalier.stages.shard.spec import HOME, sweep_directory
+from espalier.stages.storage.files import file_digest, is_full, write_text
 
 LOCK = "lock"  # in a run's own directory; held, and named in it, is the process at work
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what a file system without them answers

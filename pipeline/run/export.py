@@ -5,13 +5,13 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.planning.model_info import model_facts
-from stages.errors import Refusal
-from stages.loading.skeleton import read_config
-from stages.storage.config_file import DTYPE_KEYS, read_config_file
-from stages.storage.files import write_text
-from stages.storage.headers import INDEX
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.pipeline.planning.model_info import model_facts
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.storage.config_file import DTYPE_KEYS, read_config_file
+from espalier.stages.storage.files import write_text
+from espalier.stages.storage.headers import INDEX
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 
 def sparsity_of(directory: Path, trust_remote_code: bool = False) -> float:

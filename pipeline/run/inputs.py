@@ -8,23 +8,23 @@ from typing import Any, Literal
 
 import torch
 
-from cluster.shard_group import Stream
-from pipeline.config.prune import PruneConfig
-from pipeline.config.retrain import RetrainConfig
-from pipeline.planning.model_info import ModelFacts
-from stages.data.captions import holds_images
-from stages.data.image_samples import load_processor
-from stages.data.image_table import ImageTable, build_image_table
-from stages.data.pixel_table import build_pixel_table
-from stages.data.token_table import TokenTable, build_token_table
-from stages.errors import Refusal
-from stages.loading.skeleton import Skeleton, read_config
-from stages.loading.vision import VisionSkeleton
-from stages.model.families import sees_images
-from stages.storage.config_file import stated_config
-from stages.storage.hf_checkpoint import resolve
-from stages.text.corpus import holds_ids
-from stages.text.openings import Bos
+from espalier.cluster.shard_group import Stream
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.config.retrain import RetrainConfig
+from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.stages.data.captions import holds_images
+from espalier.stages.data.image_samples import load_processor
+from espalier.stages.data.image_table import ImageTable, build_image_table
+from espalier.stages.data.pixel_table import build_pixel_table
+from espalier.stages.data.token_table import TokenTable, build_token_table
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import Skeleton, read_config
+from espalier.stages.loading.vision import VisionSkeleton
+from espalier.stages.model.families import sees_images
+from espalier.stages.storage.config_file import stated_config
+from espalier.stages.storage.hf_checkpoint import resolve
+from espalier.stages.text.corpus import holds_ids
+from espalier.stages.text.openings import Bos
 
 LOST_WITHOUT_BOS = ("gemma",)  # how the names of families begin
 Purpose = Literal["calibration", "evaluation", "training"]

@@ -7,8 +7,8 @@ import torch
 from platformdirs import user_cache_path
 from transformers import PreTrainedConfig
 
-from stages.loading.skeleton import Skeleton
-from stages.shard.probe import TRIED, probe
+from espalier.stages.loading.skeleton import Skeleton
+from espalier.stages.shard.probe import TRIED, probe
 
 
 def tried(config: PreTrainedConfig) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from stages.criteria.criterion import module_of
+from espalier.stages.criteria.criterion import module_of
 
 
 def own_files(criteria: Iterable[str]) -> dict[str, Path]:
@@ -49,8 +49,8 @@ def criteria_of(options: Mapping[str, Any]) -> Iterator[str]:
 
 def criteria_in(arguments: list[str]) -> Iterator[str]:
     """Those that a command line names, in its flags, its --config, or the run that it resumes."""
-    from pipeline.config.options import read_yaml
-    from pipeline.run.directory import recorded
+    from espalier.pipeline.config.options import read_yaml
+    from espalier.pipeline.run.directory import recorded
 
     for flag, value in _flags(arguments):
         if flag == "--criterion":

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from cluster.connection.redact import without_secrets
-from pipeline.reports.format import human_seconds
+from espalier.cluster.connection.redact import without_secrets
+from espalier.pipeline.reports.format import human_seconds
 
 
 class Reporter:

@@ -6,7 +6,7 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-from stages.metrics.energy import Energy
+from espalier.stages.metrics.energy import Energy
 
 Cost = dict[str, Any]  # seconds, flops, energy ({"cpu": joules, "gpu": joules} or None: not measured)
 

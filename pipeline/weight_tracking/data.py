@@ -1,6 +1,6 @@
 """What a tracking experiment trains and evaluates on, by kind of data: one function a kind, see `Prepare`.
 
-Another kind is one more such function, and one more line in `pipeline.config.track.DATA_KINDS`.
+Another kind is one more such function, and one more line in `espalier.pipeline.config.track.DATA_KINDS`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,14 +9,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.config.track import DATA_KINDS, TrackConfig
-from pipeline.retraining.run import Sources
-from pipeline.run.inputs import kept_table, load_tokenizer
-from stages.data.characters import character_tokenizer, split_text
-from stages.data.training_batches import SourceSpec
-from stages.errors import Refusal
-from stages.loading.skeleton import read_config
-from stages.storage.hf_checkpoint import resolve
+from espalier.pipeline.config.track import DATA_KINDS, TrackConfig
+from espalier.pipeline.retraining.run import Sources
+from espalier.pipeline.run.inputs import kept_table, load_tokenizer
+from espalier.stages.data.characters import character_tokenizer, split_text
+from espalier.stages.data.training_batches import SourceSpec
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.storage.hf_checkpoint import resolve
 
 Curve = Sequence[tuple[float, float]]  # (sparsity, metric)
 Measure = Callable[[Path], Mapping[str, float]]  # a checkpoint's directory -> figures of it
@@ -95,9 +95,12 @@ def _text_material(
     file = home / "evaluation.txt"
     file.write_bytes(evaluation.encode())
     sliding = SourceSpec(
-        factory="stages.data.characters:SlidingWindows", options={"path": str(learned.path), "length": config.length}
+        factory="espalier.stages.data.characters:SlidingWindows",
+        options={"path": str(learned.path), "length": config.length},
     )
-    windows = SourceSpec(factory="stages.data.training_batches:TokenWindows", options={"path": str(held_out.path)})
+    windows = SourceSpec(
+        factory="espalier.stages.data.training_batches:TokenWindows", options={"path": str(held_out.path)}
+    )
     return Material(
         model=model,
         sources=Sources(data=sliding, eval=windows),

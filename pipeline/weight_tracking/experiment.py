@@ -13,29 +13,29 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.connection.connect import connect
-from cluster.connection.room import has_room
-from cluster.rank_group import Ranks
-from pipeline.config.options import build_config
-from pipeline.config.prune import PruneConfig
-from pipeline.config.retrain import RetrainConfig
-from pipeline.config.track import TrackConfig
-from pipeline.planning.hardware import cores
-from pipeline.planning.model_info import model_facts
-from pipeline.pruning import prune as driver
-from pipeline.record.recorder import Recorder, recorded_run
-from pipeline.reports.track import write_report
-from pipeline.retraining import run as retrain
-from pipeline.run.directory import RunDirectory, disk_full_refused, recorded
-from pipeline.run.progress import Reporter, reporter_for
-from pipeline.run.stopping import at_the_last
-from pipeline.weight_tracking.cost import cost_of, cost_of_tracking, summed
-from pipeline.weight_tracking.data import Material, prepare
-from stages.errors import Refusal
-from stages.loading.skeleton import read_config
-from stages.masks import landing_rates
-from stages.metrics.perplexity import perplexity_of
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.cluster.connection.connect import connect
+from espalier.cluster.connection.room import has_room
+from espalier.cluster.rank_group import Ranks
+from espalier.pipeline.config.options import build_config
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.config.retrain import RetrainConfig
+from espalier.pipeline.config.track import TrackConfig
+from espalier.pipeline.planning.hardware import cores
+from espalier.pipeline.planning.model_info import model_facts
+from espalier.pipeline.pruning import prune as driver
+from espalier.pipeline.record.recorder import Recorder, recorded_run
+from espalier.pipeline.reports.track import write_report
+from espalier.pipeline.retraining import run as retrain
+from espalier.pipeline.run.directory import RunDirectory, disk_full_refused, recorded
+from espalier.pipeline.run.progress import Reporter, reporter_for
+from espalier.pipeline.run.stopping import at_the_last
+from espalier.pipeline.weight_tracking.cost import cost_of, cost_of_tracking, summed
+from espalier.pipeline.weight_tracking.data import Material, prepare
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.masks import landing_rates
+from espalier.stages.metrics.perplexity import perplexity_of
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 STORE_BYTES = 256 << 20  # of Ray's object store: a prune of one window passes through it
 SHARED = (  # what an experiment and its training runs are asked for under one name

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.rank_group import Ranks
-from pipeline.config.options import build_config, located
-from pipeline.config.track import TrackConfig
-from pipeline.run.directory import RunDirectory, check_free, command_of
-from pipeline.run.progress import Reporter
-from pipeline.weight_tracking.experiment import Experiment, finished_run
-from stages.errors import Refusal
+from espalier.cluster.rank_group import Ranks
+from espalier.pipeline.config.options import build_config, located
+from espalier.pipeline.config.track import TrackConfig
+from espalier.pipeline.run.directory import RunDirectory, check_free, command_of
+from espalier.pipeline.run.progress import Reporter
+from espalier.pipeline.weight_tracking.experiment import Experiment, finished_run
+from espalier.stages.errors import Refusal
 
 WHERE = {"ranks", "threads", "address", "run_name", "published"}  # what may be another when an experiment goes on
 SUMMARY = ("output", "metric", "trained", "points", "seconds", "picture", "report", "mlflow_run_id", "tracking_uri")

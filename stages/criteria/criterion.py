@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
 
-from stages.errors import Refusal
-from stages.masks import Scope
+from espalier.stages.errors import Refusal
+from espalier.stages.masks import Scope
 
 Need = Literal["hessian", "outputs", "importance"]
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

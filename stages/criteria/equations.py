@@ -1,4 +1,4 @@
-"""Importance scores: pure functions of a weight and its input statistics. Methods §2.
+"""Importance scores: pure functions of a weight and its input statistics. stages/README.md §2.
 
 A new criterion is one function and one entry in CRITERIA; a user's own is found by its dotted name.
 Letters: O = output rows (all of the layer's, or those scored now), I = input columns, 1 = broadcast.
@@ -10,9 +10,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from stages.criteria.criterion import Criterion, Need, Rule
-from stages.criteria.solvers import Share, solve_alps, solve_sparsegpt
-from stages.statistics import InputStatistics
+from espalier.stages.criteria.criterion import Criterion, Need, Rule
+from espalier.stages.criteria.solvers import Share, solve_alps, solve_sparsegpt
+from espalier.stages.statistics import InputStatistics
 
 CPU_WEIGHTS = 1 << 17  # scored or summed at a time on a CPU: their scores stay in the cache
 DEVICE_WEIGHTS = 1 << 25  # and elsewhere: a small part of the memory
@@ -136,7 +136,7 @@ def sparsegpt(weight_OI: Tensor, statistics: InputStatistics, *, curvature_I: Te
     """W_ij² / [H⁻¹]_jj² with U_jj, the Cholesky diagonal, for [H⁻¹]_jj (SparseGPT, 2301.00774, Eq. 3 and Algorithm 1).
 
     U_jj² is what is left of [H⁻¹]_jj once the columns before j are frozen. This is the choice of weights alone:
-    stages.sparsegpt also moves the others to make up for them.
+    espalier.stages.sparsegpt also moves the others to make up for them.
     """
     return weight_OI.float().square().mul_(curvature_I)
 

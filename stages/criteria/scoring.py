@@ -1,4 +1,4 @@
-"""Scores of a matrix under a criterion by name: found, checked, whole or a few rows at a time. Methods §2."""
+"""Scores of a matrix under a criterion by name: found, checked, whole or a few rows at a time. stages/README.md §2."""
 
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from stages.criteria.criterion import Criterion, checked_options, import_criterion, taken_by
-from stages.criteria.equations import CRITERIA, _parts
-from stages.errors import Refusal
-from stages.statistics import InputStatistics
+from espalier.stages.criteria.criterion import Criterion, checked_options, import_criterion, taken_by
+from espalier.stages.criteria.equations import CRITERIA, _parts
+from espalier.stages.errors import Refusal
+from espalier.stages.statistics import InputStatistics
 
 
 def find_criterion(name: str) -> Criterion:

@@ -7,10 +7,10 @@ from typing import Annotated
 
 from torch import Tensor
 
-from stages.alps import alps, solve
-from stages.criteria.criterion import Rule, Target
-from stages.sparsegpt import sparsegpt
-from stages.statistics import InputStatistics
+from espalier.stages.alps import alps, solve
+from espalier.stages.criteria.criterion import Rule, Target
+from espalier.stages.sparsegpt import sparsegpt
+from espalier.stages.statistics import InputStatistics
 
 Share = Annotated[float, Rule("above 0 and at most 1", lambda value: 0 < value <= 1)]
 Columns = Annotated[int, Rule("at least 1", lambda value: value >= 1)]

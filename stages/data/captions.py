@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.errors import Refusal
+from espalier.stages.errors import Refusal
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CAPTIONS = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.data.token_table import TokenTable
-from stages.errors import Refusal
+from espalier.stages.data.token_table import TokenTable
+from espalier.stages.errors import Refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -11,9 +11,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoProcessor
 
-from stages.data.captions import Pair, open_image
-from stages.errors import Refusal
-from stages.storage.config_file import stated_config
+from espalier.stages.data.captions import Pair, open_image
+from espalier.stages.errors import Refusal
+from espalier.stages.storage.config_file import stated_config
 
 BY_TOKEN = ("mm_token_type_ids", "token_type_ids")  # of a processor's outputs: one entry a token, zero for text
 

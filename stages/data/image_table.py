@@ -13,12 +13,12 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-from stages.data.captions import Pair, read_pairs
-from stages.data.image_samples import Sampler, Shapes
-from stages.errors import Refusal
-from stages.loading.skeleton import VARYING
-from stages.model.calls import BY_SAMPLE
-from stages.storage.files import is_full, replacing
+from espalier.stages.data.captions import Pair, read_pairs
+from espalier.stages.data.image_samples import Sampler, Shapes
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import VARYING
+from espalier.stages.model.calls import BY_SAMPLE
+from espalier.stages.storage.files import is_full, replacing
 
 # --- samples ----------------------------------------------------------------------------------------------------------
 

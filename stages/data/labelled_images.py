@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.data.captions import open_image
-from stages.data.image_samples import BY_TOKEN, load_processor
-from stages.data.training_batches import IGNORED
-from stages.errors import Refusal
+from espalier.stages.data.captions import open_image
+from espalier.stages.data.image_samples import BY_TOKEN, load_processor
+from espalier.stages.data.training_batches import IGNORED
+from espalier.stages.errors import Refusal
 
 COLUMNS = ("file", "quantity")  # a third, `unit`, is for people
 CACHE_BYTES = 512 << 20  # of processed examples kept in memory; later ones are processed each time
@@ -74,8 +74,8 @@ def _labelled(folder: Path, row: dict[str, str], where: str) -> Labelled:
 class Pictures:
     """Examples `first` to `last` - 1 of a folder, made into a model's inputs by the processor in `processor`.
 
-    A `stages.data.training_batches.Source`; what shapes its batches is the processor's padding: at the right of what is
-    trained on, at the left of what is to be continued.
+    A `espalier.stages.data.training_batches.Source`; what shapes its batches is the processor's padding: at the right
+    of what is trained on, at the left of what is to be continued.
     """
 
     def __init__(self, folder: str, processor: str, question: str, first: int = 0, last: int | None = None) -> None:

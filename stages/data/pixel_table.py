@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from stages.data.captions import Pair, find_images, open_image
-from stages.data.image_samples import plain
-from stages.data.image_table import ImageTable, choose, write_table
-from stages.errors import Refusal
-from stages.loading.vision import VisionSkeleton
+from espalier.stages.data.captions import Pair, find_images, open_image
+from espalier.stages.data.image_samples import plain
+from espalier.stages.data.image_table import ImageTable, choose, write_table
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.vision import VisionSkeleton
 
 
 def build_pixel_table(

@@ -15,12 +15,12 @@ from typing import IO, TYPE_CHECKING, cast
 import numpy as np
 import pyarrow as pa
 
-from stages.data.tokenize import tokenised
-from stages.errors import Refusal
-from stages.storage.files import replacing
-from stages.text import corpus
-from stages.text.documents import Document, Reading
-from stages.text.openings import Bos, Opening, headed, opening_of
+from espalier.stages.data.tokenize import tokenised
+from espalier.stages.errors import Refusal
+from espalier.stages.storage.files import replacing
+from espalier.stages.text import corpus
+from espalier.stages.text.documents import Document, Reading
+from espalier.stages.text.openings import Bos, Opening, headed, opening_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ def build_token_table(
     without reading a huge corpus whole.
 
     `source` is a text file; a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, whose records hold text, a
-    conversation or token ids in `text_column` or where `stages.text.columns.choose` finds them
+    conversation or token ids in `text_column` or where `espalier.stages.text.columns.choose` finds them
     (`column_required=False`: in the column if there is such a one); any of these packed by gzip, zstd or bzip2; a
     folder of those, or one that `datasets` saved; a hub id "owner/name[:config][:split]"; a list of strings; or a list
     of token id lists. A text file, a record, a string, an id list is one document. Id lists that all have exactly

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.text.documents import Document
+from espalier.stages.text.documents import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

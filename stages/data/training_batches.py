@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.data.token_table import TokenTable
+from espalier.stages.data.token_table import TokenTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceSpec:
-    """Data as plain values: `factory` is "module:name" of what makes a `stages.data.training_batches.Source` from
-    `options`."""
+    """Data as plain values: `factory` is "module:name" of what makes a `espalier.stages.data.training_batches.Source`
+    from `options`."""
 
     factory: str
     options: dict[str, Any] = field(default_factory=dict)

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import torch
 
-from stages.errors import Refusal
-from stages.loading.skeleton import Skeleton, tied_names
-from stages.storage.headers import DTYPES
-from stages.storage.hf_checkpoint import Checkpoint
-from stages.storage.quantised import not_plain
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import Skeleton, tied_names
+from espalier.stages.storage.headers import DTYPES
+from espalier.stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.storage.quantised import not_plain
 
 NAMED = 3  # of what is listed, so many by name
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from stages.loading.skeleton import Skeleton, read_config
-from stages.storage.hf_checkpoint import Checkpoint, grouped, write_tensors
+from espalier.stages.loading.skeleton import Skeleton, read_config
+from espalier.stages.storage.hf_checkpoint import Checkpoint, grouped, write_tensors
 
 ENDS_FILE_BYTES = 256 << 20
 

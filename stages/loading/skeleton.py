@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from stages.errors import Refusal
-from stages.loading.weight_mapping import Storage
-from stages.model.calls import Call
-from stages.model.empty import empty_model
-from stages.model.families import BlockLayout, Tower
-from stages.model.structure import check_family, layout_in
-from stages.precision import check_range, note_dtypes
-from stages.storage.config_file import read_config_file
-from stages.storage.headers import TensorEntry
-from stages.storage.hf_checkpoint import Checkpoint
-from stages.storage.staging import upload
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.weight_mapping import Storage
+from espalier.stages.model.calls import Call
+from espalier.stages.model.empty import empty_model
+from espalier.stages.model.families import BlockLayout, Tower
+from espalier.stages.model.structure import check_family, layout_in
+from espalier.stages.precision import check_range, note_dtypes
+from espalier.stages.storage.config_file import read_config_file
+from espalier.stages.storage.headers import TensorEntry
+from espalier.stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.storage.staging import upload
 
 
 class _Stop(Exception):
@@ -69,7 +69,7 @@ class Skeleton:
     """A model of `config` without weights; `dtype` is what its hidden states are computed in.
 
     `checkpoint` tells under which names its tensors lie on disk; without it they are those that transformers saves.
-    Blocks are held as they are stored, or in `weights`; see `stages.precision`.
+    Blocks are held as they are stored, or in `weights`; see `espalier.stages.precision`.
     """
 
     tower: ClassVar[Tower] = "language"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from stages.loading.skeleton import Skeleton
-from stages.model.calls import Call
-from stages.model.families import Tower
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.loading.skeleton import Skeleton
+from espalier.stages.model.calls import Call
+from espalier.stages.model.families import Tower
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 MOST_PATCHES = 1 << 16  # of an image where images may be of any size
 

@@ -23,9 +23,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from stages.errors import Refusal
-from stages.storage.headers import DTYPES
-from stages.storage.hf_checkpoint import Checkpoint, grouped
+from espalier.stages.errors import Refusal
+from espalier.stages.storage.headers import DTYPES
+from espalier.stages.storage.hf_checkpoint import Checkpoint, grouped
 
 LOADED_AT_A_TIME = 256 << 20  # bytes of experts' matrices on their way into their common tensor
 

@@ -1,7 +1,7 @@
 """Floating-point operations from shapes: a multiplication and an addition count two.
 
 Matrix products and shadows only; norms, activations and softmax are a per cent or so of them. What a reconstruction
-takes is counted by `stages.reconstruction.fit.fit` itself.
+takes is counted by `espalier.stages.reconstruction.fit.fit` itself.
 """
 
 from collections.abc import Iterable

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stages.data.labelled_images import Pictures
+from espalier.stages.data.labelled_images import Pictures
 
 BATCH = 64
 NUMBER = re.compile(r"\d+(?:\.\d+)?")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.devices import allocated_peak
+from espalier.stages.devices import allocated_peak
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 KEPT_AT_MOST = 32 << 20  # where glibc's own threshold stops to grow

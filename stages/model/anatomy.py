@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from stages.errors import Refusal
-from stages.model.calls import Call, first
-from stages.model.experts import stacks_of, stored_transposed
-from stages.model.families import BlockLayout, _within
+from espalier.stages.errors import Refusal
+from espalier.stages.model.calls import Call, first
+from espalier.stages.model.experts import stacks_of, stored_transposed
+from espalier.stages.model.families import BlockLayout, _within
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class Call:
         return output if output.ndim == hidden.ndim else output.unflatten(0, hidden.shape[:2])
 
     def at(self, samples: Sequence[int]) -> "Call":
-        """The call for those samples of the calibration: here, the same for all (see stages.model.calls)."""
+        """The call for those samples of the calibration: here, the same for all (see espalier.stages.model.calls)."""
         return self
 
     def to(self, dtype: torch.dtype) -> "Call":

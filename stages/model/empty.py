@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from stages.errors import Refusal
-from stages.model.families import sees_images
+from espalier.stages.errors import Refusal
+from espalier.stages.model.families import sees_images
 
 LARGE = 1 << 20  # numbers: a tensor of more, made to be filled later, is a weight
 

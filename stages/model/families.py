@@ -1,15 +1,15 @@
 """What families have of their own, and the anatomy of one decoder block found by running it once.
 
-Where blocks are and what their components are called is found in the model (`stages.model.structure`); a row says what
-is not. How a block calls its components, which norm belongs to which, and which linears read the same tensor is not
-written down: `trace` watches one forward pass.
+Where blocks are and what their components are called is found in the model (`espalier.stages.model.structure`); a row
+says what is not. How a block calls its components, which norm belongs to which, and which linears read the same tensor
+is not written down: `trace` watches one forward pass.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stages.errors import Refusal
+from espalier.stages.errors import Refusal
 
 Tower = Literal["language", "vision"]  # of a model that reads images too; any other is a language tower
 
@@ -38,7 +38,7 @@ class BlockLayout:
 _ENCODER = BlockLayout(blocks="model.vision_tower.encoder.layers")  # CLIP and SigLIP
 _IMAGES = BlockLayout(blocks="model.language_model.layers", vision=_ENCODER)
 
-FAMILIES: dict[str, BlockLayout] = {  # what `stages.model.structure` would not find
+FAMILIES: dict[str, BlockLayout] = {  # what `espalier.stages.model.structure` would not find
     "gemma3": _IMAGES,
     "llava": _IMAGES,
     "opt": BlockLayout(blocks="model.decoder.layers", chains={"mlp": ("fc1", "activation_fn", "fc2")}),

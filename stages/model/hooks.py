@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.model.anatomy import Anatomy, Weight
-from stages.model.calls import Call, first
-from stages.model.experts import SECOND, first_name, given_to_experts, inner
+from espalier.stages.model.anatomy import Anatomy, Weight
+from espalier.stages.model.calls import Call, first
+from espalier.stages.model.experts import SECOND, first_name, given_to_experts, inner
 
 SeenInput = Callable[[tuple[Weight, ...], Tensor], None]
 Seen = Callable[[Tensor], None]

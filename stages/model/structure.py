@@ -1,7 +1,7 @@
 """Where a model keeps its blocks and what they consist of, found in the model that transformers builds.
 
 Everything is read off the modules and the shapes of their parameters, on the meta device too, so every process that
-builds the model finds the same. `stages.shard.probe` shows that what was found here is right.
+builds the model finds the same. `espalier.stages.shard.probe` shows that what was found here is right.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from stages.errors import Refusal
-from stages.model.anatomy import prunable_names
-from stages.model.families import FAMILIES, BlockLayout, Tower, vision_of
+from espalier.stages.errors import Refusal
+from espalier.stages.model.anatomy import prunable_names
+from espalier.stages.model.families import FAMILIES, BlockLayout, Tower, vision_of
 
 RECURRENT = ("Mamba", "Rwkv", "RWKV", "xLSTM", "MLSTM", "Recurrent")  # in the names of modules that carry a state on
 ROWS_OF_A_GATE = 1  # outputs of what weighs one shared expert

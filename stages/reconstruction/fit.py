@@ -1,4 +1,4 @@
-"""A pruned unit fitted to what the dense unit gave on the same inputs. Methods §6 (Free Lunch, 2510.14444).
+"""A pruned unit fitted to what the dense unit gave on the same inputs. stages/README.md §6 (Free Lunch, 2510.14444).
 
 Letters: S = samples of a batch, L = tokens of a sample, D = hidden size.
 """
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from stages.devices import deterministic
-from stages.masks import masked
-from stages.model.calls import Call
-from stages.precision import cast_for_good, computing
-from stages.reconstruction.target import Target
-from stages.reconstruction.units import UnitModules
-from stages.storage.spool import Spool
-from stages.storage.staging import Make, prefetch, upload
+from espalier.stages.devices import deterministic
+from espalier.stages.masks import masked
+from espalier.stages.model.calls import Call
+from espalier.stages.precision import cast_for_good, computing
+from espalier.stages.reconstruction.target import Target
+from espalier.stages.reconstruction.units import UnitModules
+from espalier.stages.storage.spool import Spool
+from espalier.stages.storage.staging import Make, prefetch, upload
 
 WARM_UP = 0.1  # share of the steps over which the learning rate rises
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW

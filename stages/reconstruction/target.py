@@ -1,9 +1,9 @@
 """What a unit will read once those before it, rebuilt at the same time, have taken back their share of the error.
 
-Methods §6, sweeps. Blocks rebuilt one after the other see inputs in which those before have already undone part of the
-error. Rebuilt all at once on the inputs of the last sweep, each would undo the whole of it, ten times over. So what
-they read is foreseen: the pruned model runs as the last sweep left it, and at every unit the stream is drawn a share κ
-of the way to the dense one, as the unit, rebuilt, will draw it:
+stages/README.md §6, sweeps. Blocks rebuilt one after the other see inputs in which those before have already undone
+part of the error. Rebuilt all at once on the inputs of the last sweep, each would undo the whole of it, ten times over.
+So what they read is foreseen: the pruned model runs as the last sweep left it, and at every unit the stream is drawn a
+share κ of the way to the dense one, as the unit, rebuilt, will draw it:
 
     x̂_1 = x_1,    x̂_{u+1} = x̂_u + f̃_u(x̂_u) + κ (x_u − x̂_u)
 
@@ -14,15 +14,16 @@ rebuilt one after the other, so an MLP reads what the attention before it, rebui
 
 from torch import Tensor
 
-from stages.storage.spool import Spool
-from stages.storage.staging import Room
+from espalier.stages.storage.spool import Spool
+from espalier.stages.storage.staging import Room
 
 
 class Target:
     """What a unit is to give, sample by sample: its dense output, and a share of the error in its input taken back.
 
-    y + shift · (x − x′), with x the dense input and x′ the input given; methods §6. For a component, whose output y is
-    what it adds to the residual stream, shift is the correction c; for a block, whose output holds the stream, c − 1.
+    y + shift · (x − x′), with x the dense input and x′ the input given; stages/README.md §6. For a component, whose
+    output y is what it adds to the residual stream, shift is the correction c; for a block, whose output holds the
+    stream, c − 1.
     """
 
     def __init__(self, outputs: Spool, dense: Spool | None = None, given: Spool | None = None, shift: float = 0.0):

@@ -1,6 +1,6 @@
 """What is pruned together and what is rebuilt together: matrices, components, whole blocks, windows of blocks.
 
-Methods §6. A unit reads one tensor and gives one, so it can be fitted to what it gave when it was dense.
+stages/README.md §6. A unit reads one tensor and gives one, so it can be fitted to what it gave when it was dense.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from stages.errors import Refusal
-from stages.model.anatomy import Anatomy, Weight
-from stages.model.calls import Call
-from stages.recipe import Rebuild
+from espalier.stages.errors import Refusal
+from espalier.stages.model.anatomy import Anatomy, Weight
+from espalier.stages.model.calls import Call
+from espalier.stages.recipe import Rebuild
 
 PLAIN = Call((), {}, None)  # a module that takes its hidden states and nothing else
 

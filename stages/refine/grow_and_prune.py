@@ -1,4 +1,5 @@
-"""Masks refined without training: DSnoT, R²-DSnoT, and (from stages.refine.sparse_swaps) SparseSwaps. Methods §4.
+"""Masks refined without training: DSnoT, R²-DSnoT, and (from espalier.stages.refine.sparse_swaps) SparseSwaps. Methods
+§4.
 
 Each takes a keep mask and gives another with exactly as many zeros in every row, or in every group of N:M.
 Letters: O = output rows, R = rows worked on at a time, I = input columns, K = candidates of a row, M = a group.
@@ -11,12 +12,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from stages.criteria.scoring import score
-from stages.errors import Refusal
-from stages.masks import check_divisible, check_pattern
-from stages.refine.sparse_swaps import swaps
-from stages.refine.top_k import Smallest
-from stages.statistics import InputStatistics
+from espalier.stages.criteria.scoring import score
+from espalier.stages.errors import Refusal
+from espalier.stages.masks import check_divisible, check_pattern
+from espalier.stages.refine.sparse_swaps import swaps
+from espalier.stages.refine.top_k import Smallest
+from espalier.stages.statistics import InputStatistics
 
 __all__ = ["dsnot", "r2_dsnot", "swaps"]
 

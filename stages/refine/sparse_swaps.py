@@ -1,4 +1,4 @@
-"""Masks that swap weights for the exact error of their layer: SparseSwaps (2512.10922). Methods §4.
+"""Masks that swap weights for the exact error of their layer: SparseSwaps (2512.10922). stages/README.md §4.
 
 Letters: O = output rows, R = rows worked on at a time, I = input columns, K = a row's shortlist of each kind,
 F = 2K, the flips on it, N = groups of M neighbours.
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from stages.errors import Refusal
-from stages.masks import check_divisible, check_pattern
-from stages.refine.top_k import Smallest
-from stages.statistics import InputStatistics
+from espalier.stages.errors import Refusal
+from espalier.stages.masks import check_divisible, check_pattern
+from espalier.stages.refine.top_k import Smallest
+from espalier.stages.statistics import InputStatistics
 
 CHUNK_ELEMENTS = 1 << 19  # weights of the rows worked on at a time
 CACHE_ELEMENTS = 1 << 17  # of which so many at a time are looked through for a shortlist

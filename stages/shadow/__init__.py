@@ -1,5 +1,5 @@
-"""The shadow of the weights. Methods §8."""
+"""The shadow of the weights. stages/README.md §8."""
 
-from stages.shadow.tracker import ShadowTracker
+from espalier.stages.shadow.tracker import ShadowTracker
 
 __all__ = ["ShadowTracker"]

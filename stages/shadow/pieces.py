@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stages.shadow.formats import BLOCK, CHUNK, Kept
+from espalier.stages.shadow.formats import BLOCK, CHUNK, Kept
 
 STRIP = 2 * CHUNK  # values that leave the device at a time
 

@@ -1,10 +1,10 @@
-"""How a shadow averages the weights of a training run: the options, and what each snapshot weighs. Methods §8."""
+"""How a shadow averages the weights of a training run: the options, and what each snapshot weighs; README §8."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from stages.errors import Refusal
+from espalier.stages.errors import Refusal
 
 Schedule = Literal["linear", "exponential", "uniform"]
 Dtype = Literal["fp32", "bf16", "int8"]

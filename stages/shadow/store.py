@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from stages.errors import Refusal
-from stages.loading.skeleton import read_config, tied_names
-from stages.loading.vision import SKELETONS
-from stages.model.empty import empty_model
-from stages.model.families import Tower
-from stages.shadow.spec import ShadowSpec
-from stages.storage.files import file_digest, share, write_text
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import read_config, tied_names
+from espalier.stages.loading.vision import SKELETONS
+from espalier.stages.model.empty import empty_model
+from espalier.stages.model.families import Tower
+from espalier.stages.shadow.spec import ShadowSpec
+from espalier.stages.storage.files import file_digest, share, write_text
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 RECORD = "shadow.json"
 

@@ -1,4 +1,4 @@
-"""A shadow of the weights: their weighted average over a whole training run, kept on the CPU. Methods §8.
+"""A shadow of the weights: their weighted average over a whole training run, kept on the CPU. stages/README.md §8.
 
 With snapshots p_0, p_1, ... of a weight and multipliers m_n, its shadow after n is q_n = Σ m_i p_i / Σ m_i, computed as
 q ← q + (p - q) · m_n / S_n with S_n = Σ m_i. Its importance is |q| (Systematic Weight Evaluation, 2502.17071, Eq. 2).
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.errors import Refusal
-from stages.shadow.formats import CHUNK, Draws, format_of
-from stages.shadow.pieces import STRIP, Piece, Strip, parameter_of
-from stages.shadow.spec import Dtype, Rounding, Schedule, ShadowSpec, share, window_shares
-from stages.storage.hf_checkpoint import Checkpoint, write_tensors
+from espalier.stages.errors import Refusal
+from espalier.stages.shadow.formats import CHUNK, Draws, format_of
+from espalier.stages.shadow.pieces import STRIP, Piece, Strip, parameter_of
+from espalier.stages.shadow.spec import Dtype, Rounding, Schedule, ShadowSpec, share, window_shares
+from espalier.stages.storage.hf_checkpoint import Checkpoint, write_tensors
 
 SETTINGS = "settings"  # in a saved shadow, beside the tensors: JSON as bytes
 

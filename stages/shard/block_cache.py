@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import nn
 
-from stages.loading.skeleton import Skeleton
-from stages.shard.spec import ShardSpec, block_file, sweep_directory
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.loading.skeleton import Skeleton
+from espalier.stages.shard.spec import ShardSpec, block_file, sweep_directory
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 
 class ResidentBlocks:

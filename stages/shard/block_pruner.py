@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.device_errors import memory_told
-from stages.loading.skeleton import Skeleton
-from stages.masks import count_zeros, masked
-from stages.metrics.profile import Timeline, release_memory
-from stages.model.anatomy import Anatomy, Weight
-from stages.model.hooks import observing
-from stages.precision import computing, fitted_in
-from stages.recipe import Recipe, WorkOrder, derived_seed
-from stages.reconstruction.fit import FitSettings, fit, rate_unit
-from stages.reconstruction.target import Target
-from stages.reconstruction.units import FitUnit, Group, UnitModules, groups_of
-from stages.shard.calibration import BlockCalibration, counting, new_statistics
-from stages.shard.mask_selection import Chooser
-from stages.statistics import InputStatistics
-from stages.storage.spool import Spool
-from stages.storage.staging import prefetch
+from espalier.stages.device_errors import memory_told
+from espalier.stages.loading.skeleton import Skeleton
+from espalier.stages.masks import count_zeros, masked
+from espalier.stages.metrics.profile import Timeline, release_memory
+from espalier.stages.model.anatomy import Anatomy, Weight
+from espalier.stages.model.hooks import observing
+from espalier.stages.precision import computing, fitted_in
+from espalier.stages.recipe import Recipe, WorkOrder, derived_seed
+from espalier.stages.reconstruction.fit import FitSettings, fit, rate_unit
+from espalier.stages.reconstruction.target import Target
+from espalier.stages.reconstruction.units import FitUnit, Group, UnitModules, groups_of
+from espalier.stages.shard.calibration import BlockCalibration, counting, new_statistics
+from espalier.stages.shard.mask_selection import Chooser
+from espalier.stages.statistics import InputStatistics
+from espalier.stages.storage.spool import Spool
+from espalier.stages.storage.staging import prefetch
 
 TRAINING_BYTES = 13  # a parameter of the unit being fitted, beside its working weight: float32 master, moments, mask
 SWEEP_RATE = 0.4  # a sweep's learning rate, of the first fit's: the best of 0.25 to 1 on a trained model

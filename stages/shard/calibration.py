@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.errors import Refusal
-from stages.model.anatomy import Anatomy, Weight
-from stages.model.calls import Call, first
-from stages.model.hooks import observing
-from stages.recipe import Recipe
-from stages.reconstruction.fit import weight_rms
-from stages.reconstruction.target import drawn
-from stages.reconstruction.units import groups_of
-from stages.statistics import InputStatistics
-from stages.storage.spool import Spool, SpoolBudget
-from stages.storage.staging import upload
+from espalier.stages.errors import Refusal
+from espalier.stages.model.anatomy import Anatomy, Weight
+from espalier.stages.model.calls import Call, first
+from espalier.stages.model.hooks import observing
+from espalier.stages.recipe import Recipe
+from espalier.stages.reconstruction.fit import weight_rms
+from espalier.stages.reconstruction.target import drawn
+from espalier.stages.reconstruction.units import groups_of
+from espalier.stages.statistics import InputStatistics
+from espalier.stages.storage.spool import Spool, SpoolBudget
+from espalier.stages.storage.staging import upload
 
 
 class BlockCalibration:
@@ -79,7 +79,7 @@ class BlockCalibration:
         """The same for the pruned block: only its units' inputs are kept.
 
         With `foresee`, each pass gives what the block will give once its units, and those before, have taken back their
-        share of the error; see `stages.reconstruction.target`.
+        share of the error; see `espalier.stages.reconstruction.target`.
         """
         keepers = _appending(self._sources, self.drifted)
         with ExitStack() as drawing:

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stages.errors import OutOfStep
-from stages.loading.skeleton import Skeleton
-from stages.model.anatomy import trace
-from stages.model.calls import PassCalls, inside
-from stages.precision import computing
-from stages.shard.calibration import BlockCalibration
-from stages.shard.spec import ShardSpec
-from stages.storage.spool import SpoolBudget
+from espalier.stages.errors import OutOfStep
+from espalier.stages.loading.skeleton import Skeleton
+from espalier.stages.model.anatomy import trace
+from espalier.stages.model.calls import PassCalls, inside
+from espalier.stages.precision import computing
+from espalier.stages.shard.calibration import BlockCalibration
+from espalier.stages.shard.spec import ShardSpec
+from espalier.stages.storage.spool import SpoolBudget
 
 TRACE_TOKENS = 4
 

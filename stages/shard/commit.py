@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-from stages.devices import beside
-from stages.errors import OutOfStep
-from stages.loading.skeleton import Skeleton
-from stages.metrics.profile import Timeline, peak_bytes
-from stages.precision import as_saved
-from stages.recipe import WorkOrder
-from stages.shard.block_pruner import Work
-from stages.shard.spec import ShardSpec, block_file, sweep_directory
-from stages.storage.hf_checkpoint import Checkpoint, write_tensors
+from espalier.stages.devices import beside
+from espalier.stages.errors import OutOfStep
+from espalier.stages.loading.skeleton import Skeleton
+from espalier.stages.metrics.profile import Timeline, peak_bytes
+from espalier.stages.precision import as_saved
+from espalier.stages.recipe import WorkOrder
+from espalier.stages.shard.block_pruner import Work
+from espalier.stages.shard.spec import ShardSpec, block_file, sweep_directory
+from espalier.stages.storage.hf_checkpoint import Checkpoint, write_tensors
 
 Reports = list[dict[str, Any]]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.errors import OutOfStep
-from stages.storage.hf_checkpoint import write_tensors
-from stages.storage.spool import Spool, SpoolBudget
-from stages.storage.staging import Make, Room, prefetch
+from espalier.stages.errors import OutOfStep
+from espalier.stages.storage.hf_checkpoint import write_tensors
+from espalier.stages.storage.spool import Spool, SpoolBudget
+from espalier.stages.storage.staging import Make, Room, prefetch
 
 
 class KeptStates:

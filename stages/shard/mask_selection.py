@@ -5,15 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.alps import solve
-from stages.criteria.criterion import Target
-from stages.criteria.scoring import find_criterion, score, score_rows
-from stages.layer_rules import LayerRule
-from stages.masks import keep_mask
-from stages.model.anatomy import Weight
-from stages.recipe import Recipe, derived_seed
-from stages.refine.grow_and_prune import dsnot, r2_dsnot, swaps
-from stages.statistics import InputStatistics
+from espalier.stages.alps import solve
+from espalier.stages.criteria.criterion import Target
+from espalier.stages.criteria.scoring import find_criterion, score, score_rows
+from espalier.stages.layer_rules import LayerRule
+from espalier.stages.masks import keep_mask
+from espalier.stages.model.anatomy import Weight
+from espalier.stages.recipe import Recipe, derived_seed
+from espalier.stages.refine.grow_and_prune import dsnot, r2_dsnot, swaps
+from espalier.stages.statistics import InputStatistics
 
 EXPERT_TOKENS = 32  # an expert that got fewer is pruned by magnitude: a channel's norm over n tokens is off by about
 # 1/√(2n) of itself for normal activations (12 % at 32), more for those with outliers

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from stages.errors import Refusal
-from stages.loading.skeleton import Skeleton
-from stages.model.anatomy import prunable
-from stages.model.empty import auto_class
-from stages.model.structure import layout_in
-from stages.recipe import Recipe, WorkOrder
-from stages.shard.shard import Shard
-from stages.shard.spec import ShardSpec
-from stages.storage.files import write_text
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import Skeleton
+from espalier.stages.model.anatomy import prunable
+from espalier.stages.model.empty import auto_class
+from espalier.stages.model.structure import layout_in
+from espalier.stages.recipe import Recipe, WorkOrder
+from espalier.stages.shard.shard import Shard
+from espalier.stages.shard.spec import ShardSpec
+from espalier.stages.storage.files import write_text
 
 # By tests/stages/model/test_families.py, with every change.
 # fmt: off

@@ -23,29 +23,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.allocation import outlier_share
-from stages.criteria.scoring import score_rows
-from stages.device_errors import memory_told
-from stages.errors import OutOfStep
-from stages.loading.ends import copy_ends
-from stages.loading.skeleton import Skeleton, read_config
-from stages.loading.vision import SKELETONS
-from stages.metrics.perplexity import Measures, measure
-from stages.metrics.profile import Timeline
-from stages.model.calls import PassCalls
-from stages.precision import COMPUTED, Compute, computing, named_dtype, own_compute, weights_dtype
-from stages.recipe import WorkOrder
-from stages.shadow.store import Shadow
-from stages.shard.block_cache import ResidentBlocks
-from stages.shard.block_pruner import Work
-from stages.shard.calibration import BlockCalibration
-from stages.shard.calibration_store import Gathered
-from stages.shard.commit import Commits
-from stages.shard.hidden_states import Carry, KeptStates
-from stages.shard.spec import ShardSpec
-from stages.storage.hf_checkpoint import Checkpoint, resolve
-from stages.storage.spool import Spool, SpoolBudget
-from stages.storage.staging import upload
+from espalier.stages.allocation import outlier_share
+from espalier.stages.criteria.scoring import score_rows
+from espalier.stages.device_errors import memory_told
+from espalier.stages.errors import OutOfStep
+from espalier.stages.loading.ends import copy_ends
+from espalier.stages.loading.skeleton import Skeleton, read_config
+from espalier.stages.loading.vision import SKELETONS
+from espalier.stages.metrics.perplexity import Measures, measure
+from espalier.stages.metrics.profile import Timeline
+from espalier.stages.model.calls import PassCalls
+from espalier.stages.precision import COMPUTED, Compute, computing, named_dtype, own_compute, weights_dtype
+from espalier.stages.recipe import WorkOrder
+from espalier.stages.shadow.store import Shadow
+from espalier.stages.shard.block_cache import ResidentBlocks
+from espalier.stages.shard.block_pruner import Work
+from espalier.stages.shard.calibration import BlockCalibration
+from espalier.stages.shard.calibration_store import Gathered
+from espalier.stages.shard.commit import Commits
+from espalier.stages.shard.hidden_states import Carry, KeptStates
+from espalier.stages.shard.spec import ShardSpec
+from espalier.stages.storage.hf_checkpoint import Checkpoint, resolve
+from espalier.stages.storage.spool import Spool, SpoolBudget
+from espalier.stages.storage.staging import upload
 
 
 def open_skeleton(spec: ShardSpec, model: str, compute: Compute | None) -> tuple[Skeleton, Checkpoint]:

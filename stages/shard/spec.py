@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stages.model.families import Tower
-from stages.precision import Compute
-from stages.recipe import Recipe, pieces
+from espalier.stages.model.families import Tower
+from espalier.stages.precision import Compute
+from espalier.stages.recipe import Recipe, pieces
 
 HOME = "espalier"  # a run's own directory inside its output
 

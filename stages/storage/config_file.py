@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from stages.errors import Refusal
-from stages.storage.quantised import SECTIONS, WAYS_BACK, refuse_quantised
+from espalier.stages.errors import Refusal
+from espalier.stages.storage.quantised import SECTIONS, WAYS_BACK, refuse_quantised
 
 DTYPE_KEYS = ("dtype", "torch_dtype")  # the first wins
 DTYPES = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from stages.errors import Refusal
+from espalier.stages.errors import Refusal
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stages.devices import on_accelerator
-from stages.errors import Refusal
-from stages.storage.files import file_digest, is_full, replacing, sync
-from stages.storage.headers import TensorEntry, entries_of, opened, read_headers, unread_files
-from stages.storage.staging import placing, to_host
+from espalier.stages.devices import on_accelerator
+from espalier.stages.errors import Refusal
+from espalier.stages.storage.files import file_digest, is_full, replacing, sync
+from espalier.stages.storage.headers import TensorEntry, entries_of, opened, read_headers, unread_files
+from espalier.stages.storage.staging import placing, to_host
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]  # of a hub id's files
 UNWANTED = ["original/*", "consolidated*", "*.bin.index.json"]  # the same weights once more, in other formats

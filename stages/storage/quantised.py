@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.errors import Refusal
-from stages.storage.headers import TensorEntry
+from espalier.stages.errors import Refusal
+from espalier.stages.storage.headers import TensorEntry
 
 # What quantises, and the call that makes a plain checkpoint of it again (in its original format it would be quantised
 # again when it is saved); of others only the original is one.

@@ -14,8 +14,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from stages.errors import Refusal
-from stages.storage.staging import Lane, Room, download
+from espalier.stages.errors import Refusal
+from espalier.stages.storage.staging import Lane, Room, download
 
 _SCHEMA = pa.schema([("sample", pa.large_binary())])
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.devices import copies_apart, on_accelerator
+from espalier.stages.devices import copies_apart, on_accelerator
 
 SLABS = 3  # of page-locked memory, each way
 SLAB = 32 << 20  # bytes of one, unless a single tensor that is to be stacked in it is larger

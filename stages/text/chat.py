@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stages.errors import Refusal
+from espalier.stages.errors import Refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

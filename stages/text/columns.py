@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.errors import Refusal
-from stages.text.chat import is_conversation
+from espalier.stages.errors import Refusal
+from espalier.stages.text.chat import is_conversation
 
 Path = tuple[str, ...]  # of keys: ("data", "text") is written data.text
 

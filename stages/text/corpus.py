@@ -1,7 +1,7 @@
 """Where calibration and evaluation text comes from: files, folders, hub data sets and Python lists, as documents.
 
-Local files are read by `stages.text.text_file` and `stages.text.records`, which need no cache, so a home that cannot be
-written to does not matter; a hub data set is read through `datasets` streaming.
+Local files are read by `espalier.stages.text.text_file` and `espalier.stages.text.records`, which need no cache, so a
+home that cannot be written to does not matter; a hub data set is read through `datasets` streaming.
 """
 
 import json
@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.errors import Refusal
-from stages.text.documents import Document, Reading
-from stages.text.records import (
+from espalier.stages.errors import Refusal
+from espalier.stages.text.documents import Document, Reading
+from espalier.stages.text.records import (
     ARROW_SUFFIXES,
     JSON_SUFFIXES,
     ROWS_PER_READ,
@@ -27,7 +27,7 @@ from stages.text.records import (
     refusing,
     rows,
 )
-from stages.text.text_file import PACKED_SUFFIXES, inner_name, looks_like_text, text_blocks
+from espalier.stages.text.text_file import PACKED_SUFFIXES, inner_name, looks_like_text, text_blocks
 
 HUB_TIMEOUT_SECONDS = 4.0
 HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.errors import Refusal
-from stages.text.chat import Conversations
-from stages.text.columns import Choice, choose, ids_of, kind_of
-from stages.text.openings import Opening
-from stages.text.records import ROWS_PER_READ, Reader
-from stages.text.text_file import BLOCK
+from espalier.stages.errors import Refusal
+from espalier.stages.text.chat import Conversations
+from espalier.stages.text.columns import Choice, choose, ids_of, kind_of
+from espalier.stages.text.openings import Opening
+from espalier.stages.text.records import ROWS_PER_READ, Reader
+from espalier.stages.text.text_file import BLOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

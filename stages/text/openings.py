@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from stages.errors import Refusal
+from espalier.stages.errors import Refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from stages.errors import Refusal
-from stages.text.text_file import BLOCK, inner_name, text_blocks, unpacked
+from espalier.stages.errors import Refusal
+from espalier.stages.text.text_file import BLOCK, inner_name, text_blocks, unpacked
 
 Record = tuple[str, Any]  # where it is, such as "line 7", and what it is
 # Called with the columns that are needed, or None for all; each call begins again with the first record.

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from stages.errors import Refusal
+from espalier.stages.errors import Refusal
 
 BLOCK = 1 << 20  # bytes of a file, or characters of a string, taken up at once
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}  # how packed files begin -> Arrow's codec

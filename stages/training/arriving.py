@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.loading.skeleton import read_config
-from stages.loading.weight_mapping import Storage
-from stages.model.empty import empty_model
-from stages.storage.hf_checkpoint import Checkpoint
-from stages.training.model import has_weights
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.loading.weight_mapping import Storage
+from espalier.stages.model.empty import empty_model
+from espalier.stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.training.model import has_weights
 
 Values = Callable[[str], Tensor]  # a parameter's name -> what it begins with
 

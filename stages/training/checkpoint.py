@@ -20,10 +20,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stages.errors import Refusal
-from stages.storage.files import sync, write_text
-from stages.storage.hf_checkpoint import Checkpoint, write_tensors
-from stages.training.partition import MOMENTS, Piece
+from espalier.stages.errors import Refusal
+from espalier.stages.storage.files import sync, write_text
+from espalier.stages.storage.hf_checkpoint import Checkpoint, write_tensors
+from espalier.stages.training.partition import MOMENTS, Piece
 
 STATE = "state.json"
 MASTER = "master"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from stages.loading.ends import copy_unread
-from stages.shadow.store import write_shadow
-from stages.storage.files import share
-from stages.training.checkpoint import MASTER, StoredPieces
-from stages.training.model import has_weights, load_model
-from stages.training.spec import DTYPES, RetrainSpec
+from espalier.stages.loading.ends import copy_unread
+from espalier.stages.shadow.store import write_shadow
+from espalier.stages.storage.files import share
+from espalier.stages.training.checkpoint import MASTER, StoredPieces
+from espalier.stages.training.model import has_weights, load_model
+from espalier.stages.training.spec import DTYPES, RetrainSpec
 
 IMPORTANCE = "importance"  # the kind of its pieces
 

@@ -7,9 +7,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from stages.metrics.profile import freed_at_once
-from stages.training.arriving import Arriving, Values
-from stages.training.spec import DTYPES, MOST_BUCKET, MOST_GATHERED, RetrainSpec
+from espalier.stages.metrics.profile import freed_at_once
+from espalier.stages.training.arriving import Arriving, Values
+from espalier.stages.training.spec import DTYPES, MOST_BUCKET, MOST_GATHERED, RetrainSpec
 
 
 def join(backend: str, address: str, rank: int, ranks: int) -> None:

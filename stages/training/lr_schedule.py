@@ -2,7 +2,7 @@
 
 import math
 
-from stages.training.spec import Schedule
+from espalier.stages.training.spec import Schedule
 
 FLOOR = 0.1  # share of the peak that a cosine or linear schedule ends at
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from stages.errors import Refusal
-from stages.loading.skeleton import Skeleton, read_config
-from stages.model.empty import auto_class
-from stages.storage.headers import INDEX, PICKLES
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import Skeleton, read_config
+from espalier.stages.model.empty import auto_class
+from espalier.stages.storage.headers import INDEX, PICKLES
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 
 def has_weights(directory: Path) -> bool:

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.data.training_batches import Order, Source, microbatches_of, open_source, predicted_tokens
-from stages.metrics.profile import peak_bytes
-from stages.shadow.pieces import parameter_of
-from stages.shadow.tracker import ShadowTracker
-from stages.training.arriving import Values, hollow_model
-from stages.training.checkpoint import (
+from espalier.stages.data.training_batches import Order, Source, microbatches_of, open_source, predicted_tokens
+from espalier.stages.metrics.profile import peak_bytes
+from espalier.stages.shadow.pieces import parameter_of
+from espalier.stages.shadow.tracker import ShadowTracker
+from espalier.stages.training.arriving import Values, hollow_model
+from espalier.stages.training.checkpoint import (
     MASTER,
     StoredPieces,
     directory_of,
@@ -33,12 +33,12 @@ from stages.training.checkpoint import (
     write_pieces,
     write_state,
 )
-from stages.training.consolidate import IMPORTANCE, consolidate, consolidate_shadow
-from stages.training.engine import make_engine, new_state, updates_of
-from stages.training.lr_schedule import rate_at
-from stages.training.model import Mask, checkpoint_activations, hold_zeros, load_model
-from stages.training.partition import held, owned, pieces, state_bytes
-from stages.training.spec import DTYPES, RetrainSpec
+from espalier.stages.training.consolidate import IMPORTANCE, consolidate, consolidate_shadow
+from espalier.stages.training.engine import make_engine, new_state, updates_of
+from espalier.stages.training.lr_schedule import rate_at
+from espalier.stages.training.model import Mask, checkpoint_activations, hold_zeros, load_model
+from espalier.stages.training.partition import held, owned, pieces, state_bytes
+from espalier.stages.training.spec import DTYPES, RetrainSpec
 
 TOLD_EVERY = 10  # steps whose losses are told together: reading one makes a GPU wait
 Event = dict[str, Any]

@@ -5,8 +5,8 @@ from typing import Literal
 
 import torch
 
-from stages.data.training_batches import SourceSpec
-from stages.shadow.spec import ShadowSpec
+from espalier.stages.data.training_batches import SourceSpec
+from espalier.stages.shadow.spec import ShadowSpec
 
 # What DeepSpeed sets aside, as the engine tells it and the estimate of a rank's memory counts it.
 MOST_BUCKET = 50_000_000  # elements reduced or gathered at once

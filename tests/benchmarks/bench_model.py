@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from stages.devices import has_units
+from espalier.stages.devices import has_units
 
 SMALL = {"hidden": 1024, "blocks": 8, "heads": 16, "kv_heads": 8, "mlp": 2816, "vocab": 8192}  # 111 M parameters
 LARGE = {"hidden": 4096, "blocks": 18, "heads": 32, "kv_heads": 8, "mlp": 14336, "vocab": 32000}  # 8.4 GB in bf16

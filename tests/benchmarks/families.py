@@ -2,9 +2,9 @@
 
 python tests/benchmarks/families.py [FAMILY ...] [--jobs 2] [--seconds 60]
 
-A config with the family's own defaults goes the way of `stages.shard.probe`, each family in a process of its own. Each
-passes or is refused in one line; another exception, a second line or a process that does not end in time is a fault,
-and the exit code says so.
+A config with the family's own defaults goes the way of `espalier.stages.shard.probe`, each family in a process of its
+own. Each passes or is refused in one line; another exception, a second line or a process that does not end in time is a
+fault, and the exit code says so.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from bench_model import report
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from stages.errors import Refusal
-from stages.loading.skeleton import Skeleton, read_config
-from stages.shard.probe import probe
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import Skeleton, read_config
+from espalier.stages.shard.probe import probe
 
 # What published models say and the family's config class leaves out: without it transformers makes no model.
 STATED = {

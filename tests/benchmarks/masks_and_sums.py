@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from bench_model import report
 
-from stages.masks import count_zeros, keep_mask, masked
-from stages.statistics import InputStatistics
+from espalier.stages.masks import count_zeros, keep_mask, masked
+from espalier.stages.statistics import InputStatistics
 
 ROWS, COLUMNS = 4096, 11008
 

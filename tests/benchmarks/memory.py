@@ -15,7 +15,7 @@ from pathlib import Path
 import bench_model
 from bench_model import LARGE, report, token_ids
 
-from pipeline import PruneConfig, prune
+from espalier import PruneConfig, prune
 
 TRAINING_BYTES = 15  # a parameter of the unit being fitted: bf16 weight, float32 master, two moments, its keep mask
 

@@ -27,12 +27,12 @@ import ray
 import trained_model
 from trained_model import Quiet, commit, texts_for
 
-from cluster.connection.connect import local_cluster
-from cluster.shard_actor import ShardWorker
-from cluster.shard_group import Fleet
-from pipeline import PruneConfig, prune
-from pipeline.pruning import run as prune_run
-from stages.metrics.profile import release_memory
+from espalier import PruneConfig, prune
+from espalier.cluster.connection.connect import local_cluster
+from espalier.cluster.shard_actor import ShardWorker
+from espalier.cluster.shard_group import Fleet
+from espalier.pipeline.pruning import run as prune_run
+from espalier.stages.metrics.profile import release_memory
 
 SHARDS, SEEDS = 2, (0, 1, 2)
 TARGETS: dict[str, dict[str, Any]] = {

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from bench_model import SMALL, make_llama, report
 
-from stages.recipe import Recipe, WorkOrder
-from stages.shard.shard import Shard
-from stages.shard.spec import ShardSpec
+from espalier.stages.recipe import Recipe, WorkOrder
+from espalier.stages.shard.shard import Shard
+from espalier.stages.shard.spec import ShardSpec
 
 
 def plain_gflops(shapes: Iterable[torch.Size], tokens: int, repeat: int = 5) -> float:

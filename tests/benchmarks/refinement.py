@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from bench_model import report
 
-from stages.criteria.scoring import score
-from stages.masks import keep_mask
-from stages.refine.grow_and_prune import dsnot, r2_dsnot, swaps
-from stages.statistics import InputStatistics
+from espalier.stages.criteria.scoring import score
+from espalier.stages.masks import keep_mask
+from espalier.stages.refine.grow_and_prune import dsnot, r2_dsnot, swaps
+from espalier.stages.statistics import InputStatistics
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 from trained import BUNDLED, error, layers

@@ -20,11 +20,11 @@ from typing import Any
 import trained_model
 from trained_model import Quiet, commit, texts_for
 
-from cluster.connection.connect import local_cluster
-from cluster.rank_group import Ranks
-from pipeline import PruneConfig, prune
-from pipeline.config.retrain import RetrainConfig
-from pipeline.retraining.run import retrain
+from espalier import PruneConfig, prune
+from espalier.cluster.connection.connect import local_cluster
+from espalier.cluster.rank_group import Ranks
+from espalier.pipeline.config.retrain import RetrainConfig
+from espalier.pipeline.retraining.run import retrain
 
 PROCESSES = 2
 BATCH = 4  # windows in an optimizer step

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from bench_model import SMALL, make_llama, report, token_ids
 
-from pipeline import PruneConfig, prune
+from espalier import PruneConfig, prune
 
 
 def run(model: Path, output: Path, shards: int, samples: int, length: int) -> dict[str, Any]:

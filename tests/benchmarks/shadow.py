@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages.shadow.tracker import ShadowTracker
+from espalier.stages.shadow.tracker import ShadowTracker
 
 FORMATS = {
     "fp32": {"dtype": "fp32"},

@@ -14,8 +14,8 @@ import torch
 from bench_model import report
 from torch import Tensor
 
-from stages.sparsegpt import inverse_factor, sparsegpt
-from stages.statistics import InputStatistics
+from espalier.stages.sparsegpt import inverse_factor, sparsegpt
+from espalier.stages.statistics import InputStatistics
 
 
 def shapes(hidden: int, mlp: int) -> dict[str, tuple[int, list[int]]]:

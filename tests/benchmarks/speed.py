@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench_model import SMALL, make_llama, report, token_ids
 
-from pipeline import PruneConfig, prune
+from espalier import PruneConfig, prune
 
 SAMPLES, LENGTH = 32, 512
 

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.config.track import TrackConfig, load_config
-from pipeline.weight_tracking.data import prepare
-from stages.data.training_batches import Order, Source, open_source
-from stages.loading.skeleton import read_config
-from stages.masks import landing_rates
-from stages.shadow.tracker import ShadowTracker
-from stages.training.lr_schedule import rate_at
+from espalier.pipeline.config.track import TrackConfig, load_config
+from espalier.pipeline.weight_tracking.data import prepare
+from espalier.stages.data.training_batches import Order, Source, open_source
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.masks import landing_rates
+from espalier.stages.shadow.tracker import ShadowTracker
+from espalier.stages.training.lr_schedule import rate_at
 
 VARIANTS = {
     "linear (the paper's)": {},

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from pipeline.demo import sources
-from pipeline.run.progress import Reporter
+from espalier.pipeline.demo import sources
+from espalier.pipeline.run.progress import Reporter
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"

@@ -15,14 +15,14 @@ import ray
 import torch
 from ray import cloudpickle
 
-from cluster import rank_group as ranks
-from cluster import shard_group as module
-from cluster.connection import room
-from cluster.shard_actor import RESTARTS
-from cluster.shard_group import Fleet, Stream
-from stages.errors import Refusal
-from stages.recipe import Recipe, WorkOrder
-from stages.shard.spec import ShardSpec
+from espalier.cluster import rank_group as ranks
+from espalier.cluster import shard_group as module
+from espalier.cluster.connection import room
+from espalier.cluster.shard_actor import RESTARTS
+from espalier.cluster.shard_group import Fleet, Stream
+from espalier.stages.errors import Refusal
+from espalier.stages.recipe import Recipe, WorkOrder
+from espalier.stages.shard.spec import ShardSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 LENGTH, MICROBATCHES = 16, 6

@@ -1,17 +1,29 @@
 """`espalier prune` on a cluster of two raylets: the same bytes as one plain shard, however the command got there."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import LENGTH, MICROBATCH, SAMPLES, Listener, add_tokenizer, prune_without_ray, weights_of, write_text
+from whole_runs import (
+    LENGTH,
+    MICROBATCH,
+    SAMPLES,
+    Command,
+    Listener,
+    add_tokenizer,
+    prune_without_ray,
+    users_modules,
+    weights_of,
+    write_text,
+)
 
-from pipeline.cli.main import main
-from pipeline.config.prune import PruneConfig
-from pipeline.pruning.prune import prune
+from espalier.pipeline.cli.main import main
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.pruning.prune import prune
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -126,4 +138,16 @@ def test_a_criterion_of_one_s_own_goes_along_to_the_cluster(
     else:
         command += ["--address", member.address]
     assert main(command) == 0, capsys.readouterr()
+    assert json.loads((tmp_path / "out" / "espalier" / "run.json").read_text())["sparsity"] == 0.5
+
+
+def test_a_submitted_run_heeds_no_module_of_the_users_that_has_a_name_of_ours(
+    member: Any, wanted: dict[str, Any], database: str, tmp_path: Path
+) -> None:
+    users = users_modules(tmp_path / "users")
+    more = {"criterion": "cluster.mine", "refine": "none", "reconstruct": "none", "shards": 2}
+    command = flags({k: v for k, v in wanted.items() if k != "eval"}, output=tmp_path / "out", **more)
+    path = os.pathsep.join([str(users), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = Command(["submit", "--address", member.dashboard_url, "--", *command], {"PYTHONPATH": path}, users)
+    assert run.finish()[0] == 0, run.lines
     assert json.loads((tmp_path / "out" / "espalier" / "run.json").read_text())["sparsity"] == 0.5

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from cluster import rank_group as module
-from cluster.connection.inventory import Node
-from cluster.rank_group import FRUITLESS_RESTARTS, Ranks, check_devices
-from stages.errors import Refusal
+from espalier.cluster import rank_group as module
+from espalier.cluster.connection.inventory import Node
+from espalier.cluster.rank_group import FRUITLESS_RESTARTS, Ranks, check_devices
+from espalier.stages.errors import Refusal
 
 SPEC: Any = None  # no rank of these tests reads it
 

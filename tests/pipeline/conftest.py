@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, add_tokenizer, write_text
 
-from pipeline.config.prune import PruneConfig
+from espalier.pipeline.config.prune import PruneConfig
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.allocation import outlier_share, owl
-from stages.errors import Refusal
-from stages.layer_rules import LayerRule, check_matches, layer_rule, resolve_overrides, unmatched
+from espalier.stages.allocation import outlier_share, owl
+from espalier.stages.errors import Refusal
+from espalier.stages.layer_rules import LayerRule, check_matches, layer_rule, resolve_overrides, unmatched
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
 NAMES = [f"{block}.{layer}" for block in range(12) for layer in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]

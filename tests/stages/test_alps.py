@@ -11,9 +11,9 @@ from random_layers import correlated as correlated_inputs
 from random_layers import weight_of
 from torch import Tensor
 
-from stages.alps import alps, solve
-from stages.errors import Refusal
-from stages.sparsegpt import sparsegpt
+from espalier.stages.alps import alps, solve
+from espalier.stages.errors import Refusal
+from espalier.stages.sparsegpt import sparsegpt
 
 correlated = partial(correlated_inputs, mixed=2.0)
 TARGETS = {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from stages.device_errors import context_lost, memory_ran_out, memory_told
-from stages.errors import Refusal
+from espalier.stages.device_errors import context_lost, memory_ran_out, memory_told
+from espalier.stages.errors import Refusal
 
 NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),

@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stages import masks
-from stages.errors import Refusal
-from stages.masks import check_divisible, check_pattern, check_sparsity, keep_mask, masked
+from espalier.stages import masks
+from espalier.stages.errors import Refusal
+from espalier.stages.masks import check_divisible, check_pattern, check_sparsity, keep_mask, masked
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 

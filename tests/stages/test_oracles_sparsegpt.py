@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.sparsegpt import sparsegpt
-from stages.statistics import InputStatistics
+from espalier.stages.sparsegpt import sparsegpt
+from espalier.stages.statistics import InputStatistics
 
 PATTERNS = {
     "unstructured50": {"sparsity": 0.5},

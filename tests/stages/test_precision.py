@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from streaming import GENTLE, make_shards, microbatches, prune, same_bits, stream, whole_model
 from torch import nn
 
-from stages import devices
-from stages.errors import Refusal
-from stages.loading.skeleton import read_config
-from stages.model.empty import empty_model
-from stages.precision import COMPUTED, chosen_compute, computing, note_dtypes, weights_dtype
-from stages.recipe import Recipe
-from stages.shard.spec import block_file
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages import devices
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.model.empty import empty_model
+from espalier.stages.precision import COMPUTED, chosen_compute, computing, note_dtypes, weights_dtype
+from espalier.stages.recipe import Recipe
+from espalier.stages.shard.spec import block_file
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 LENGTH = 20
 APART = [  # stored in, computed in

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from random_layers import correlated, weight_of
 from torch import Tensor
 
-from stages.errors import Refusal
-from stages.sparsegpt import factor_with_damping, inverse_factor, sparsegpt
-from stages.statistics import InputStatistics
+from espalier.stages.errors import Refusal
+from espalier.stages.sparsegpt import factor_with_damping, inverse_factor, sparsegpt
+from espalier.stages.statistics import InputStatistics
 
 TARGETS = {
     "half": {"sparsity": 0.5},

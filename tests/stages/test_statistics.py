@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.errors import Refusal
-from stages.statistics import InputStatistics
+from espalier.stages.errors import Refusal
+from espalier.stages.statistics import InputStatistics
 
 CHANNELS = 6
 

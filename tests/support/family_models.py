@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from stages.model.families import sees_images
+from espalier.stages.model.families import sees_images
 
 WINDOW = 6  # of the sliding layers: shorter than the sequences that the tests run
 VOCABULARY = 128
@@ -87,7 +87,7 @@ _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rop
 _ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _DENSE_FIRST = {"first_k_dense_replace": 1, "n_shared_experts": 1, "topk_group": 1}
 
-# Families without a row and without a name in `stages.shard.probe`: all about them is found.
+# Families without a row and without a name in `espalier.stages.shard.probe`: all about them is found.
 FOUND: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("ApertusConfig", _TEXT),
     "cohere2": ("Cohere2Config", _TEXT | _SLIDING),

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-from stages.storage.staging import lane_of
+from espalier.stages.storage.staging import lane_of
 
 NAME = "pretend"
 aten = torch.ops.aten

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from stages.data.image_table import ImageTable
-from stages.recipe import Recipe, WorkOrder
-from stages.shard.shard import Shard
-from stages.shard.spec import ShardSpec
+from espalier.stages.data.image_table import ImageTable
+from espalier.stages.recipe import Recipe, WorkOrder
+from espalier.stages.shard.shard import Shard
+from espalier.stages.shard.spec import ShardSpec
 
 BATCH = 2  # samples a microbatch
 GENTLE = 0.04  # a learning rate at which units of 32 random channels get better; the default suits trained models

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import pipeline.demo
-from stages.statistics import InputStatistics
+import espalier.pipeline.demo
+from espalier.stages.statistics import InputStatistics
 
-BUNDLED = Path(pipeline.demo.__file__).parent / "model"
+BUNDLED = Path(espalier.pipeline.demo.__file__).parent / "model"
 SAMPLES, LENGTH = 40, 256
 Layers = dict[str, tuple[Tensor, InputStatistics]]
 

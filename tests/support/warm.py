@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import ray
 from ray import cloudpickle
 
-from cluster.connection.connect import local_cluster
-from cluster.shard_actor import OPTIONS, ShardWorker
-from cluster.shard_group import Fleet
+from espalier.cluster.connection.connect import local_cluster
+from espalier.cluster.shard_actor import OPTIONS, ShardWorker
+from espalier.cluster.shard_group import Fleet
 
 CPUS = 4  # logical: what Ray may schedule, not cores
 OBJECT_STORE_BYTES = 200 << 20

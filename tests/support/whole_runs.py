@@ -18,13 +18,13 @@ import psutil
 import torch
 from streaming import BATCH, make_shards, prune
 
-from pipeline.config.prune import PruneConfig
-from pipeline.planning.model_info import model_facts
-from pipeline.planning.resolve import settled
-from pipeline.run.inputs import load_tokenizer
-from pipeline.run.progress import Reporter
-from stages.data.token_table import build_token_table
-from stages.loading.skeleton import read_config
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.planning.model_info import model_facts
+from espalier.pipeline.planning.resolve import settled
+from espalier.pipeline.run.inputs import load_tokenizer
+from espalier.pipeline.run.progress import Reporter
+from espalier.stages.data.token_table import build_token_table
+from espalier.stages.loading.skeleton import read_config
 
 LENGTH, SAMPLES, MICROBATCH = 32, 16, 2
 GIVE_UP_SECONDS = 180  # for what takes ten on an idle machine
@@ -47,6 +47,16 @@ def write_text(path: Path, characters: int, seed: int) -> Path:
     words = ("".join(source.choices("etaoinshrdlu", k=source.randint(1, 9))) for _ in range(characters))
     path.write_text(" ".join(words)[:characters])
     return path
+
+
+def users_modules(folder: Path) -> Path:
+    """`folder` with modules that have the names of our folders, and one of a common name: importing any but `cluster`,
+    which has a criterion, ends the process."""
+    (folder / "stages").mkdir(parents=True)
+    for name in ("pipeline.py", "stages/__init__.py", "tokens.py"):
+        (folder / name).write_text(f"raise SystemExit('the {name} of the user was imported')\n")
+    (folder / "cluster.py").write_text("def mine(weight, statistics):\n    return weight.abs().float()\n")
+    return folder
 
 
 def weights_of(output: Path) -> dict[str, str]:
@@ -115,7 +125,7 @@ class Command:
 
     def __init__(self, arguments: Sequence[object], environment: dict[str, str], directory: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
+            [sys.executable, "-m", "espalier", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

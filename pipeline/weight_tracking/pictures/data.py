@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.track import TrackConfig
-from pipeline.retraining.run import Sources
-from pipeline.weight_tracking.data import Material
-from pipeline.weight_tracking.pictures.model import QUESTION, write_model
-from pipeline.weight_tracking.pictures.render import render
-from stages.data.labelled_images import Pictures
-from stages.data.training_batches import SourceSpec
-from stages.errors import Refusal
-from stages.metrics.number_reading import constant_guess, rate_reading, read_numbers
-from stages.storage.hf_checkpoint import resolve
-from stages.training.model import load_model
+from espalier.pipeline.config.track import TrackConfig
+from espalier.pipeline.retraining.run import Sources
+from espalier.pipeline.weight_tracking.data import Material
+from espalier.pipeline.weight_tracking.pictures.model import QUESTION, write_model
+from espalier.pipeline.weight_tracking.pictures.render import render
+from espalier.stages.data.labelled_images import Pictures
+from espalier.stages.data.training_batches import SourceSpec
+from espalier.stages.errors import Refusal
+from espalier.stages.metrics.number_reading import constant_guess, rate_reading, read_numbers
+from espalier.stages.storage.hf_checkpoint import resolve
+from espalier.stages.training.model import load_model
 
 RENDERED = "rendered"
 OPTIONS = ("pictures", "side", "question")
@@ -82,7 +82,7 @@ def _whole(options: Mapping[str, Any], name: str, least: int) -> int:
 
 
 def _source(told: Mapping[str, Any]) -> SourceSpec:
-    return SourceSpec(factory="stages.data.labelled_images:Pictures", options=dict(told))
+    return SourceSpec(factory="espalier.stages.data.labelled_images:Pictures", options=dict(told))
 
 
 def _read(checkpoint: Path, held_out: Pictures, seed: int) -> dict[str, float]:

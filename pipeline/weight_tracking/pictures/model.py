@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.data.characters import character_tokenizer
-from stages.errors import Refusal
+from espalier.stages.data.characters import character_tokenizer
+from espalier.stages.errors import Refusal
 
 QUESTION = "?"
 CHARACTERS = "0123456789." + QUESTION

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.connection import connect, folders
-from cluster.connection.connect import existing_cluster
-from cluster.connection.folders import own_folder
-from cluster.connection.inventory import nodes
-from stages.errors import Refusal
+from espalier.cluster.connection import connect, folders
+from espalier.cluster.connection.connect import existing_cluster
+from espalier.cluster.connection.folders import own_folder
+from espalier.cluster.connection.inventory import nodes
+from espalier.stages.errors import Refusal
 
 pytestmark = pytest.mark.ray
 STORE = 100_000_000
@@ -50,7 +50,10 @@ def test_a_member_sees_both_raylets_and_their_sizes(member) -> None:
 def test_workers_of_an_existing_cluster_run_this_copy_of_the_project(member) -> None:
     with existing_cluster(member.address):
         ship = ray.remote(
-            lambda: (__import__("stages.errors").__path__, __import__("cluster.connection.connect").__path__)
+            lambda: (
+                __import__("espalier.stages.errors").__path__,
+                __import__("espalier.cluster.connection.connect").__path__,
+            )
         )
         for path in ray.get(ship.remote()):
             assert str(member.home) in next(iter(path))  # the upload, and not the clone or site-packages
@@ -152,7 +155,7 @@ import sys
 
 import ray
 
-from cluster.connection.connect import existing_cluster
+from espalier.cluster.connection.connect import existing_cluster
 
 
 class CollectsLate:

@@ -8,20 +8,21 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.connection import code_package as package
-from cluster.connection.jobs import _Lines, submit
-from stages.errors import Refusal
+from espalier.cluster.connection import code_package as package
+from espalier.cluster.connection.jobs import _Lines, submit
+from espalier.stages.errors import Refusal
 
 pytestmark = pytest.mark.ray
 
 SEES_THE_CLUSTER = """
-import os, sys, ray, stages.errors
-from cluster.connection.connect import connect
-from cluster.connection.inventory import nodes
-print("code from", os.path.dirname(stages.errors.__file__))
+import os, sys, ray, espalier.stages.errors
+from espalier.cluster.connection.connect import connect
+from espalier.cluster.connection.inventory import nodes
+print("code from", os.path.dirname(espalier.stages.errors.__file__))
 with connect(None, cpus=1, object_store_bytes=10**8):
     print("nodes", len(nodes()), "variable", os.environ["GIVEN"])
-    print("worker sees", ray.get(ray.remote(lambda: __import__("stages.errors").errors.__file__).remote()))
+    seen = ray.remote(lambda: __import__("espalier.stages.errors").stages.errors.__file__)
+    print("worker sees", ray.get(seen.remote()))
 print("last line", end="")
 sys.exit(3)
 """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.connection.redact import is_secret, storable, without_credentials, without_secrets
+from espalier.cluster.connection.redact import is_secret, storable, without_credentials, without_secrets
 
 
 @pytest.mark.parametrize(

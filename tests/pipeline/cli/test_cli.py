@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from pipeline.cli import main as cli
-from pipeline.cli.main import app, main
-from pipeline.config.prune import PruneConfig
+from espalier.pipeline.cli import main as cli
+from espalier.pipeline.cli.main import app, main
+from espalier.pipeline.config.prune import PruneConfig
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 
@@ -55,7 +55,7 @@ def test_a_bug_is_one_line_and_exit_code_one_and_a_traceback_on_request(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("by [0]")
 
-    monkeypatch.setattr("pipeline.pruning.prune.resume", broken)
+    monkeypatch.setattr("espalier.pipeline.pruning.prune.resume", broken)
     assert main(["resume", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "espalier: unexpected ZeroDivisionError: by [0]; run again with --debug\n"
     with pytest.raises(ZeroDivisionError):
@@ -65,7 +65,7 @@ def test_a_bug_is_one_line_and_exit_code_one_and_a_traceback_on_request(
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--version"], []])
 def test_help_and_version_come_without_importing_torch_ray_or_transformers(arguments: list[str]) -> None:
     code = (
-        "import sys; from pipeline.cli.main import main; main(sys.argv[1:]); "
+        "import sys; from espalier.pipeline.cli.main import main; main(sys.argv[1:]); "
         "print([name for name in ('torch', 'ray', 'transformers', 'mlflow', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=os.environ)
@@ -99,13 +99,13 @@ def test_version_names_what_a_report_of_a_fault_needs(capsys: pytest.CaptureFixt
 )
 def test_a_shell_completes_commands_flags_and_words(line: str, offered: set[str]) -> None:
     words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1), "_ESPALIER_COMPLETE": "complete_bash"}
-    command = [sys.executable, "-m", "pipeline.cli"]
+    command = [sys.executable, "-m", "espalier"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | words)
     assert set(done.stdout.split()) == offered, done.stderr
 
 
 def test_completion_can_be_shown_for_a_shell() -> None:
-    command = [sys.executable, "-m", "pipeline.cli", "--show-completion", "bash"]
+    command = [sys.executable, "-m", "espalier", "--show-completion", "bash"]
     environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "_ESPALIER_COMPLETE=complete_bash" in done.stdout

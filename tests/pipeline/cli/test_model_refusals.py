@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from whole_runs import LENGTH, SAMPLES
 
-from pipeline.cli.main import main
-from stages.storage.headers import INDEX
+from espalier.pipeline.cli.main import main
+from espalier.stages.storage.headers import INDEX
 
 pytestmark = pytest.mark.usefixtures("recorded")
 Break = Callable[[Path], object]

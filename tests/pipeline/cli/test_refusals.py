@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, add_tokenizer, journal_of
 
-from pipeline.cli.main import main
+from espalier.pipeline.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("recorded")
 Refused = Callable[..., str]
@@ -305,7 +305,7 @@ def test_a_disk_that_fills_up_in_the_middle_keeps_what_is_whole_and_says_how_to_
     one_cluster: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pipeline.run.directory import RunDirectory
+    from espalier.pipeline.run.directory import RunDirectory
 
     disk = small_disk(1024)
     output, note = disk / "out", RunDirectory.note

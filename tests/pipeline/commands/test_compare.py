@@ -12,9 +12,9 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from pipeline.commands.compare import compare, recipe
-from pipeline.record.mlflow_client import experiment_id, open_client
-from stages.errors import Refusal
+from espalier.pipeline.commands.compare import compare, recipe
+from espalier.pipeline.record.mlflow_client import experiment_id, open_client
+from espalier.stages.errors import Refusal
 
 RUNS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude", "perplexity": 300.0, "sparsity": 0.5},

@@ -17,9 +17,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from pipeline.commands import doctor
-from pipeline.commands.doctor import Finding, examine, exit_code, render
-from pipeline.planning import hardware as machine
+from espalier.pipeline.commands import doctor
+from espalier.pipeline.commands.doctor import Finding, examine, exit_code, render
+from espalier.pipeline.planning import hardware as machine
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +185,7 @@ def test_file_store_is_reported_as_refused(monkeypatch):
 def test_how_fast_bf16_is_and_what_is_done_about_it(rates, units, state, said, monkeypatch):
     remaining = iter(rates)
     monkeypatch.setattr(machine, "gflops", lambda dtype, device: next(remaining))
-    monkeypatch.setattr("stages.devices.has_units", lambda dtype, device: units)
+    monkeypatch.setattr("espalier.stages.devices.has_units", lambda dtype, device: units)
     (finding,) = doctor._arithmetic()
     assert finding.state == state and said in finding.value
     assert ("--compute fp32" in (finding.remedy or "")) == (units and state == "slow")
@@ -194,8 +194,8 @@ def test_how_fast_bf16_is_and_what_is_done_about_it(rates, units, state, said, m
 
 def test_units_that_onednn_may_not_use_are_none():
     program = (
-        "from pipeline.commands import doctor\n"
-        "from pipeline.planning import hardware\n"
+        "from espalier.pipeline.commands import doctor\n"
+        "from espalier.pipeline.planning import hardware\n"
         "hardware.SECONDS_TO_MEASURE = 0.01\n"
         "print(doctor._arithmetic()[0].value)"
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from whole_runs import LENGTH, Listener
 
-from pipeline.pruning.prune import prune
+from espalier.pipeline.pruning.prune import prune
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("one_cluster", "recorded")]
 

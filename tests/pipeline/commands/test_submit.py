@@ -2,10 +2,10 @@
 
 import pytest
 
-from cluster.connection.jobs import JobOutcome
-from pipeline.commands import submit
-from pipeline.commands.submit import absolute, job_environment
-from stages.errors import Refusal
+from espalier.cluster.connection.jobs import JobOutcome
+from espalier.pipeline.commands import submit
+from espalier.pipeline.commands.submit import absolute, job_environment
+from espalier.stages.errors import Refusal
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_mlflow_goes_where_a_local_run_would_log_and_secrets_stay(here, monkeypa
 @pytest.mark.parametrize(("given", "expected"), [(0, 0), (3, 3), (None, 0)])
 def test_the_exit_code_is_the_job_s(monkeypatch, given, expected) -> None:
     def instead(entrypoint, **_):
-        assert entrypoint[:3] == ["python", "-m", "pipeline.cli"]
+        assert entrypoint[:3] == ["python", "-m", "espalier"]
         return JobOutcome("id", "whatever", given)
 
     monkeypatch.setattr(submit, "submit", instead)

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from pipeline.cli import main as cli
-from pipeline.cli.flags import with_all_options
-from pipeline.config.options import build_config, read_yaml
-from pipeline.config.prune import EvalConfig, PruneConfig
-from pipeline.pruning import prune as driver
-from stages.errors import Refusal
-from stages.masks import parse_pattern
+from espalier.pipeline.cli import main as cli
+from espalier.pipeline.cli.flags import with_all_options
+from espalier.pipeline.config.options import build_config, read_yaml
+from espalier.pipeline.config.prune import EvalConfig, PruneConfig
+from espalier.pipeline.pruning import prune as driver
+from espalier.stages.errors import Refusal
+from espalier.stages.masks import parse_pattern
 
 LEAST: dict[str, Any] = {"model": "m", "output": "o", "calibration": "c"}
 

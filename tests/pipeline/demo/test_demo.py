@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.cli.tables import demo_tables
-from pipeline.demo import run as demo
-from stages.errors import Refusal
+from espalier.pipeline.cli.tables import demo_tables
+from espalier.pipeline.demo import run as demo
+from espalier.stages.errors import Refusal
 
 
 def test_the_bundled_model_is_whole_and_small() -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.demo import sources, train
-from stages.errors import Refusal
+from espalier.pipeline.demo import sources, train
+from espalier.stages.errors import Refusal
 
 PARTS: tuple[sources.Part, ...] = ("training", "calibration", "held-out")
 

@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pipeline.cli.main import main
-from pipeline.config.prune import PruneConfig
-from pipeline.planning.memory import ShardEstimate, choose_resident, estimate_shard, split_blocks
-from pipeline.planning.model_info import ModelFacts, check_headers, model_facts
-from pipeline.planning.resolve import settled
-from stages.devices import has_units
-from stages.errors import Refusal
-from stages.loading.skeleton import read_config
-from stages.precision import Compute
-from stages.recipe import Recipe
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.pipeline.cli.main import main
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.planning.memory import ShardEstimate, choose_resident, estimate_shard, split_blocks
+from espalier.pipeline.planning.model_info import ModelFacts, check_headers, model_facts
+from espalier.pipeline.planning.resolve import settled
+from espalier.stages.devices import has_units
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.precision import Compute
+from espalier.stages.recipe import Recipe
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 costs_and_shards = st.lists(st.integers(1, 1000), min_size=1, max_size=40).flatmap(
     lambda costs: st.tuples(st.just(tuple(costs)), st.integers(1, len(costs)))

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.prune import PruneConfig
-from pipeline.planning.model_info import ModelFacts, model_facts
-from pipeline.planning.resolve import removes_nothing
-from stages.loading.skeleton import read_config
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.planning.model_info import ModelFacts, model_facts
+from espalier.pipeline.planning.resolve import removes_nothing
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 LEAST: dict[str, Any] = {"model": "m", "output": "o", "calibration": "c"}
 

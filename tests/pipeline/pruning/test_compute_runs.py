@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, Listener, weights_of
 
-from cluster.connection.inventory import nodes, units_everywhere
-from pipeline.cli.main import main
-from pipeline.config.prune import PruneConfig
-from pipeline.pruning.prune import prune, resume
-from stages.devices import has_units
+from espalier.cluster.connection.inventory import nodes, units_everywhere
+from espalier.pipeline.cli.main import main
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.pruning.prune import prune, resume
+from espalier.stages.devices import has_units
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("one_cluster", "recorded")]
 
@@ -41,7 +41,7 @@ def test_a_resumed_run_goes_on_in_the_arithmetic_that_it_began_in(
     asked: Callable[..., PruneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def units(there: bool) -> None:
-        monkeypatch.setattr("pipeline.planning.placement.has_units", lambda dtype, device: there)
+        monkeypatch.setattr("espalier.pipeline.planning.placement.has_units", lambda dtype, device: there)
 
     def stop(block: int) -> None:
         raise Enough

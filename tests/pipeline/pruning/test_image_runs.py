@@ -9,11 +9,11 @@ from image_models import image_folder, seeing_checkpoint
 from safetensors import safe_open
 from whole_runs import weights_of
 
-from pipeline.config.options import build_config
-from pipeline.config.prune import PruneConfig
-from pipeline.pruning.prune import prune
-from stages.errors import Refusal
-from stages.model.families import vision_of
+from espalier.pipeline.config.options import build_config
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.pruning.prune import prune
+from espalier.stages.errors import Refusal
+from espalier.stages.model.families import vision_of
 
 IMAGES, LENGTH = 16, 32
 WAYS = {  # a whole run takes seconds: what is the same for both models is run for one

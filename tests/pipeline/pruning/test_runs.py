@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, Listener, prune_without_ray, weights_of
 
-from pipeline.cli.main import main
-from pipeline.config.prune import PruneConfig
-from pipeline.pruning.prune import SUMMARY, PruneResult, prune
+from espalier.pipeline.cli.main import main
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.pruning.prune import SUMMARY, PruneResult, prune
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("one_cluster", "recorded")]
 EXPERIMENT = "whole runs"
@@ -257,7 +257,7 @@ def test_compare_puts_the_finished_runs_of_the_experiment_side_by_side(
 def test_the_table_for_a_person_shows_perplexities_memory_and_where_things_are(wanda: PruneResult) -> None:
     from rich.console import Console
 
-    from pipeline.cli.tables import result_table
+    from espalier.pipeline.cli.tables import result_table
 
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(result_table(wanda.run))

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, Listener
 
-from cluster.rank_group import Ranks
-from pipeline.cli.main import main
-from pipeline.config.retrain import RetrainConfig
-from pipeline.retraining.run import retrain
-from pipeline.run.export import sparsity_of
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.cluster.rank_group import Ranks
+from espalier.pipeline.cli.main import main
+from espalier.pipeline.config.retrain import RetrainConfig
+from espalier.pipeline.retraining.run import retrain
+from espalier.pipeline.run.export import sparsity_of
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("one_cluster", "recorded")]
 BLOCKS = 4

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.record.metric_names import block_metrics, total_metrics
-from pipeline.record.mlflow_client import open_client, reason
-from pipeline.record.recorder import Recorder, default_tracking_uri, recorded_run, ui_command
+from espalier.pipeline.record.metric_names import block_metrics, total_metrics
+from espalier.pipeline.record.mlflow_client import open_client, reason
+from espalier.pipeline.record.recorder import Recorder, default_tracking_uri, recorded_run, ui_command
 
 
 @pytest.fixture(scope="module")
 def made_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[int, str, str]]]:
     """A database that two processes made at once, and how each fared. The space in its path is there on purpose."""
     program = (
-        "import sys; from pipeline.record.mlflow_client import open_client, experiment_id; "
+        "import sys; from espalier.pipeline.record.mlflow_client import open_client, experiment_id; "
         "c = open_client(sys.argv[1]); c.create_run(experiment_id(c, 'by two', sys.argv[1]))"
     )
     uri = f"sqlite:///{tmp_path_factory.mktemp('track ing') / 'mlflow.db'}"
@@ -276,7 +276,8 @@ def test_metric_names_are_those_that_compare_reads() -> None:
 
 
 def test_mlflow_is_not_imported_before_it_is_needed() -> None:
-    program = "import sys, pipeline.record.recorder, pipeline.commands.compare; sys.exit('mlflow' in sys.modules)"
+    room = "espalier.pipeline"
+    program = f"import sys, {room}.record.recorder, {room}.commands.compare; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
-from pipeline.config.options import build_config
-from pipeline.config.prune import PruneConfig
-from pipeline.record.metric_names import total_metrics
-from pipeline.reports.figures import _lanes
-from pipeline.reports.format import duration, number, size
-from pipeline.reports.prune import write_report
+from espalier.pipeline.config.options import build_config
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.record.metric_names import total_metrics
+from espalier.pipeline.reports.figures import _lanes
+from espalier.pipeline.reports.format import duration, number, size
+from espalier.pipeline.reports.prune import write_report
 
 
 def unit(name: str, before: float, after: float, improved: bool = True) -> dict[str, Any]:

@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 from whole_runs import Listener, add_tokenizer
 
-from cluster.connection.inventory import Node
-from cluster.rank_group import Ranks
-from pipeline.config.retrain import RetrainConfig
-from pipeline.planning import placement as layout
-from pipeline.planning.model_info import ModelFacts, model_facts
-from pipeline.retraining.memory import RankEstimate, check_ranks_fit, estimate_rank
-from pipeline.retraining.run import retrain
-from stages.data.training_batches import SourceSpec
-from stages.errors import Refusal
-from stages.loading.skeleton import read_config
-from stages.storage.hf_checkpoint import Checkpoint
-from stages.training.spec import RetrainSpec
+from espalier.cluster.connection.inventory import Node
+from espalier.cluster.rank_group import Ranks
+from espalier.pipeline.config.retrain import RetrainConfig
+from espalier.pipeline.planning import placement as layout
+from espalier.pipeline.planning.model_info import ModelFacts, model_facts
+from espalier.pipeline.retraining.memory import RankEstimate, check_ranks_fit, estimate_rank
+from espalier.pipeline.retraining.run import retrain
+from espalier.stages.data.training_batches import SourceSpec
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.training.spec import RetrainSpec
 
 GB = 10**9
 HERE = [Node(node_id="a", address="a", cpus=8, gpus=0, memory_bytes=64 * GB, object_store_bytes=GB)]

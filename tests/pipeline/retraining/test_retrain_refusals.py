@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from whole_runs import write_text
 
-from pipeline.cli.main import main
-from pipeline.planning.hardware import cores
+from espalier.pipeline.cli.main import main
+from espalier.pipeline.planning.hardware import cores
 
 
 @pytest.fixture

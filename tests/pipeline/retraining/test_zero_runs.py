@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from whole_runs import Listener
 
-from cluster.rank_group import Ranks
-from pipeline.config.retrain import RetrainConfig
-from pipeline.record.recorder import default_tracking_uri
-from pipeline.retraining.run import RetrainResult, resume, retrain
-from stages.data.token_table import TokenTable
-from stages.data.training_batches import Order
-from stages.training.lr_schedule import rate_at
-from stages.training.model import load_model
+from espalier.cluster.rank_group import Ranks
+from espalier.pipeline.config.retrain import RetrainConfig
+from espalier.pipeline.record.recorder import default_tracking_uri
+from espalier.pipeline.retraining.run import RetrainResult, resume, retrain
+from espalier.stages.data.token_table import TokenTable
+from espalier.stages.data.training_batches import Order
+from espalier.stages.training.lr_schedule import rate_at
+from espalier.stages.training.model import load_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS, BATCH, LENGTH, PEAK = 20, 4, 32, 3e-3
@@ -188,7 +188,7 @@ def test_what_it_took_is_told_by_phase_and_the_report_can_be_read(run_in: Callab
 
 
 def test_the_curve_is_in_mlflow(run_in: Callable[..., RetrainResult]) -> None:
-    from pipeline.record.mlflow_client import open_client
+    from espalier.pipeline.record.mlflow_client import open_client
 
     result = run_in(1)
     assert result.run_id is not None

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 from whole_runs import add_tokenizer
 
-from pipeline.run.export import copy_companions
-from pipeline.run.inputs import load_tokenizer
+from espalier.pipeline.run.export import copy_companions
+from espalier.pipeline.run.inputs import load_tokenizer
 
 BESIDE = {
     "chat_template.jinja": "{{ messages }}",

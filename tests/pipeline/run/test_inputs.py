@@ -10,12 +10,12 @@ import pytest
 from tokenizers import Tokenizer, processors
 from whole_runs import add_tokenizer
 
-from pipeline.commands import evaluate
-from pipeline.config.prune import EvalConfig, PruneConfig
-from pipeline.config.retrain import RetrainConfig
-from pipeline.run.inputs import bos_for, tell, token_table
-from stages.data.token_table import TokenTable
-from stages.errors import Refusal
+from espalier.pipeline.commands import evaluate
+from espalier.pipeline.config.prune import EvalConfig, PruneConfig
+from espalier.pipeline.config.retrain import RetrainConfig
+from espalier.pipeline.run.inputs import bos_for, tell, token_table
+from espalier.stages.data.token_table import TokenTable
+from espalier.stages.errors import Refusal
 
 BOS, LENGTH = 128, 16
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run.own_modules import criteria_in, own_files
+from espalier.pipeline.run.own_modules import criteria_in, own_files
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from warm import WarmFleet
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, Command, Listener, journal_of, prune_without_ray, weights_of
 
-from pipeline.config.prune import PruneConfig
-from pipeline.pruning import prune as driver
-from pipeline.pruning import run as prune_run
-from pipeline.pruning.prune import prune, resume
-from pipeline.run.directory import RunDirectory, check_free
-from stages.errors import Refusal
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.pruning import prune as driver
+from espalier.pipeline.pruning import run as prune_run
+from espalier.pipeline.pruning.prune import prune, resume
+from espalier.pipeline.run.directory import RunDirectory, check_free
+from espalier.stages.errors import Refusal
 
 EPOCHS = 3  # so that a block takes long enough to be interrupted
 moments = random.Random(20261122)

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, Command, alive, prune_without_ray, weights_of
 
-from cluster.connection.folders import PREFIX
-from pipeline.cli import main as cli
-from pipeline.config.prune import PruneConfig
-from pipeline.pruning import prune as driver
-from pipeline.pruning.prune import resume
-from pipeline.run.directory import RunDirectory
+from espalier.cluster.connection.folders import PREFIX
+from espalier.pipeline.cli import main as cli
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.pruning import prune as driver
+from espalier.pipeline.pruning.prune import resume
+from espalier.pipeline.run.directory import RunDirectory
 
 EPOCHS = 3
 SECONDS = 10.0  # promised between the signal and the end
@@ -74,7 +74,7 @@ def ends(run: Command, number: signal.Signals) -> None:
     assert time.monotonic() - start < SECONDS
     assert code == 128 + number, "\n".join(run.lines)
     assert alive(family) == []
-    assert not any("Traceback" in line or "SIG" in line for line in run.lines)
+    assert not any("Traceback" in line or "SIG" in line for line in run.lines), "\n".join(run.lines)
     assert run.lines[-1].startswith("espalier: interrupted")
 
 
@@ -146,7 +146,7 @@ def test_an_experiment_ends_with_the_training_that_it_is_in_and_says_how_the_who
 
 HANGS = """
 import sys, time
-from pipeline.run import stopping
+from espalier.pipeline.run import stopping
 
 stopping.END_SECONDS = 1.0
 stopping.WAKE_SECONDS = 0.1

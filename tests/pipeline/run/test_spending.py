@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.run.costs import Spending
-from stages.metrics.flops import Shapes, forward_flops
+from espalier.pipeline.run.costs import Spending
+from espalier.stages.metrics.flops import Shapes, forward_flops
 
 SHAPES = Shapes(parameters=1000, layers=2, width=16)
 
@@ -17,8 +17,8 @@ class Counter:
 
 def test_a_phase_that_comes_again_adds_up_and_samples_become_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = Counter()
-    monkeypatch.setattr("stages.metrics.energy.rapl_counters", lambda: [counter])
-    monkeypatch.setattr("stages.metrics.energy.nvml_counters", list)
+    monkeypatch.setattr("espalier.stages.metrics.energy.rapl_counters", lambda: [counter])
+    monkeypatch.setattr("espalier.stages.metrics.energy.nvml_counters", list)
     with Spending() as spending:
         for joules in (5.0, 7.0):
             with spending.phase("stream", samples=3):

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.track import TrackConfig, load_config
-from pipeline.weight_tracking.data import prepare
-from pipeline.weight_tracking.pictures.data import METRIC
-from pipeline.weight_tracking.pictures.model import write_model
-from pipeline.weight_tracking.pictures.render import QUANTITIES, TABLE, label, picture, render
-from stages.data.labelled_images import read_labels
-from stages.data.training_batches import open_source
-from stages.errors import Refusal
-from stages.training.model import load_model
+from espalier.pipeline.config.track import TrackConfig, load_config
+from espalier.pipeline.weight_tracking.data import prepare
+from espalier.pipeline.weight_tracking.pictures.data import METRIC
+from espalier.pipeline.weight_tracking.pictures.model import write_model
+from espalier.pipeline.weight_tracking.pictures.render import QUANTITIES, TABLE, label, picture, render
+from espalier.stages.data.labelled_images import read_labels
+from espalier.stages.data.training_batches import open_source
+from espalier.stages.errors import Refusal
+from espalier.stages.training.model import load_model
 
 
 def asked(tmp_path: Path, **flags: Any) -> TrackConfig:

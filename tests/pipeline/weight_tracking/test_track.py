@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from whole_runs import write_text
 
-from pipeline.config.track import TrackConfig, load_config, recipes
-from stages.errors import Refusal
+from espalier.pipeline.config.track import TrackConfig, load_config, recipes
+from espalier.stages.errors import Refusal
 
 SMALL = {
     "model": {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 16},
@@ -113,8 +113,8 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_name(tmp_path: Path) -> N
 def test_characters_are_prepared_as_tables_and_a_model_of_that_vocabulary(
     small: dict[str, Any], tmp_path: Path
 ) -> None:
-    from pipeline.weight_tracking.data import prepare
-    from stages.data.training_batches import open_source
+    from espalier.pipeline.weight_tracking.data import prepare
+    from espalier.stages.data.training_batches import open_source
 
     config = TrackConfig(**small)
     material = prepare(config, tmp_path)
@@ -130,7 +130,7 @@ def test_characters_are_prepared_as_tables_and_a_model_of_that_vocabulary(
 
 
 def test_a_model_that_transformers_does_not_have_is_refused(small: dict[str, Any], tmp_path: Path) -> None:
-    from pipeline.weight_tracking.data import prepare
+    from espalier.pipeline.weight_tracking.data import prepare
 
     with pytest.raises(Refusal, match="model_type 'gpt9'"):
         prepare(TrackConfig(**(small | {"model": {"model_type": "gpt9"}})), tmp_path)
@@ -169,7 +169,7 @@ def finished_run(config: TrackConfig) -> dict[str, Any]:
 
 
 def test_the_report_shows_each_point_and_what_was_published_beside_it(small: dict[str, Any], tmp_path: Path) -> None:
-    from pipeline.reports.track import cells, write_report
+    from espalier.pipeline.reports.track import cells, write_report
 
     config = TrackConfig(**(small | {"published": {"paper": [(0, 1.9), (0.59, 1.656)]}}))
     run = finished_run(config)
@@ -188,7 +188,7 @@ def test_the_report_shows_each_point_and_what_was_published_beside_it(small: dic
 
 
 def test_costs_add_up_and_joules_only_where_all_were_measured() -> None:
-    from pipeline.weight_tracking.cost import cost_of, cost_of_tracking, summed
+    from espalier.pipeline.weight_tracking.cost import cost_of, cost_of_tracking, summed
 
     run = {
         "seconds": {"steps": 8.0, "track": 1.0, "total": 10.0},
@@ -213,9 +213,9 @@ def test_an_interrupted_experiment_goes_on_from_what_is_finished(
     """Trained, tracked, pruned at two thresholds and fine-tuned; interrupted as the second begins."""
     import mlflow
 
-    from pipeline.commands.compare import compare
-    from pipeline.weight_tracking.experiment import Experiment
-    from pipeline.weight_tracking.track import track
+    from espalier.pipeline.commands.compare import compare
+    from espalier.pipeline.weight_tracking.experiment import Experiment
+    from espalier.pipeline.weight_tracking.track import track
 
     config, client = TrackConfig(**small), mlflow.MlflowClient(recorded)
     points: list[str] = []
@@ -276,13 +276,13 @@ def test_an_interrupted_experiment_goes_on_from_what_is_finished(
 
 def zeros_of(checkpoint: Path) -> float:
     """Share of zeros among the prunable weights of a checkpoint."""
-    from pipeline.run.export import sparsity_of
+    from espalier.pipeline.run.export import sparsity_of
 
     return sparsity_of(checkpoint)
 
 
 def test_data_that_is_not_there_is_refused_before_anything_is_made(small: dict[str, Any], tmp_path: Path) -> None:
-    from pipeline.weight_tracking.track import track
+    from espalier.pipeline.weight_tracking.track import track
 
     with pytest.raises(Refusal, match=r"data .*poem.txt: no such file"):
         track(TrackConfig(**(small | {"data": str(tmp_path / "poem.txt")})))
@@ -290,7 +290,7 @@ def test_data_that_is_not_there_is_refused_before_anything_is_made(small: dict[s
 
 
 def test_a_finished_or_foreign_directory_is_refused(small: dict[str, Any], tmp_path: Path) -> None:
-    from pipeline.weight_tracking.track import track
+    from espalier.pipeline.weight_tracking.track import track
 
     out = tmp_path / "out"
     out.mkdir()
@@ -304,8 +304,8 @@ def test_a_finished_or_foreign_directory_is_refused(small: dict[str, Any], tmp_p
 def test_on_a_cluster_with_only_as_many_cpus_as_ranks_the_pruning_gets_what_they_let_go(
     small: dict[str, Any], recorded: str
 ) -> None:
-    from cluster.connection.connect import local_cluster
-    from pipeline.weight_tracking.track import track
+    from espalier.cluster.connection.connect import local_cluster
+    from espalier.pipeline.weight_tracking.track import track
 
     config = TrackConfig(**small | {"sparsities": [0.5], "ranks": 1, "steps": 4, "warmup": 0})
     with local_cluster(cpus=1, object_store_bytes=100_000_000):

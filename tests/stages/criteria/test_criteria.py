@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.criteria import equations as criteria
-from stages.criteria.equations import CRITERIA
-from stages.criteria.scoring import check_criterion, check_options, find_criterion, score, score_rows
-from stages.errors import Refusal
-from stages.masks import keep_mask
-from stages.statistics import InputStatistics
+from espalier.stages.criteria import equations as criteria
+from espalier.stages.criteria.equations import CRITERIA
+from espalier.stages.criteria.scoring import check_criterion, check_options, find_criterion, score, score_rows
+from espalier.stages.errors import Refusal
+from espalier.stages.masks import keep_mask
+from espalier.stages.statistics import InputStatistics
 
 BY_WEIGHT = [name for name, criterion in CRITERIA.items() if not criterion.from_shadow]  # the others: test_temporal
 

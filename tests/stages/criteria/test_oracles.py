@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.criteria.scoring import score
-from stages.masks import keep_mask
-from stages.statistics import InputStatistics
+from espalier.stages.criteria.scoring import score
+from espalier.stages.masks import keep_mask
+from espalier.stages.statistics import InputStatistics
 
 PATTERNS = {
     "unstructured50": {"sparsity": 0.5},

@@ -6,10 +6,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stages.criteria.equations import CRITERIA
-from stages.criteria.scoring import score, score_rows
-from stages.masks import keep_mask, masked
-from stages.statistics import InputStatistics
+from espalier.stages.criteria.equations import CRITERIA
+from espalier.stages.criteria.scoring import score, score_rows
+from espalier.stages.masks import keep_mask, masked
+from espalier.stages.statistics import InputStatistics
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 PATTERNS = [(2, 4), (4, 8), (6, 8), (1, 4), (2, 2), (3, 4), (1, 2), (10, 12), (14, 16), (1, 1)]

@@ -11,20 +11,20 @@ from safetensors.torch import load_file
 from streaming import GENTLE, make_shards, prune
 from transformers import AutoModelForCausalLM
 
-from pipeline.config.options import build_config
-from pipeline.config.prune import PruneConfig
-from pipeline.planning.model_info import model_facts
-from pipeline.planning.resolve import check_recipe_fits
-from stages.errors import Refusal
-from stages.layer_rules import resolve_overrides
-from stages.loading.skeleton import read_config
-from stages.masks import keep_mask
-from stages.recipe import Recipe
-from stages.shadow.spec import ShadowSpec
-from stages.shadow.store import Shadow, check_shadow, write_shadow
-from stages.shadow.tracker import ShadowTracker
-from stages.shard.spec import block_file
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.pipeline.config.options import build_config
+from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.planning.model_info import model_facts
+from espalier.pipeline.planning.resolve import check_recipe_fits
+from espalier.stages.errors import Refusal
+from espalier.stages.layer_rules import resolve_overrides
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.masks import keep_mask
+from espalier.stages.recipe import Recipe
+from espalier.stages.shadow.spec import ShadowSpec
+from espalier.stages.shadow.store import Shadow, check_shadow, write_shadow
+from espalier.stages.shadow.tracker import ShadowTracker
+from espalier.stages.shard.spec import block_file
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 LENGTH, SAMPLES, BLOCKS = 16, 8, 4
 THRESHOLD = Recipe(criterion="temporal", sparsity=None, threshold=0.5)

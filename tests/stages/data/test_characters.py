@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from stages.data.characters import SlidingWindows, character_tokenizer, split_text
-from stages.data.token_table import build_token_table
-from stages.errors import Refusal
-from stages.masks import landing_rates
+from espalier.stages.data.characters import SlidingWindows, character_tokenizer, split_text
+from espalier.stages.data.token_table import build_token_table
+from espalier.stages.errors import Refusal
+from espalier.stages.masks import landing_rates
 
 TEXT = "First Citizen:\r\nBefore we proceed  any further, hear me speak.\n\n\tÀ tous: 𝛼!\n" * 20
 

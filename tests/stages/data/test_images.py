@@ -16,14 +16,14 @@ from streaming import BATCH, GENTLE, Images, make_shards, prune, same_bits, stre
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from stages.data.captions import holds_images, read_pairs
-from stages.data.image_samples import load_processor
-from stages.data.image_table import ImageTable, build_image_table
-from stages.errors import Refusal
-from stages.loading.skeleton import Skeleton, read_config
-from stages.recipe import Recipe, WorkOrder
-from stages.shard.shard import Shard
-from stages.shard.spec import block_file
+from espalier.stages.data.captions import holds_images, read_pairs
+from espalier.stages.data.image_samples import load_processor
+from espalier.stages.data.image_table import ImageTable, build_image_table
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import Skeleton, read_config
+from espalier.stages.recipe import Recipe, WorkOrder
+from espalier.stages.shard.shard import Shard
+from espalier.stages.shard.spec import block_file
 
 LENGTH, SAMPLES = 40, 6
 Inputs = dict[str, Tensor]

@@ -9,11 +9,11 @@ import torch
 from image_models import seeing_checkpoint
 from PIL import Image
 
-from stages.data.labelled_images import Pictures, read_labels
-from stages.data.training_batches import IGNORED
-from stages.errors import Refusal
-from stages.metrics.number_reading import Reading, constant_guess, rate_reading, read_numbers, said_number
-from stages.training.model import load_model
+from espalier.stages.data.labelled_images import Pictures, read_labels
+from espalier.stages.data.training_batches import IGNORED
+from espalier.stages.errors import Refusal
+from espalier.stages.metrics.number_reading import Reading, constant_guess, rate_reading, read_numbers, said_number
+from espalier.stages.training.model import load_model
 
 QUANTITIES = ("5", "750", "1.5", "24")
 PADDING = 0

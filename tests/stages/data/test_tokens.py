@@ -14,12 +14,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from stages.data import token_table as tokens
-from stages.data import tokenize as tokenise
-from stages.data.token_table import TokenTable, build_token_table
-from stages.errors import Refusal
-from stages.text import text_file as textfile
-from stages.text.documents import Document
+from espalier.stages.data import token_table as tokens
+from espalier.stages.data import tokenize as tokenise
+from espalier.stages.data.token_table import TokenTable, build_token_table
+from espalier.stages.errors import Refusal
+from espalier.stages.text import text_file as textfile
+from espalier.stages.text.documents import Document
 
 TEXT = "a tree that grows flat against its frame bears more fruit than the wild one naïve ✓ 12 34"
 WORDS = TEXT.split()

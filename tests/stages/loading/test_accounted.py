@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from streaming import make_shards, same_bits
 from torch import Tensor
 
-from pipeline.planning.model_info import ModelFacts, model_facts
-from stages.errors import Refusal
-from stages.loading.skeleton import read_config
-from stages.storage.hf_checkpoint import Checkpoint, resolve
+from espalier.pipeline.planning.model_info import ModelFacts, model_facts
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.storage.hf_checkpoint import Checkpoint, resolve
 
 Made = Callable[..., Path]
 Q = "model.layers.2.self_attn.q_proj.weight"

@@ -16,22 +16,22 @@ from streaming import GENTLE, Images, begin, make_shards, prune, same_bits, stre
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PixtralVisionConfig
 
-from pipeline.planning.model_info import model_facts
-from stages.data.captions import find_images
-from stages.data.image_samples import load_processor
-from stages.data.image_table import ImageTable
-from stages.data.pixel_table import build_pixel_table
-from stages.errors import Refusal
-from stages.loading.skeleton import read_config
-from stages.loading.vision import VisionSkeleton
-from stages.masks import keep_mask
-from stages.model.families import FAMILIES, vision_of
-from stages.recipe import Recipe
-from stages.shadow.spec import ShadowSpec
-from stages.shadow.store import write_shadow
-from stages.shard.shard import Shard
-from stages.shard.spec import block_file
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.pipeline.planning.model_info import model_facts
+from espalier.stages.data.captions import find_images
+from espalier.stages.data.image_samples import load_processor
+from espalier.stages.data.image_table import ImageTable
+from espalier.stages.data.pixel_table import build_pixel_table
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.loading.vision import VisionSkeleton
+from espalier.stages.masks import keep_mask
+from espalier.stages.model.families import FAMILIES, vision_of
+from espalier.stages.recipe import Recipe
+from espalier.stages.shadow.spec import ShadowSpec
+from espalier.stages.shadow.store import write_shadow
+from espalier.stages.shard.shard import Shard
+from espalier.stages.shard.spec import block_file
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 SAMPLES, LENGTH = 6, 40
 TOGETHER = {"llava": 2, "gemma3": 2, "qwen2_vl": 1}  # images a microbatch

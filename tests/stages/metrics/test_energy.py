@@ -5,8 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from stages.metrics import energy
-from stages.metrics.energy import Energy, EnergyMeter, NvmlDevice, RaplZone, described, nvml_counters, rapl_counters
+from espalier.stages.metrics import energy
+from espalier.stages.metrics.energy import (
+    Energy,
+    EnergyMeter,
+    NvmlDevice,
+    RaplZone,
+    described,
+    nvml_counters,
+    rapl_counters,
+)
 
 RANGE = 1_000_000  # microjoules
 

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.metrics.flops import Shapes, encoder_shapes, forward_flops, shapes_of, training_flops
+from espalier.stages.metrics.flops import Shapes, encoder_shapes, forward_flops, shapes_of, training_flops
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 

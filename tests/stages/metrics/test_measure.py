@@ -4,9 +4,9 @@ import pytest
 import torch
 from streaming import make_shards, microbatches, same_bits, stream, whole_model
 
-from stages.errors import OutOfStep
-from stages.metrics.perplexity import COMPARED_POSITIONS, Measures, compare, measure
-from stages.shard.hidden_states import KeptStates
+from espalier.stages.errors import OutOfStep
+from espalier.stages.metrics.perplexity import COMPARED_POSITIONS, Measures, compare, measure
+from espalier.stages.shard.hidden_states import KeptStates
 
 POSITIONS, VOCABULARY = 2 * COMPARED_POSITIONS + 3, 50  # more than one piece, the last one short
 

@@ -13,17 +13,17 @@ from streaming import GENTLE, make_shards, microbatches, prune, same_bits, strea
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from stages.errors import Refusal
-from stages.loading.skeleton import Skeleton, read_config
-from stages.masks import keep_mask
-from stages.model.anatomy import Anatomy, Weight, prunable, trace
-from stages.model.families import FAMILIES, BlockLayout
-from stages.model.hooks import observing
-from stages.recipe import Recipe
-from stages.shard.mask_selection import EXPERT_TOKENS
-from stages.shard.spec import block_file
-from stages.statistics import InputStatistics
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import Skeleton, read_config
+from espalier.stages.masks import keep_mask
+from espalier.stages.model.anatomy import Anatomy, Weight, prunable, trace
+from espalier.stages.model.families import FAMILIES, BlockLayout
+from espalier.stages.model.hooks import observing
+from espalier.stages.recipe import Recipe
+from espalier.stages.shard.mask_selection import EXPERT_TOKENS
+from espalier.stages.shard.spec import block_file
+from espalier.stages.statistics import InputStatistics
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 LENGTH = 20
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

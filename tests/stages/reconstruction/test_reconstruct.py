@@ -7,9 +7,9 @@ import torch
 from streaming import bits, same_bits
 from torch import Tensor, nn
 
-from stages.model.anatomy import Weight
-from stages.reconstruction import fit as reconstruct
-from stages.reconstruction.fit import (
+from espalier.stages.model.anatomy import Weight
+from espalier.stages.reconstruction import fit as reconstruct
+from espalier.stages.reconstruction.fit import (
     Fit,
     FitSettings,
     fit,
@@ -19,9 +19,9 @@ from stages.reconstruction.fit import (
     split_samples,
     weight_rms,
 )
-from stages.reconstruction.target import Target
-from stages.reconstruction.units import PLAIN, FitUnit, Step, UnitModules
-from stages.storage.spool import Spool, SpoolBudget
+from espalier.stages.reconstruction.target import Target
+from espalier.stages.reconstruction.units import PLAIN, FitUnit, Step, UnitModules
+from espalier.stages.storage.spool import Spool, SpoolBudget
 
 HIDDEN, LENGTH = 8, 6
 CALLS = (PLAIN, PLAIN)

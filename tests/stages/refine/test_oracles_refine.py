@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 from test_oracles import ALLOWED, LINEARS, PATTERNS, part_of, reference_keep
 
-from stages.criteria.scoring import score
-from stages.masks import keep_mask
-from stages.refine.grow_and_prune import dsnot
+from espalier.stages.criteria.scoring import score
+from espalier.stages.masks import keep_mask
+from espalier.stages.refine.grow_and_prune import dsnot
 
 
 @pytest.fixture(scope="module")

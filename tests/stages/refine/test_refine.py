@@ -8,13 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trained import BUNDLED, error, layers
 
-from stages.criteria.scoring import score
-from stages.errors import Refusal
-from stages.masks import keep_mask
-from stages.refine import grow_and_prune as refine
-from stages.refine.grow_and_prune import dsnot, r2_dsnot
-from stages.refine.top_k import Smallest
-from stages.statistics import InputStatistics
+from espalier.stages.criteria.scoring import score
+from espalier.stages.errors import Refusal
+from espalier.stages.masks import keep_mask
+from espalier.stages.refine import grow_and_prune as refine
+from espalier.stages.refine.grow_and_prune import dsnot, r2_dsnot
+from espalier.stages.refine.top_k import Smallest
+from espalier.stages.statistics import InputStatistics
 
 quick = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 PATTERNS = [None, (2, 4), (1, 4), (3, 4), (4, 8), (6, 8)]

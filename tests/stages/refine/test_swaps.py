@@ -6,12 +6,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trained import BUNDLED, error, layers
 
-from stages.criteria.scoring import score
-from stages.errors import Refusal
-from stages.masks import keep_mask
-from stages.refine import sparse_swaps as module
-from stages.refine.grow_and_prune import dsnot, swaps
-from stages.statistics import InputStatistics
+from espalier.stages.criteria.scoring import score
+from espalier.stages.errors import Refusal
+from espalier.stages.masks import keep_mask
+from espalier.stages.refine import sparse_swaps as module
+from espalier.stages.refine.grow_and_prune import dsnot, swaps
+from espalier.stages.statistics import InputStatistics
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 PATTERNS = [None, (2, 4), (1, 4), (4, 8), (6, 8)]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.errors import Refusal
-from stages.shadow import formats as shadow_formats
-from stages.shadow import tracker as shadow
-from stages.shadow.spec import ShadowSpec, share
-from stages.shadow.tracker import ShadowTracker
+from espalier.stages.errors import Refusal
+from espalier.stages.shadow import formats as shadow_formats
+from espalier.stages.shadow import tracker as shadow
+from espalier.stages.shadow.spec import ShadowSpec, share
+from espalier.stages.shadow.tracker import ShadowTracker
 
 SCHEDULES = ("linear", "exponential", "uniform")
 FORMATS = [("fp32", "stochastic"), ("bf16", "stochastic"), ("bf16", "compensated"), ("int8", "stochastic")]

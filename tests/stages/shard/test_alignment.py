@@ -17,13 +17,13 @@ import torch
 from streaming import bits, make_shards, prune
 from torch import Tensor, nn
 
-from stages.alps import alps, solve
-from stages.masks import keep_mask
-from stages.recipe import Recipe
-from stages.refine.grow_and_prune import swaps
-from stages.shard.shard import Shard
-from stages.sparsegpt import sparsegpt
-from stages.statistics import InputStatistics
+from espalier.stages.alps import alps, solve
+from espalier.stages.masks import keep_mask
+from espalier.stages.recipe import Recipe
+from espalier.stages.refine.grow_and_prune import swaps
+from espalier.stages.shard.shard import Shard
+from espalier.stages.sparsegpt import sparsegpt
+from espalier.stages.statistics import InputStatistics
 
 PLACES = 16  # float32 numbers in a cache line
 LINE = 64  # bytes
@@ -156,7 +156,7 @@ def test_fits_of_activations_in_memory_or_on_disk(
 
 PLAIN = """
 import torch
-from cluster.arithmetic import steady_products
+from espalier.cluster.arithmetic import steady_products
 {call}
 torch.set_num_threads(1)
 x, found = torch.randn(31, 100, generator=torch.Generator().manual_seed(0)), set()

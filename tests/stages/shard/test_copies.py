@@ -17,12 +17,12 @@ from streaming import GENTLE, bits, make_shards, prune, same_bits
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cluster.transport import pack, unpack
-from stages.errors import Refusal
-from stages.recipe import Recipe
-from stages.storage import staging
-from stages.storage.spool import Spool, SpoolBudget
-from stages.storage.staging import download, lane_to, prefetch, to_host, upload
+from espalier.cluster.transport import pack, unpack
+from espalier.stages.errors import Refusal
+from espalier.stages.recipe import Recipe
+from espalier.stages.storage import staging
+from espalier.stages.storage.spool import Spool, SpoolBudget
+from espalier.stages.storage.staging import download, lane_to, prefetch, to_host, upload
 
 LENGTH, SAMPLES = 12, 9
 SMALL = 1 << 12  # bytes of a slab that the tests' tensors fill again and again

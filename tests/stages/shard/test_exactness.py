@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from streaming import GENTLE, make_shards, microbatches, prune, same_bits, stream, whole_model
 
-from stages.recipe import Recipe
+from espalier.stages.recipe import Recipe
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LENGTH = 20  # longer than the sliding windows

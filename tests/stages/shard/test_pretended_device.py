@@ -24,15 +24,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
-from stages.criteria.equations import CRITERIA
-from stages.data.image_samples import load_processor
-from stages.data.pixel_table import build_pixel_table
-from stages.loading.skeleton import read_config
-from stages.loading.vision import VisionSkeleton
-from stages.recipe import Recipe
-from stages.shadow.spec import ShadowSpec
-from stages.shadow.store import write_shadow
-from stages.statistics import InputStatistics
+from espalier.stages.criteria.equations import CRITERIA
+from espalier.stages.data.image_samples import load_processor
+from espalier.stages.data.pixel_table import build_pixel_table
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.loading.vision import VisionSkeleton
+from espalier.stages.recipe import Recipe
+from espalier.stages.shadow.spec import ShadowSpec
+from espalier.stages.shadow.store import write_shadow
+from espalier.stages.statistics import InputStatistics
 
 LENGTH, SAMPLES = 12, 9
 HALF: dict[str, Any] = {"sparsity": None, "pattern": (2, 4)}

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from pipeline.run import new_family
-from stages.errors import Refusal
-from stages.loading.skeleton import Skeleton
-from stages.model.families import BlockLayout
-from stages.shard import probe as probing
-from stages.shard.probe import TRIED, probe
+from espalier.pipeline.run import new_family
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import Skeleton
+from espalier.stages.model.families import BlockLayout
+from espalier.stages.shard import probe as probing
+from espalier.stages.shard.probe import TRIED, probe
 
 FULL_SIZE = ("arcee", "helium", "granitemoe", "phimoe", "persimmon", "gpt_bigcode")
 

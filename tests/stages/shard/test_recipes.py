@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from streaming import GENTLE, make_shards, prune, stream, worked
 
-from stages.criteria.scoring import find_criterion
-from stages.errors import OutOfStep, Refusal
-from stages.layer_rules import Override
-from stages.recipe import Recipe, WorkOrder, pieces
-from stages.reconstruction.target import SHARE
-from stages.reconstruction.units import UnitModules, groups_of
-from stages.shard.spec import block_file
+from espalier.stages.criteria.scoring import find_criterion
+from espalier.stages.errors import OutOfStep, Refusal
+from espalier.stages.layer_rules import Override
+from espalier.stages.recipe import Recipe, WorkOrder, pieces
+from espalier.stages.reconstruction.target import SHARE
+from espalier.stages.reconstruction.units import UnitModules, groups_of
+from espalier.stages.shard.spec import block_file
 
 LENGTH, SAMPLES, BLOCKS = 16, 12, 4
 RECIPES = {
@@ -168,9 +168,9 @@ def test_work_out_of_order_is_out_of_step(
 
 
 def test_matrices_stored_with_other_experts_are_not_rebuilt_alone(tmp_path: Path) -> None:
-    from stages.model.anatomy import Anatomy, Unit, Weight
-    from stages.model.calls import Call
-    from stages.reconstruction.units import groups_of
+    from espalier.stages.model.anatomy import Anatomy, Unit, Weight
+    from espalier.stages.model.calls import Call
+    from espalier.stages.reconstruction.units import groups_of
 
     weight = Weight("mlp.experts.0.down_proj", "mlp.experts.down_proj", "mlp.experts", expert=0)
     call = Call((), {}, None)

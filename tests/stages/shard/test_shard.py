@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from streaming import BATCH, GENTLE, make_shards, microbatches, prune, same_bits, stream, whole_model, worked
 
-from stages.errors import OutOfStep, Refusal
-from stages.metrics.perplexity import Measures
-from stages.metrics.profile import Timeline
-from stages.recipe import Recipe, WorkOrder, derived_seed
-from stages.shard.shard import Shard
-from stages.shard.spec import ShardSpec, block_file
-from stages.storage.files import file_digest
-from stages.storage.hf_checkpoint import write_tensors
+from espalier.stages.errors import OutOfStep, Refusal
+from espalier.stages.metrics.perplexity import Measures
+from espalier.stages.metrics.profile import Timeline
+from espalier.stages.recipe import Recipe, WorkOrder, derived_seed
+from espalier.stages.shard.shard import Shard
+from espalier.stages.shard.spec import ShardSpec, block_file
+from espalier.stages.storage.files import file_digest
+from espalier.stages.storage.hf_checkpoint import write_tensors
 
 LENGTH = 16
 
@@ -136,7 +136,7 @@ def test_work_frees_every_spool(tiny_checkpoint, tiny_tokens, tmp_path, spool_me
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_perplexity_is_that_of_the_whole_model(tiny_checkpoint, tiny_tokens, tmp_path, dtype, monkeypatch) -> None:
     monkeypatch.setattr(
-        "stages.metrics.perplexity.HEAD_POSITIONS", 5
+        "espalier.stages.metrics.perplexity.HEAD_POSITIONS", 5
     )  # so that 15 predictions are cut into three pieces
     directory, tokens = tiny_checkpoint("qwen3", dtype, tied=True), tiny_tokens(6, LENGTH)
     shards = make_shards(directory, tmp_path, 2, LENGTH)
@@ -170,7 +170,9 @@ def test_the_report_counts_what_is_in_the_file(shard, tiny_tokens, tmp_path) -> 
 
 
 def test_every_tensor_outside_the_blocks_is_copied_once(tiny_checkpoint, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("stages.loading.ends.ENDS_FILE_BYTES", 10_000)  # less than the embedding: several files
+    monkeypatch.setattr(
+        "espalier.stages.loading.ends.ENDS_FILE_BYTES", 10_000
+    )  # less than the embedding: several files
     directory = tiny_checkpoint("llama", "bfloat16", sharded=True)
     shard = make_shards(directory, tmp_path, 1, LENGTH)[0]
     files = shard.copy_ends()
@@ -259,7 +261,7 @@ def test_a_commit_that_fails_is_told_at_the_next_block_and_when_asked_and_can_be
         raise Refusal(f"{path}: disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("stages.shard.commit.write_tensors", full)
+        patched.setattr("espalier.stages.shard.commit.write_tensors", full)
         shard.work(WorkOrder(blocks=(1,)))
         with pytest.raises(Refusal, match=r"block-00001.*disk full"):
             shard.work(WorkOrder(blocks=(2,)))
@@ -289,7 +291,7 @@ def test_one_block_is_written_while_the_next_is_worked_on_and_the_one_after_wait
         assert disk.acquire(timeout=60)
         return write_tensors(path, tensors)
 
-    monkeypatch.setattr("stages.shard.commit.write_tensors", slow)
+    monkeypatch.setattr("espalier.stages.shard.commit.write_tensors", slow)
     shard.work(WorkOrder(blocks=(0,)))
     assert writing.acquire(timeout=60)
     assert not (tmp_path / "output" / block_file(0)).exists(), "it is worked on and not yet written"
@@ -308,7 +310,7 @@ def test_one_block_is_written_while_the_next_is_worked_on_and_the_one_after_wait
 
 def test_the_timeline_joins_stretches_of_one_phase(monkeypatch) -> None:
     clock = iter([0.0, 1.0, 1.2, 2.0, 5.0, 6.0, 6.1, 7.0])
-    monkeypatch.setattr("stages.metrics.profile.time.time", lambda: next(clock))
+    monkeypatch.setattr("espalier.stages.metrics.profile.time.time", lambda: next(clock))
     timeline = Timeline()
     for name in ("stream", "stream", "stream", "score"):
         with timeline.phase(name):

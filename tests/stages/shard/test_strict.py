@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_reconstruct import Problem, reconstruct
 
-from cluster.shard_actor import ShardWorker
-from stages import devices
-from stages.masks import _drop_lowest_on_device, keep_mask
-from stages.statistics import InputStatistics
+from espalier.cluster.shard_actor import ShardWorker
+from espalier.stages import devices
+from espalier.stages.masks import _drop_lowest_on_device, keep_mask
+from espalier.stages.statistics import InputStatistics
 
 
 def test_algorithms_are_deterministic_within_the_fit_alone(tmp_path, monkeypatch) -> None:

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.errors import Refusal
-from stages.storage import files
-from stages.storage import hf_checkpoint as checkpoint
-from stages.storage.files import file_digest
-from stages.storage.headers import INDEX, TensorEntry
-from stages.storage.hf_checkpoint import Checkpoint, grouped, resolve, write_tensors
+from espalier.stages.errors import Refusal
+from espalier.stages.storage import files
+from espalier.stages.storage import hf_checkpoint as checkpoint
+from espalier.stages.storage.files import file_digest
+from espalier.stages.storage.headers import INDEX, TensorEntry
+from espalier.stages.storage.hf_checkpoint import Checkpoint, grouped, resolve, write_tensors
 
 
 @pytest.fixture

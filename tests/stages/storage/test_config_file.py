@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from stages.errors import Refusal
-from stages.loading.skeleton import read_config
+from espalier.stages.errors import Refusal
+from espalier.stages.loading.skeleton import read_config
 
 Made = Callable[..., Path]
 

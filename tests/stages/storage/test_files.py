@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.storage.files import replacing, write_text
-from stages.storage.hf_checkpoint import write_tensors
+from espalier.stages.storage.files import replacing, write_text
+from espalier.stages.storage.hf_checkpoint import write_tensors
 
 
 def mode(path: Path) -> int:

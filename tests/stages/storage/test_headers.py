@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stages.errors import Refusal
-from stages.storage.headers import INDEX, TensorEntry
-from stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.errors import Refusal
+from espalier.stages.storage.headers import INDEX, TensorEntry
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 Made = Callable[..., Path]
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming import same_bits
 
-from stages.errors import Refusal
-from stages.storage.spool import Spool, SpoolBudget
+from espalier.stages.errors import Refusal
+from espalier.stages.storage.spool import Spool, SpoolBudget
 
 LENGTH, CHANNELS = 5, 7
 

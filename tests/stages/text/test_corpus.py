@@ -15,9 +15,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from stages.data.token_table import TokenTable, build_token_table
-from stages.errors import Refusal
-from stages.text.records import reader_of
+from espalier.stages.data.token_table import TokenTable, build_token_table
+from espalier.stages.errors import Refusal
+from espalier.stages.text.records import reader_of
 
 STORIES = [f"Lily saw {n} birds, and bird {n} sang:{' good' * (n % 5)} day!\nThe end of {n}." for n in range(60)]
 TEMPLATE = (
@@ -340,7 +340,7 @@ def test_a_broken_file_is_one_line_that_says_where(build, tmp_path, name):
 
 
 def test_json_comes_value_by_value_wherever_the_blocks_of_the_file_end(tmp_path, monkeypatch):
-    from stages.text import text_file as textfile
+    from espalier.stages.text import text_file as textfile
 
     records = [{"text": 'é\\"\n' * n, "n": [n, None, True, 1.5e3]} for n in range(30)]
     text = {
@@ -431,8 +431,8 @@ def test_a_home_that_cannot_be_written_to_does_not_matter(tmp_path, plain, kind)
     plain.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "config.json").write_text('{"model_type": "llama"}')
     code = (
-        "import sys; from pathlib import Path; from stages.data.token_table import build_token_table\n"
-        "from pipeline.run.inputs import load_tokenizer\n"
+        "import sys; from pathlib import Path; from espalier.stages.data.token_table import build_token_table\n"
+        "from espalier.pipeline.run.inputs import load_tokenizer\n"
         "home = Path(sys.argv[1])\n"
         "table = build_token_table(sys.argv[2], load_tokenizer(str(home / 'tokenizer')), length=16, samples=None, "
         "seed=0, path=home / 't.arrow', vocab_size=400)\nprint(len(table))"

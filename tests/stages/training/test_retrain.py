@@ -13,14 +13,29 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from stages.data.token_table import build_token_table
-from stages.data.training_batches import Order, SourceSpec, TokenWindows, microbatches_of, open_source, predicted_tokens
-from stages.errors import Refusal
-from stages.training.arriving import Arriving, hollow_model
-from stages.training.checkpoint import MASTER, StoredPieces, directory_of, finish, latest, read_state, write_pieces
-from stages.training.lr_schedule import FLOOR, rate_at
-from stages.training.model import Mask, check_mask, checkpoint_activations, hold_zeros, load_model
-from stages.training.partition import Piece, share_of
+from espalier.stages.data.token_table import build_token_table
+from espalier.stages.data.training_batches import (
+    Order,
+    SourceSpec,
+    TokenWindows,
+    microbatches_of,
+    open_source,
+    predicted_tokens,
+)
+from espalier.stages.errors import Refusal
+from espalier.stages.training.arriving import Arriving, hollow_model
+from espalier.stages.training.checkpoint import (
+    MASTER,
+    StoredPieces,
+    directory_of,
+    finish,
+    latest,
+    read_state,
+    write_pieces,
+)
+from espalier.stages.training.lr_schedule import FLOOR, rate_at
+from espalier.stages.training.model import Mask, check_mask, checkpoint_activations, hold_zeros, load_model
+from espalier.stages.training.partition import Piece, share_of
 
 
 def test_each_pass_sees_every_example_once_whatever_the_batch() -> None:
@@ -65,7 +80,7 @@ def test_windows_are_read_in_the_order_asked_for(tmp_path: Path) -> None:
         rows, None, length=4, samples=None, seed=0, path=tmp_path / "tokens.arrow", vocab_size=100
     )
     source = open_source(
-        SourceSpec(factory="stages.data.training_batches:TokenWindows", options={"path": str(table.path)})
+        SourceSpec(factory="espalier.stages.data.training_batches:TokenWindows", options={"path": str(table.path)})
     )
     assert isinstance(source, TokenWindows) and len(source) == 5
     batch = source.batch([3, 0])

@@ -1,9 +1,10 @@
-"""The process of a command, `espalier ...`: it can be told to stop before the command itself is imported."""
+"""The process of a command, `espalier ...` or `python -m espalier`: it can be told to stop before the command itself is
+imported."""
 
 import os
 import sys
 
-from pipeline.run.stopping import exit_code, heard
+from espalier.pipeline.run.stopping import exit_code, heard
 
 
 def main() -> int:
@@ -13,7 +14,7 @@ def main() -> int:
     """
     try:
         with heard():
-            from pipeline.cli.main import main as run
+            from espalier.pipeline.cli.main import main as run
 
             code = run()
     except KeyboardInterrupt:

@@ -1,0 +1,53 @@
+"""Whatever the documents name exists: files, links, options, and in run.json's table every field."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from espalier.pipeline.cli.flags import with_all_options
+from espalier.pipeline.cli.main import app
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md", "tests/README.md")),
+    *(ROOT / floor / "README.md" for floor in ("stages", "cluster", "pipeline")),
+    ROOT / "tests" / "benchmarks" / "README.md",
+]
+PATH = re.compile(r"`((?:stages|cluster|pipeline|tests|espalier)/[\w/.-]*)`")
+LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#\s]+)[^)]*\)")
+NAMED = re.compile(r"`(\w+)` in `((?:stages|cluster|pipeline|tests)/[\w/]+\.py)`")
+MODULE = re.compile(r"`?espalier((?:\.[a-z_]+)+)")
+FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z-]+)")
+OTHERS = {"--backend-store-uri", "--gpu-memory", "--help"}  # of mlflow; of typer
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_document_names_exists(document: Path) -> None:
+    text = document.read_text()
+    for path in PATH.findall(text):
+        assert (ROOT / path).exists() or document.parent == ROOT / "tests", f"{document}: {path}"
+    for link in LINK.findall(text):
+        assert (document.parent / link).exists(), f"{document}: {link}"
+    for name, path in NAMED.findall(text):
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{document}: {name} in {path}"
+    for dotted in MODULE.findall(text):
+        parts = dotted.strip(".").split(".")
+        if parts[0] in ("stages", "cluster", "pipeline") and len(parts) > 1:
+            place = ROOT.joinpath(*parts)
+            assert place.is_dir() or place.with_suffix(".py").exists(), f"{document}: espalier{dotted}"
+
+
+@cache
+def flags() -> set[str]:
+    commands = get_command(app).commands.values()  # type: ignore[attr-defined]
+    made = [parameter for command in commands for parameter in with_all_options(command).params]
+    return {flag for parameter in made for flag in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def test_the_options_that_the_readme_names_exist() -> None:
+    named = set(FLAG.findall((ROOT / "README.md").read_text()))
+    assert len(named) > 20
+    assert named - flags() - OTHERS == set()
