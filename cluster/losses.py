@@ -11,6 +11,7 @@ from pathlib import Path
 import ray._private.worker
 
 from espalier.stages.device_errors import context_lost
+from espalier.stages.errors import DeviceLost
 
 
 @contextmanager
@@ -36,6 +37,17 @@ def cause_of(error: Exception) -> str:
     """One line: how the process ended, and the last line that it wrote on stderr."""
     told = re.search(r"Worker exit type: (.*?)\.(?= |$)", " ".join(str(error).split()))
     return "; ".join([told[1] if told else one_line(error), *_last_said(error)])
+
+
+def given_up(times: int, last: Exception) -> str:
+    """What a run says that has lost shards so many times, with nothing done between."""
+    remedy = (
+        "the device, its driver or a criterion of one's own is at fault: see that node's kernel log (Xid), leave the "
+        "node out, then resume"
+        if isinstance(last, DeviceLost)
+        else "likely out of memory: use more shards, --resident one or a smaller --spool-memory, then resume"
+    )
+    return f"a shard was lost {times} times with no block finished between ({cause_of(last)}); {remedy}"
 
 
 def _last_said(error: Exception) -> list[str]:

@@ -10,11 +10,11 @@ from ray.exceptions import ObjectLostError, RayActorError
 from espalier.cluster.connection.room import first_of
 from espalier.cluster.shard_actor import ShardState
 from espalier.cluster.streaming import answers
-from espalier.stages.errors import OutOfStep
+from espalier.stages.errors import DeviceLost, OutOfStep
 from espalier.stages.recipe import WorkOrder
 from espalier.stages.shard.spec import ShardSpec
 
-LOST = (OutOfStep, RayActorError, ObjectLostError)  # what a restarted, dying or vanished shard looks like
+LOST = (OutOfStep, DeviceLost, RayActorError, ObjectLostError)  # what a restarted, dying or vanished shard looks like
 
 
 class Orders:

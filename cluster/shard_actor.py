@@ -5,8 +5,10 @@ again. So every method may be retried.
 """
 
 import functools
+import inspect
 import os
 import socket
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +19,15 @@ import ray
 import torch
 
 from espalier.cluster.arithmetic import steady_products
-from espalier.cluster.losses import ending_with_its_device
 from espalier.cluster.transport import pack, unpack
-from espalier.stages.errors import OutOfStep, Refusal
+from espalier.stages.device_errors import context_lost
+from espalier.stages.errors import DeviceLost, OutOfStep, Refusal
 from espalier.stages.metrics.profile import peak_bytes
 from espalier.stages.recipe import WorkOrder
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec
 
+LINGER_SECONDS = 1.0  # from what a process says of its lost device to its end: until that has been sent
 COMMITTING = "committing"  # the concurrency group that waits for blocks to be on disk
 
 # Of a microbatch: its hidden states; its measures, with the hidden states kept, or compared with those kept; nothing.
@@ -58,18 +61,28 @@ class ShardState:
 
 
 def _ends_with_its_device(worker: type[Worker]) -> type[Worker]:
-    """`worker`, but that a lost device ends the process in any of its public methods."""
+    """`worker`, whose public methods raise DeviceLost where the process's device is lost to it; the next call ends the
+    process, so that Ray makes another, in which that call is made again."""
 
     def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
-        def call(*args: Any, **options: Any) -> Any:
-            with ending_with_its_device():
-                return method(*args, **options)
+        def call(self: Any, *args: Any, **options: Any) -> Any:
+            if self.device_lost:
+                time.sleep(LINGER_SECONDS)
+                os._exit(1)
+            try:
+                return method(self, *args, **options)
+            except RuntimeError as error:
+                if not context_lost(error):
+                    raise
+                self.device_lost = True
+                first_line = str(error).strip().splitlines()[0]
+                raise DeviceLost(f"{first_line[:300]}, on node {socket.gethostname()}") from error
 
         return call
 
     for name, method in list(vars(worker).items()):
-        if not name.startswith("_"):
+        if inspect.isfunction(method) and not name.startswith("_"):
             setattr(worker, name, guarded(method))
     return worker
 
@@ -77,6 +90,8 @@ def _ends_with_its_device(worker: type[Worker]) -> type[Worker]:
 @_ends_with_its_device
 class ShardWorker:
     """What a shard's process does; `ShardActor` is this as a Ray actor."""
+
+    device_lost = False  # to this process, for good
 
     def __init__(self, spec: ShardSpec, threads: int, run_file: str | None) -> None:
         steady_products()

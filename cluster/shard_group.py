@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import ActorDiedError
 
 from espalier.cluster.connection.room import first_of
-from espalier.cluster.losses import cause_of, one_line
+from espalier.cluster.losses import cause_of, given_up, one_line
 from espalier.cluster.orders import LOST, Orders
 from espalier.cluster.shard_actor import RESTARTS, ShardActor, ShardFacts, ShardState
 from espalier.cluster.streaming import Stream, answers, begin, blockwise, pipelined, receiving, windowed
@@ -58,13 +58,17 @@ class Fleet:
 
     def open(self) -> list[ShardFacts]:
         """Every shard's tensors loaded from the model. Raises Refusal for a shard whose process dies at every start."""
-        try:
-            return answers([actor.open.remote() for actor in self._actors])
-        except ActorDiedError as loss:
-            raise Refusal(
-                f"a shard died before it was open, and so {RESTARTS} more times ({cause_of(loss)}); mend what is said "
-                "there, or, if nothing is, use more shards or --resident one: it may be out of memory"
-            ) from None
+
+        def attempt() -> list[ShardFacts]:
+            try:
+                return answers([actor.open.remote() for actor in self._actors])
+            except ActorDiedError as loss:
+                raise Refusal(
+                    f"a shard died before it was open, and so {RESTARTS} more times ({cause_of(loss)}); mend what is "
+                    "said there, or, if nothing is, use more shards or --resident one: it may be out of memory"
+                ) from None
+
+        return self._recovering(attempt)
 
     def calibrate(self, stream: Stream, blocks: set[int], on_step: Callable[[int], None], sweep: int = 0) -> None:
         """Stream the calibration, gathering in `blocks` what `sweep` needs; what a lost shard had gathered is gathered
@@ -283,8 +287,5 @@ class Fleet:
     def _note(self, loss: Exception) -> None:
         self._fruitless += 1
         if self._fruitless > FRUITLESS_RECOVERIES:
-            raise Refusal(
-                f"a shard was lost {self._fruitless} times with no block finished between ({cause_of(loss)}); "
-                "likely out of memory: use more shards, --resident one or a smaller --spool-memory, then resume"
-            )
+            raise Refusal(given_up(self._fruitless, loss))
         self._on_event(f"a shard was lost ({one_line(loss)}); streaming to its replacement")

@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 
 from espalier.cluster.connection.room import answered
 from espalier.cluster.shard_actor import Inputs
-from espalier.stages.errors import OutOfStep, Refusal
+from espalier.stages.errors import DeviceLost, OutOfStep, Refusal
 
 MEASURED = (
     "measures",
@@ -38,7 +38,7 @@ def answers(references: Any) -> Any:
         return answered(references)
     except RayTaskError as error:
         cause = error.cause
-        if isinstance(cause, Refusal | OutOfStep):
+        if isinstance(cause, Refusal | OutOfStep | DeviceLost):
             raise cause from None
         raise
 

@@ -10,3 +10,8 @@ class Refusal(ValueError):
 
 class OutOfStep(RuntimeError):
     """A shard was asked for something whose forerunner it has not seen, as after a restart: stream to it again."""
+
+
+class DeviceLost(RuntimeError):
+    """Whatever this process asks of its device fails from now on (see `espalier.stages.device_errors`): another has to
+    go on."""

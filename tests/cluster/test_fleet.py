@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ from ray import cloudpickle
 from espalier.cluster import rank_group as ranks
 from espalier.cluster import shard_group as module
 from espalier.cluster.connection import room
-from espalier.cluster.shard_actor import RESTARTS
+from espalier.cluster.shard_actor import OPTIONS, RESTARTS, ShardWorker
 from espalier.cluster.shard_group import Fleet, Stream
 from espalier.stages.errors import Refusal
 from espalier.stages.recipe import Recipe, WorkOrder
+from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -135,6 +137,35 @@ def test_a_shard_that_dies_at_every_start_is_told_with_what_it_said_last(
         fleet.open()
     assert f"{RESTARTS} more times" in str(caught.value) and "\n" not in str(caught.value)
     assert "no licence for this node" in str(caught.value)
+
+
+class Broken(ShardWorker):
+    """Its device is lost in every pass."""
+
+    def __init__(self, *run: Any) -> None:
+        super().__init__(*run)
+
+        def forward(*_: object) -> torch.Tensor:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nfor debugging consider")
+
+        Shard.forward = forward
+
+
+def test_a_device_that_is_lost_again_and_again_ends_the_run_with_what_was_said_of_it(
+    one_cluster: None, specs: list[ShardSpec], tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(module, "ShardActor", ray.remote(max_restarts=RESTARTS, **OPTIONS)(Broken))
+    monkeypatch.setattr(module, "FRUITLESS_RECOVERIES", 1)  # not three: each is a process that imports torch
+    events: list[str] = []
+    with Fleet(specs[:1], 1, None, events.append) as fleet:
+        first = fleet.open()[0].pid
+        with pytest.raises(Refusal, match="a shard was lost 2 times with no block finished between") as caught:
+            fleet.calibrate(stream(tokens), {0}, lambda _: None)
+        assert fleet.open()[0].pid != first, "each time in a process of its own"
+    said = "CUDA error: an illegal memory access was encountered, on node "
+    assert said in str(caught.value) and "resume" in str(caught.value) and "\n" not in str(caught.value)
+    assert len(events) == 1 and said in events[0]
 
 
 class Holder:
