@@ -4,6 +4,9 @@ Letters: S = samples in this call, T = tokens of a sample, C = chunks of a sampl
 O = output channels.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,35 @@ CPU_CHUNK = 1 << 18  # elements converted to float32 at a time, so that a chunk 
 PIVOT_TOKENS = 32  # tokens whose mean the sums are taken around
 GRAM_TOKENS = 512  # tokens of a sample multiplied at a time: enough for a full-speed product
 GRAM_ROWS = 512  # rows of the gram computed at a time, up to their diagonal
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Check:
+    """What one update is to have summed: Σx² of its samples, (S, C) by what they are of, from sample `first` on."""
+
+    first: int
+    squares: dict[str, Tensor]
+
+    def finite(self) -> Tensor:
+        """Whether no sample holds a NaN or an infinity, (), where the sums lie."""
+        return torch.stack([torch.isfinite(squares_SC.sum(-1)) for squares_SC in self.squares.values()]).all()
+
+    def refuse(self) -> None:
+        """Raises Refusal for the first sample that does."""
+        for of_what, squares_SC in self.squares.items():
+            bad = (~torch.isfinite(squares_SC)).nonzero()
+            if len(bad):
+                sample, channel = bad[0].tolist()
+                raise Refusal(
+                    f"sample {self.first + sample}: NaN or infinity in its {of_what}, first in channel {channel}"
+                )
+
+
+def first_not_finite(checks: Sequence[Check]) -> Check | None:
+    """The first of the checks that does not hold. The host waits once, if they all do."""
+    if not checks or bool(torch.stack([check.finite() for check in checks]).all()):
+        return None
+    return next(check for check in checks if not bool(check.finite()))
 
 
 class InputStatistics:
@@ -112,8 +144,16 @@ class InputStatistics:
         """Add inputs x (samples, tokens, I) of any floating dtype; (tokens, I) counts as one sample.
 
         y (samples, tokens, O): what the linear made of x; needed if, and only if, `out_features` was given.
-        Raises Refusal if a sample holds a NaN or an infinity, naming the sample by its place in the stream.
+        Raises Refusal if a sample holds a NaN or an infinity, naming the sample by its place in the stream, and adds
+        nothing then. The host waits once.
         """
+        self._add(x, y, at_once=True)
+
+    def update_unchecked(self, x: Tensor, y: Tensor | None = None) -> Check | None:
+        """The same, but that the host does not wait: a check comes back, to be asked before the sums are used."""
+        return self._add(x, y, at_once=False)
+
+    def _add(self, x: Tensor, y: Tensor | None, at_once: bool) -> Check | None:
         self._factors.clear()
         x_STI = x.detach().reshape(-1, *x.shape[-2:])
         samples, tokens, channels = x_STI.shape
@@ -121,7 +161,7 @@ class InputStatistics:
             raise ValueError(f"inputs have {channels} channels, these statistics {self.in_features}")
         y_STO = self._outputs(y, samples, tokens)
         if not samples or not tokens:
-            return
+            return None
         with torch.no_grad(), torch.autocast(x_STI.device.type, enabled=False):
             pivot_SI, first_SI, second_SI = self._centred_sums(x_STI)
             outputs_SO = _sums_of_squares(y_STO) if y_STO is not None else None
@@ -129,7 +169,9 @@ class InputStatistics:
         deviation_SI = second_SI - first_SI.square() / tokens  # Σ(x − mean)²: no digits cancel, the pivot is near
         total_SI = first_SI + tokens * pivot_SI
         squares_SI = deviation_SI + total_SI.square() / tokens
-        self._check_finite({"inputs": squares_SI} | ({} if outputs_SO is None else {"outputs": outputs_SO}))
+        check = Check(self.samples, {"inputs": squares_SI} | ({} if outputs_SO is None else {"outputs": outputs_SO}))
+        if at_once and not bool(check.finite()):
+            check.refuse()
         if outputs_SO is not None and self.output_sum_sq is not None:
             for squares_O in outputs_SO:
                 self.output_sum_sq += squares_O
@@ -143,6 +185,7 @@ class InputStatistics:
             self._mirrored = False
         self.samples += samples
         self.tokens += samples * tokens
+        return check
 
     def _outputs(self, y: Tensor | None, samples: int, tokens: int) -> Tensor | None:
         """y as (samples, tokens, O), checked against what these statistics keep."""
@@ -155,16 +198,6 @@ class InputStatistics:
         if y_STO.shape != expected:
             raise ValueError(f"outputs are {tuple(y_STO.shape)}, these statistics expect {expected}")
         return y_STO
-
-    def _check_finite(self, squares: dict[str, Tensor]) -> None:
-        """Raises Refusal for the first of these (S, C) that is not finite: the host waits once, whatever they are."""
-        finite = {of_what: torch.isfinite(squares_SC.sum(-1)) for of_what, squares_SC in squares.items()}
-        if bool(torch.stack(list(finite.values())).all()):
-            return
-        of_what = next(name for name, finite_S in finite.items() if not finite_S.all())
-        sample = int((~finite[of_what]).nonzero()[0])
-        channel = int((~torch.isfinite(squares[of_what][sample])).nonzero()[0])
-        raise Refusal(f"sample {self.samples + sample}: NaN or infinity in its {of_what}, first in channel {channel}")
 
     def _centred_sums(self, x_STI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A pivot near the mean, float32, Σ(x − pivot) and Σ(x − pivot)², float64, each (S, I): summed in float32

@@ -25,7 +25,7 @@ from espalier.stages.recipe import Recipe, WorkOrder, derived_seed
 from espalier.stages.reconstruction.fit import FitSettings, fit, rate_unit
 from espalier.stages.reconstruction.target import Target
 from espalier.stages.reconstruction.units import FitUnit, Group, UnitModules, groups_of
-from espalier.stages.shard.calibration import BlockCalibration, counting, new_statistics
+from espalier.stages.shard.calibration import BlockCalibration, Counting, new_statistics
 from espalier.stages.shard.mask_selection import Chooser
 from espalier.stages.statistics import InputStatistics
 from espalier.stages.storage.spool import Spool
@@ -166,17 +166,19 @@ class Work:
         inputs = self._captured(unit, captured) if self.recipe.sequential else self._entry(unit).inputs[unit.source]
         names = {weight.name for _, weight in unit.weights}
         gathered: dict[int, dict[str, InputStatistics]] = {}
-        chain = UnitModules(unit, self.modules)
+        chain, counts = UnitModules(unit, self.modules), list[Counting]()
         with ExitStack() as hooks:
             for step in _entries(unit):
                 module, anatomy = self.modules[step], _part(self.calibrations[step].anatomy, names)
                 gathered[step] = new_statistics(anatomy, module, self.recipe.needs)
-                count = counting(gathered[step], module, f"calibration, block {step}")
+                counts.append(Counting(gathered[step], module, f"calibration, block {step}"))
                 root = next(entry.module for entry in unit.steps if entry.block == step)
-                hooks.enter_context(observing(module, anatomy, count, root=root))
+                hooks.enter_context(observing(module, anatomy, counts[-1], root=root))
             hooks.enter_context(computing(chain))
             for samples, batch in _batches(inputs, self.skeleton.device):
                 chain(batch, [step.call.at(samples) for step in unit.steps])
+                for count in counts:
+                    count.settle()
         return gathered
 
     # -- activations -----------------------------------------------------------------------------------------------

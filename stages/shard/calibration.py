@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from espalier.stages.devices import on_accelerator
 from espalier.stages.errors import Refusal
 from espalier.stages.model.anatomy import Anatomy, Weight
 from espalier.stages.model.calls import Call, first
@@ -15,7 +16,7 @@ from espalier.stages.recipe import Recipe
 from espalier.stages.reconstruction.fit import weight_rms
 from espalier.stages.reconstruction.target import drawn
 from espalier.stages.reconstruction.units import groups_of
-from espalier.stages.statistics import InputStatistics
+from espalier.stages.statistics import Check, InputStatistics, first_not_finite
 from espalier.stages.storage.spool import Spool, SpoolBudget
 from espalier.stages.storage.staging import upload
 
@@ -70,9 +71,11 @@ class BlockCalibration:
     def watching(self, block: nn.Module) -> Iterator[None]:
         """Within it, each forward pass of `block` adds its samples. The pass itself computes what it always does."""
         inputs, outputs = _appending(self._sources, self.inputs), _appending(self._results, self.outputs)
-        count = counting(self.statistics, block, f"calibration, block {self.index}") if self.statistics else None
+        count = Counting(self.statistics, block, f"calibration, block {self.index}") if self.statistics else None
         with observing(block, self.anatomy, count, inputs, outputs):
             yield
+        if count is not None:
+            count.settle()
 
     @contextmanager
     def watching_drift(self, block: nn.Module, foresee: bool = False) -> Iterator[None]:
@@ -158,23 +161,49 @@ def new_statistics(anatomy: Anatomy, block: nn.Module, needs: frozenset[str]) ->
     return made
 
 
-def counting(
-    statistics: Mapping[str, InputStatistics], block: nn.Module, where: str
-) -> Callable[[tuple[Weight, ...], Tensor], None]:
-    """What adds the tensor that some weights of `block` read to their statistics."""
+class Counting:
+    """What adds the tensors that some weights of `block` read to their statistics.
 
-    def count(group: tuple[Weight, ...], x: Tensor) -> None:
+    On a CPU a tensor is checked before it is added. On an accelerator, where each check would hold the host up, those
+    of a pass are settled together, by `settle`; however many experts and samples it had, the host waits once.
+    """
+
+    def __init__(self, statistics: Mapping[str, InputStatistics], block: nn.Module, where: str) -> None:
+        self._statistics, self._block, self._where = statistics, block, where
+        self._unchecked: list[tuple[str, Check]] = []  # of the pass, in its order, by the first weight's name
+
+    def __call__(self, group: tuple[Weight, ...], x: Tensor) -> None:
+        for weight in group:
+            sums = self._statistics[weight.name]
+            if sums.output_sum_sq is not None:  # X Wᵀ once more: what the module gives may hold a bias
+                matrix = weight.of(self._block.get_parameter(weight.parameter))
+                self._add(group[0].name, sums, x, nn.functional.linear(x, matrix))
+            elif weight is group[0]:
+                self._add(group[0].name, sums, x)
+
+    def _add(self, name: str, sums: InputStatistics, x: Tensor, y: Tensor | None = None) -> None:
+        if on_accelerator(x.device):
+            check = sums.update_unchecked(x, y)
+            if check is not None:
+                self._unchecked.append((name, check))
+            return
+        with self._told(name):
+            sums.update(x, y)
+
+    def settle(self) -> None:
+        """The pass is over. Raises Refusal for the first tensor of it that holds a NaN or an infinity."""
+        unchecked, self._unchecked = self._unchecked, []
+        bad = first_not_finite([check for _, check in unchecked])
+        if bad is not None:
+            with self._told(next(name for name, check in unchecked if check is bad)):
+                bad.refuse()
+
+    @contextmanager
+    def _told(self, name: str) -> Iterator[None]:
         try:
-            for weight in group:
-                sums = statistics[weight.name]
-                if sums.output_sum_sq is not None:  # X Wᵀ once more: what the module gives may hold a bias
-                    sums.update(x, nn.functional.linear(x, weight.of(block.get_parameter(weight.parameter))))
-                elif weight is group[0]:
-                    sums.update(x)
+            yield
         except Refusal as refusal:
-            raise Refusal(f"{where}, {group[0].name}: {refusal}") from None
-
-    return count
+            raise Refusal(f"{self._where}, {name}: {refusal}") from None
 
 
 def _appending(modules: Mapping[str, str], spools: Mapping[str, Spool]) -> dict[str, list[Callable[[Tensor], None]]]:

@@ -11,9 +11,11 @@ import numpy as np
 import pretended_streams
 import pytest
 import torch
+from family_models import LAYERS, family_checkpoint
 from pretended_device import DEVICE, NAME, PretendedDevice
 from pretended_streams import Event, Stream, Unordered
-from streaming import GENTLE, bits, make_shards, prune, same_bits
+from safetensors.torch import save_file
+from streaming import GENTLE, begin, bits, make_shards, microbatches, prune, same_bits, stream
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,6 +23,7 @@ from espalier.cluster.transport import pack, unpack
 from espalier.stages.errors import Refusal
 from espalier.stages.recipe import Recipe
 from espalier.stages.storage import staging
+from espalier.stages.storage.hf_checkpoint import Checkpoint
 from espalier.stages.storage.spool import Spool, SpoolBudget
 from espalier.stages.storage.staging import download, lane_to, prefetch, to_host, upload
 
@@ -311,3 +314,54 @@ def test_a_fit_waits_for_its_held_out_samples_twice(
     fitting = {place: times for place, times in device.waits.items() if "reconstruct.py" in place}
     assert sum(times for place, times in fitting.items() if "weight_rms" not in place) <= 3 * units, fitting
     assert device.streams.ahead >= units * (2 * steps - 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_pass_through_a_block_waits_once_for_all_its_sums(
+    device: PretendedDevice, tiny_tokens: Callable[..., Tensor], tmp_path: Path, family: str
+) -> None:
+    """However many weights, experts and samples a microbatch has; and once more to learn what each expert gets."""
+    model = family_checkpoint(tmp_path / "families")(family, "float32")
+    recipe = Recipe(reconstruct="none")
+    (shard,) = make_shards(model, tmp_path, 1, LENGTH, blocks=LAYERS, recipe=recipe, device=NAME)
+    stream([shard], tiny_tokens(2, LENGTH), range(LAYERS))  # the first pass also traces the blocks
+    with device.counted() as waits:
+        stream([shard], tiny_tokens(SAMPLES, LENGTH), range(LAYERS))
+    sums = sum(times for place, times in waits.items() if "statistics.py" in place)
+    experts = sum(times for place, times in waits.items() if "experts.py" in place)
+    passes = 5 * LAYERS
+    assert sums == passes, waits
+    assert experts == (passes if family == "mixtral" else 0), waits
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_what_is_not_finite_is_refused_by_name_as_on_a_cpu(
+    device: PretendedDevice, tiny_tokens: Callable[..., Tensor], tmp_path: Path, family: str
+) -> None:
+    model, said = family_checkpoint(tmp_path / "families")(family, "float32"), []
+    for place in ("cpu", NAME):
+        recipe = Recipe(reconstruct="none")
+        (shard,) = make_shards(model, tmp_path / place, 1, LENGTH, blocks=LAYERS, recipe=recipe, device=place)
+        begin([shard], tiny_tokens(SAMPLES, LENGTH), range(LAYERS))
+        parts = microbatches(tiny_tokens(SAMPLES, LENGTH))
+        shard.forward(0, shard.embed(parts[0]))
+        hidden = shard.embed(parts[1])
+        hidden[1, 3, 5] = float("inf")
+        with pytest.raises(Refusal) as refused:
+            shard.forward(1, hidden)
+        said.append(str(refused.value))
+    assert said[0] == said[1]
+    assert "calibration, block 0, " in said[0] and "sample 3: NaN or infinity in its inputs" in said[0]
+
+
+def test_a_checkpoints_weights_are_asked_once_whether_they_are_finite(device: PretendedDevice, tmp_path: Path) -> None:
+    tensors = {f"w{n}": samples(n + 1) for n in range(5)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with device.counted() as waits:
+        loaded = Checkpoint(tmp_path).load(tensors, dtype=torch.bfloat16, device=NAME)
+    assert sum(waits.values()) == 1, waits
+    assert all(same_bits(loaded[name].cpu(), tensors[name].bfloat16()) for name in tensors)
+    tensors["w2"][0, 0, 0] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(Refusal, match=r"model.safetensors: w2: 1 of 1152 weights are NaN or infinite as float32"):
+        Checkpoint(tmp_path).load(tensors, device=NAME)
