@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from espalier.stages.errors import Refusal
+from espalier.stages.loading.stub import Answers, Stub, Visit
 from espalier.stages.loading.weight_mapping import Storage
 from espalier.stages.model.calls import Call
 from espalier.stages.model.empty import empty_model
@@ -34,24 +35,6 @@ class _Stop(Exception):
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
-
-
-class _Stub(nn.Module):
-    """Stands for one decoder layer; what the model reads off the layer (its attention type, say) it reads through."""
-
-    def __init__(self, layer: nn.Module, index: int, visit: Callable[[int, Call, Tensor], Tensor]) -> None:
-        super().__init__()
-        self._kept = (layer,)  # a tuple: not registered as a submodule
-        self._index, self._visit = index, visit
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_kept"][0], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._visit(self._index, Call.seen(args, kwargs), Call.hidden_of(args, kwargs))
 
 
 def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -90,9 +73,10 @@ class Skeleton:
         self.storage = Storage(self.model, shapes, None if checkpoint is None else checkpoint.entries)
         holder, _, attribute = self.layout.blocks.rpartition(".")
         self.layers = self._find_layers()  # on the meta device, to be materialised one by one
-        stubs = nn.ModuleList(_Stub(layer, index, self._on_visit) for index, layer in enumerate(self.layers))
+        answers = Answers()
+        stubs = nn.ModuleList(Stub(layer, index, self._on_visit, answers) for index, layer in enumerate(self.layers))
         setattr(self.model.get_submodule(holder), attribute, stubs)
-        self._visit: Callable[[int, Call, Tensor], Tensor] = lambda index, call, hidden: hidden
+        self._visit: Visit = lambda index, call, hidden: hidden
         self.outer = [name for name, _ in self.model.named_parameters()]
         text = config.get_text_config()
         self.hidden_size: int = text.hidden_size
@@ -123,7 +107,7 @@ class Skeleton:
         return self._visit(index, call, hidden)
 
     @contextmanager
-    def _visiting(self, visit: Callable[[int, Call, Tensor], Tensor]) -> Iterator[None]:
+    def _visiting(self, visit: Visit) -> Iterator[None]:
         previous, self._visit = self._visit, visit
         try:
             with torch.no_grad():

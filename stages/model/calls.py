@@ -63,8 +63,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def first(output: Any) -> Tensor:
-    """A module's hidden states: its output, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """A module's hidden states: its output, or the first of several."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 BY_SAMPLE = ("image_grid_thw",)  # of such inputs, those that are no entry a token
@@ -121,10 +121,12 @@ class PassCalls:
         self._varying: Varying | None = None
         self._alike: list[Call] = []
         self._alike_for: tuple[int, int] | None = None
+        self._together: dict[tuple[int, int], list[Call]] = {}  # (samples, length) -> calls of samples fitted at once
 
     def begin(self, varying: Mapping[str, Tensor] | None) -> None:
         """A pass begins, whose samples have these inputs that shape calls."""
         self._varying = Varying(varying, self._make) if varying else None
+        self._together.clear()
 
     @property
     def first(self) -> dict[str, Tensor]:
@@ -132,8 +134,18 @@ class PassCalls:
         return self._varying.first if self._varying else {}
 
     def of_one(self, index: int, length: int) -> Call:
-        """Block `index`'s call for one sample."""
-        return self._varying.call(index, length) if self._varying else self._make(1, length, None)[index]
+        """Block `index`'s call for one sample, which serves any number of them, or is made anew for their number."""
+        if self._varying:
+            return self._varying.call(index, length)
+        one, two = (self._of_several(samples, length)[index] for samples in (1, 2))
+        if _spreads(one, two):
+            return one
+        return _varied(one, lambda samples: self._of_several(len(samples), length)[index])
+
+    def _of_several(self, samples: int, length: int) -> list[Call]:
+        if (samples, length) not in self._together:
+            self._together[samples, length] = self._make(samples, length, None)
+        return self._together[samples, length]
 
     def following(self, index: int, samples: int, length: int) -> Call:
         """Block `index`'s call for so many samples, the next of the pass."""
@@ -142,6 +154,13 @@ class PassCalls:
         if self._alike_for != (samples, length):
             self._alike, self._alike_for = self._make(samples, length, None), (samples, length)
         return self._alike[index]
+
+
+def _spreads(one: Call, two: Call) -> bool:
+    """Whether the tensors of a call for one sample are, repeated along single axes, those of a call for two. BLOOM's
+    biases are not: they have a row for each head of each sample."""
+    pairs = zip(tensors_in((one.args, one.kwargs)), tensors_in((two.args, two.kwargs)), strict=True)
+    return all(small in (1, large) for a, b in pairs for small, large in zip(a.shape, b.shape, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +189,14 @@ def inside(inner: Call, outer: Call) -> Call:
     inner = replace(inner, packed=outer.packed)
     if not isinstance(outer, VaryingCall):
         return inner
-    handed = {id(tensor) for tensor in _tensors((outer.args, outer.kwargs))}
-    if not any(id(tensor) in handed for tensor in _tensors((inner.args, inner.kwargs))):
+    handed = {id(tensor) for tensor in tensors_in((outer.args, outer.kwargs))}
+    if not any(id(tensor) in handed for tensor in tensors_in((inner.args, inner.kwargs))):
         return inner
 
     def source(samples: Sequence[int]) -> Call:
         fresh = outer.at(samples)
         pairs = zip(
-            _tensors((outer.args, outer.kwargs)), _tensors((fresh.args, fresh.kwargs)), strict=True
+            tensors_in((outer.args, outer.kwargs)), tensors_in((fresh.args, fresh.kwargs)), strict=True
         )  # one layer's calls have one structure
         swapped = {id(old): new for old, new in pairs}
         args, kwargs = _replaced((inner.args, inner.kwargs), swapped)
@@ -186,15 +205,16 @@ def inside(inner: Call, outer: Call) -> Call:
     return _varied(inner, source)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors among arguments, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _replaced(value: Any, swapped: Mapping[int, Tensor]) -> Any:

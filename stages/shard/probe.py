@@ -4,6 +4,7 @@ Width and depth are cut, what blocks consist of is kept. The model is streamed b
 components are found, masked and refitted, and what is written is loaded back by transformers. All must be exact.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -20,7 +21,8 @@ from transformers import PreTrainedConfig
 
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import Skeleton
-from espalier.stages.model.anatomy import prunable
+from espalier.stages.model.anatomy import prunable, trace
+from espalier.stages.model.calls import tensors_in
 from espalier.stages.model.empty import auto_class
 from espalier.stages.model.structure import layout_in
 from espalier.stages.recipe import Recipe, WorkOrder
@@ -186,6 +188,8 @@ def _go(family: str, config: PreTrainedConfig, folder: Path) -> int:
         _streamed(shard, tokens, whole, range(config.num_hidden_layers))
         step = "looking for its matrices"
         _all_accounted(shard.skeleton)
+        step = "looking at how it calls its components"
+        _all_given(shard)
         step = "pruning and refitting"
         for index in range(config.num_hidden_layers):
             order = WorkOrder(blocks=(index,))
@@ -232,6 +236,23 @@ def _all_accounted(skeleton: Skeleton) -> None:
             routes = any(name.startswith(f"{router}.") for router in skeleton.layout.routers)
             if matrix and name not in pruned and not routes and not name.endswith("bias"):
                 raise _Differs(f"block {index}: {name} {tuple(tensor.shape)} is no linear, expert or router known here")
+
+
+def _all_given(shard: Shard) -> None:
+    """Raises _Differs for a component that is given, beside its input, something that hangs on the tokens: on its own
+    it could not be refitted."""
+    generator = torch.Generator().manual_seed(1)
+    for index in range(shard.spec.first, shard.spec.last):
+        call, block = shard.skeleton.calls(1, LENGTH)[index], shard.blocks.hold([index])[index]
+        found = []
+        for _ in range(2):
+            hidden = torch.randn(1, LENGTH, shard.skeleton.hidden_size, generator=generator)
+            found.append(trace(block, functools.partial(call.run, block, hidden), shard.skeleton.layout).calls)
+        for name, once in found[0].items():
+            again = found[1][name]
+            pairs = zip(tensors_in((once.args, once.kwargs)), tensors_in((again.args, again.kwargs)), strict=True)
+            if not all(torch.equal(left, right) for left, right in pairs):
+                raise _Differs(f"block {index}: {name} is given more that hangs on the tokens than its input")
 
 
 class _Differs(Exception):

@@ -12,9 +12,9 @@ from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import Skeleton
 from espalier.stages.model.families import BlockLayout
 from espalier.stages.shard import probe as probing
-from espalier.stages.shard.probe import TRIED, probe
+from espalier.stages.shard.probe import TRIED, probe, small_config
 
-FULL_SIZE = ("arcee", "helium", "granitemoe", "phimoe", "persimmon", "gpt_bigcode")
+FULL_SIZE = ("arcee", "helium", "granitemoe", "phimoe", "persimmon", "gpt_bigcode", "gptj", "falcon", "openai-gpt")
 
 
 def skeleton_of(family: str, **changes: Any) -> Skeleton:
@@ -35,12 +35,36 @@ def test_a_family_at_its_published_size_is_tried_small_and_told_once(family: str
 
 @pytest.mark.parametrize(
     ("family", "where"),
-    [("bloom", "streaming block by block failed"), ("falcon", "streaming block by block failed")],
+    [
+        ("bert-generation", "predicting the next token failed .*each token sees those after it, as in an encoder"),
+        ("gemma3n_text", "streaming block by block failed"),
+        ("bloom", "looking at how it calls its components failed .*self_attention is given more that hangs on the"),
+        ("mpt", "looking at how it calls its components failed .*ffn is given more that hangs on the tokens"),
+        ("xlnet", "cutting its config failed"),
+    ],
 )
-def test_one_that_does_not_stream_is_refused_with_the_step_that_failed(family: str, where: str, tmp_path: Path) -> None:
+def test_one_that_does_not_work_is_refused_with_the_step_that_failed(family: str, where: str, tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=f"model family '{family}' is not supported: {where}"):
         probe(skeleton_of(family), tmp_path, None)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_experts_of_a_large_model_take_no_memory_before_they_are_weights() -> None:
+    """A block's are one tensor of 962 GB: no host would have it for a moment."""
+    config = AutoConfig.for_model("mixtral", num_local_experts=512, hidden_size=7168, intermediate_size=1 << 15)
+    skeleton = Skeleton(config, torch.float32)
+    experts = skeleton.layers[0].state_dict()["mlp.experts.gate_up_proj"]
+    assert experts.is_meta and 4 * experts.numel() > 9e11
+    assert all(buffer.device.type == "cpu" for buffer in skeleton.model.buffers())
+
+
+def test_a_small_config_keeps_what_belongs_together() -> None:
+    settings = {"n_embd": 4096, "n_head": 16, "rotary_dim": 64, "n_layer": 28}
+    small = small_config(AutoConfig.for_model("gptj", **settings), skeleton_of("gptj", **settings).layers)
+    assert small.rotary_dim <= small.n_embd // small.n_head and small.n_layer == 2
+    inside = {"attn_config": {"kv_n_heads": 8, "rope_theta": 5e5}, "ffn_config": {"moe_num_experts": 16}}
+    small = small_config(AutoConfig.for_model("dbrx", **inside), skeleton_of("dbrx", **inside).layers)
+    assert small.n_heads % small.attn_config.kv_n_heads == 0 and small.ffn_config.moe_num_experts == 8
 
 
 def test_matrices_that_would_stay_dense_unsaid_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
