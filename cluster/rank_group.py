@@ -33,7 +33,7 @@ class _Lost(Exception):
 
 
 class RankWorker:
-    """What a rank's process does; `ranks.Ranks` runs several as Ray actors."""
+    """What a rank's process does; `ranks.RankGroup` runs several as Ray actors."""
 
     def __init__(self, threads: int, device: str) -> None:
         steady_products()
@@ -61,7 +61,7 @@ class RankWorker:
             yield from train(spec, self._device)
 
 
-class Ranks:
+class RankGroup:
     """So many ranks on the connected cluster. A context manager: on leaving, they are ended.
 
     Raises Refusal, on entering, for more ranks than there are devices.
@@ -81,7 +81,7 @@ class Ranks:
         self._group: Any = None
         self.facts: list[dict[str, Any]] = []  # of each rank: node, pid
 
-    def __enter__(self) -> "Ranks":
+    def __enter__(self) -> "RankGroup":
         check_devices(self.ranks, self.threads, self.device)
         self._start()
         return self

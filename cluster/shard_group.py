@@ -20,14 +20,14 @@ from espalier.stages.metrics.perplexity import Measures
 from espalier.stages.recipe import WorkOrder
 from espalier.stages.shard.spec import ShardSpec
 
-__all__ = ["Fleet", "Stream"]
+__all__ = ["ShardGroup", "Stream"]
 
 FRUITLESS_RECOVERIES = 3  # in a row, with no block finished between them, before the run gives up
 
 Answer = TypeVar("Answer")
 
 
-class Fleet:
+class ShardGroup:
     """The shard actors of one run. Use as a context manager: on leaving, the actors are ended."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Fleet:
         options = ShardActor.options(num_cpus=self._threads, num_gpus=gpus, scheduling_strategy="SPREAD")
         return options.remote(spec, self._threads, self._run_file)
 
-    def __enter__(self) -> "Fleet":
+    def __enter__(self) -> "ShardGroup":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -14,7 +14,7 @@ import torch
 from espalier.cluster.arithmetic import steady_products
 
 if TYPE_CHECKING:
-    from espalier.cluster.rank_group import Ranks
+    from espalier.cluster.rank_group import RankGroup
 
 steady_products()  # before the first product of this process, as every worker does
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -25,7 +25,7 @@ os.environ |= {"CXX": "/nowhere/c++", "TORCH_EXTENSIONS_DIR": "/nowhere"}  # no 
 WINDOW = 6  # the sliding windows of the tiny models: shorter than the sequences that the tests run
 VOCABULARY = 128
 _shared_cluster = contextlib.ExitStack()  # empty, or with the cluster of those that ask for `one_cluster`
-_shared_ranks: "list[Ranks]" = []  # in that cluster, once something asks for `two_ranks`
+_shared_ranks: "list[RankGroup]" = []  # in that cluster, once something asks for `two_ranks`
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -76,24 +76,24 @@ def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     It goes on from module to module and ends with the first test that does not ask for it.
     """
     import ray
-    from warm import WarmFleet, warm_cluster
+    from warm import WarmShardGroup, warm_cluster
 
     if not ray.is_initialized():
         _shared_cluster.enter_context(warm_cluster(tmp_path_factory.mktemp("shards")))
     with pytest.MonkeyPatch.context() as patch:
         for module in ("espalier.pipeline.pruning.run", "espalier.pipeline.commands.evaluate"):
-            patch.setattr(f"{module}.Fleet", WarmFleet)
+            patch.setattr(f"{module}.ShardGroup", WarmShardGroup)
         yield
 
 
 @pytest.fixture(scope="module")
-def two_ranks(one_cluster: None) -> "Iterator[Ranks]":
+def two_ranks(one_cluster: None) -> "Iterator[RankGroup]":
     """Two ZeRO ranks in the shared cluster, for all modules that train: a rank imports DeepSpeed for seconds."""
-    from espalier.cluster.rank_group import Ranks
+    from espalier.cluster.rank_group import RankGroup
 
     if not _shared_ranks:
         _shared_cluster.callback(_shared_ranks.clear)
-        _shared_ranks.append(_shared_cluster.enter_context(Ranks(2)))
+        _shared_ranks.append(_shared_cluster.enter_context(RankGroup(2)))
     yield _shared_ranks[0]
 
 

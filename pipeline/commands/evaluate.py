@@ -11,7 +11,7 @@ from rich.console import Console
 
 from espalier.cluster.connection.connect import connect
 from espalier.cluster.connection.folders import own_folder
-from espalier.cluster.shard_group import Fleet
+from espalier.cluster.shard_group import ShardGroup
 from espalier.pipeline.config.prune import EvalConfig
 from espalier.pipeline.planning.model_info import check_headers, model_facts
 from espalier.pipeline.planning.placement import Layout, Load, arrange
@@ -113,7 +113,7 @@ def _measures(
 ) -> Measures:
     """Of one model; "compared" with the one whose hidden states were "kept" before it."""
     stream = stream_of(table, microbatch_size(config.microbatch, table.length), config.window)
-    with Fleet(specs, config.threads, None, reporter.note) as fleet:
+    with ShardGroup(specs, config.threads, None, reporter.note) as fleet:
         fleet.open()
         step = reporter.pass_begins(f"evaluate {Path(specs[0].model).name}", stream.microbatches)
         return fleet.measure(stream, step, wanted=wanted)

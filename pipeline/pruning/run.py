@@ -13,7 +13,7 @@ from rich.console import Console
 from espalier.cluster.connection.connect import connect
 from espalier.cluster.connection.inventory import nodes
 from espalier.cluster.connection.redact import without_secrets
-from espalier.cluster.shard_group import Fleet, Stream
+from espalier.cluster.shard_group import ShardGroup, Stream
 from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.planning.model_info import ModelFacts
 from espalier.pipeline.planning.placement import Layout, ShardLayout
@@ -86,7 +86,7 @@ class PruneRun:
                 shard_layout = self._connected(held)
                 recorder.tag(COMPUTE_TAG, shard_layout.compute)
                 fleet = held.enter_context(
-                    Fleet(shard_layout.specs, self.config.threads, str(self.directory.run_file), self._warn)
+                    ShardGroup(shard_layout.specs, self.config.threads, str(self.directory.run_file), self._warn)
                 )
                 self._work(fleet, shard_layout, calibration, evaluation, recorder)
             self._finish(recorder)
@@ -134,7 +134,7 @@ class PruneRun:
 
     def _work(
         self,
-        fleet: Fleet,
+        fleet: ShardGroup,
         layout: ShardLayout,
         calibration: TokenTable | ImageTable,
         evaluation: TokenTable | None,
@@ -167,7 +167,7 @@ class PruneRun:
         ]
 
     def _sweeps(
-        self, fleet: Fleet, layout: ShardLayout, stream: Stream, samples: int, recorder: Recorder
+        self, fleet: ShardGroup, layout: ShardLayout, stream: Stream, samples: int, recorder: Recorder
     ) -> dict[int, dict[str, Any]]:
         """Reports of the last sweep's blocks; what an earlier run of this directory finished is not done again."""
         last, everything = self.recipe.sweeps, set(range(self.facts.blocks))
@@ -196,7 +196,7 @@ class PruneRun:
 
     def _work_off(
         self,
-        fleet: Fleet,
+        fleet: ShardGroup,
         layout: ShardLayout,
         stream: Stream,
         orders: list[WorkOrder],
@@ -218,10 +218,10 @@ class PruneRun:
             reports[report["block"]] = report
         return reports
 
-    def _worked(self, fleet: Fleet, stream: Stream, orders: list[WorkOrder]) -> Iterator[list[dict[str, Any]]]:
+    def _worked(self, fleet: ShardGroup, stream: Stream, orders: list[WorkOrder]) -> Iterator[list[dict[str, Any]]]:
         return fleet.work_in_order(stream, orders) if self.recipe.sequential else fleet.work(stream, orders)
 
-    def _ratios(self, fleet: Fleet, stream: Stream) -> list[float]:
+    def _ratios(self, fleet: ShardGroup, stream: Stream) -> list[float]:
         """Each block's sparsity by OWL, the same again when the run is resumed."""
         for entry in self.directory.noted("allocation"):
             return list(entry["sparsity"])
@@ -245,7 +245,7 @@ class PruneRun:
         microbatch = microbatch_size(self.config.microbatch, self.length, self.facts.packed)
         return stream_of(table, microbatch, self.config.window)
 
-    def _dense_perplexity(self, fleet: Fleet, table: TokenTable | None) -> float | None:
+    def _dense_perplexity(self, fleet: ShardGroup, table: TokenTable | None) -> float | None:
         if table is None:
             return None
         for entry in self.directory.noted("dense_perplexity"):
@@ -254,7 +254,7 @@ class PruneRun:
         self.directory.note("dense_perplexity", value=measures.perplexity, tokens=measures.tokens)
         return measures.perplexity
 
-    def _measured(self, fleet: Fleet, table: TokenTable | None) -> dict[str, float | None]:
+    def _measured(self, fleet: ShardGroup, table: TokenTable | None) -> dict[str, float | None]:
         """The pruned model's PRUNED_MEASURES."""
         if table is None:
             return dict.fromkeys(PRUNED_MEASURES)
@@ -266,7 +266,7 @@ class PruneRun:
         return values
 
     def _evaluation(
-        self, fleet: Fleet, table: TokenTable, phase: str, source: int | None, wanted: Literal["kept", "compared"]
+        self, fleet: ShardGroup, table: TokenTable, phase: str, source: int | None, wanted: Literal["kept", "compared"]
     ) -> Measures:
         stream = self._stream(table)
         with self.spending.phase(phase, len(table)):

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from espalier.cluster.rank_group import Ranks
+from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.retrain import RetrainConfig
 from espalier.pipeline.planning.hardware import cores
 from espalier.pipeline.planning.model_info import ModelFacts, check_headers, model_facts
@@ -41,7 +41,7 @@ def inspect(config: RetrainConfig) -> tuple[ModelFacts, str]:
     return facts, check_headers(facts, checkpoint)
 
 
-def devices(config: RetrainConfig, dtype: str, given: Ranks | None) -> tuple[str, int]:
+def devices(config: RetrainConfig, dtype: str, given: RankGroup | None) -> tuple[str, int]:
     """("cpu" or "cuda", how many ranks); `given` are ranks that run already.
 
     Raises Refusal for what these devices cannot do. On somebody's cluster, `auto` counts what this machine has, and

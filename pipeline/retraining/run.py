@@ -12,7 +12,7 @@ from rich.console import Console
 
 from espalier.cluster.connection.connect import connect
 from espalier.cluster.connection.inventory import nodes
-from espalier.cluster.rank_group import Ranks
+from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.options import build_config, located
 from espalier.pipeline.config.retrain import RetrainConfig
 from espalier.pipeline.planning.model_info import ModelFacts
@@ -74,7 +74,7 @@ class RetrainResult:
 def retrain(
     config: RetrainConfig,
     reporter: Reporter | None = None,
-    ranks: Ranks | None = None,
+    ranks: RankGroup | None = None,
     sources: Sources | None = None,
 ) -> RetrainResult:
     """Train a model as `config` says; the result's directory is a plain Hugging Face checkpoint.
@@ -98,7 +98,7 @@ def retrain(
 def resume(
     output: Path,
     reporter: Reporter | None = None,
-    ranks: Ranks | None = None,
+    ranks: RankGroup | None = None,
     sources: Sources | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> RetrainResult:
@@ -126,7 +126,7 @@ class _Run:
         directory: RunDirectory,
         run: dict[str, Any],
         reporter: Reporter | None,
-        ranks: Ranks | None,
+        ranks: RankGroup | None,
         sources: Sources | None,
     ) -> None:
         self.config, self.facts, self.directory, self.run = config, facts, directory, run
@@ -175,7 +175,7 @@ class _Run:
         )
 
     @contextmanager
-    def _connected(self, spec: RetrainSpec) -> Iterator[Ranks]:
+    def _connected(self, spec: RetrainSpec) -> Iterator[RankGroup]:
         estimate = estimate_rank(self.facts, spec, self.ranks, self.length, self.device)
         self.run["estimate"] = {"driver": DRIVER_BYTES, "ranks": [asdict(estimate)] * self.ranks}
         if self.given is not None:
@@ -189,7 +189,9 @@ class _Run:
             check_ranks_fit(estimate, spec, self.ranks, members, self.device)
             if self.nodes > 1:
                 self.reporter.note("several nodes: --output must lie on storage that all of them share")
-            with Ranks(self.ranks, threads=config.threads, device=self.device, on_event=self.reporter.note) as ranks:
+            with RankGroup(
+                self.ranks, threads=config.threads, device=self.device, on_event=self.reporter.note
+            ) as ranks:
                 yield ranks
 
     def _token_sources(self) -> Sources:
@@ -205,7 +207,7 @@ class _Run:
         tell(table, self.reporter.note, self._warn)
         return table
 
-    def _train(self, ranks: Ranks, spec: RetrainSpec, recorder: Recorder) -> None:
+    def _train(self, ranks: RankGroup, spec: RetrainSpec, recorder: Recorder) -> None:
         self.reporter.note(
             f"{self.config.recipe_name}: {Path(self.config.model).name} ({self.facts.family}, "
             f"{self.facts.parameters / 1e6:,.1f} M parameters, {spec.dtype}) on {self.ranks} "

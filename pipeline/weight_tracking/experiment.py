@@ -15,7 +15,7 @@ from rich.console import Console
 
 from espalier.cluster.connection.connect import connect
 from espalier.cluster.connection.room import has_room
-from espalier.cluster.rank_group import Ranks
+from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.options import build_config
 from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.config.retrain import RetrainConfig
@@ -81,7 +81,7 @@ class Experiment:
 
     material: Material
     recorder: Recorder
-    ranks: Ranks
+    ranks: RankGroup
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Experiment:
         directory: RunDirectory,
         run: dict[str, Any],
         reporter: Reporter | None,
-        ranks: Ranks | None,
+        ranks: RankGroup | None,
     ) -> None:
         self.config, self.directory, self.run, self.given = config, directory, run, ranks
         self.reporter = reporter or reporter_for(Console(stderr=True))
@@ -112,7 +112,7 @@ class Experiment:
                 self.recorder.abandon(failure)
                 raise
 
-    def _ranks(self, held: ExitStack) -> Ranks:
+    def _ranks(self, held: ExitStack) -> RankGroup:
         """Ranks of its own on a connected cluster, where one shard fits beside them for the pruning."""
         import torch
 
@@ -130,7 +130,7 @@ class Experiment:
             connect(config.address, cpus=cpus, gpus=count if gpus else 0, object_store_bytes=STORE_BYTES)
         )
         device = "cuda" if gpus else "cpu"
-        return held.enter_context(Ranks(count, threads=config.threads, device=device, on_event=self.reporter.note))
+        return held.enter_context(RankGroup(count, threads=config.threads, device=device, on_event=self.reporter.note))
 
     # -- training, pruning, fine-tuning --------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from espalier.cluster.rank_group import Ranks
+from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.options import build_config, located
 from espalier.pipeline.config.track import TrackConfig
 from espalier.pipeline.run.directory import RunDirectory, check_free, command_of
@@ -43,7 +43,7 @@ class TrackResult:
         return {name: self.run[name] for name in SUMMARY}
 
 
-def track(config: TrackConfig, reporter: Reporter | None = None, ranks: Ranks | None = None) -> TrackResult:
+def track(config: TrackConfig, reporter: Reporter | None = None, ranks: RankGroup | None = None) -> TrackResult:
     """Run the experiment, or go on with the same one where it was interrupted.
 
     `ranks`: ranks that are running, to use one set for several experiments; else it starts its own. Raises Refusal for
@@ -60,7 +60,7 @@ def track(config: TrackConfig, reporter: Reporter | None = None, ranks: Ranks | 
 
 
 def resume(
-    output: Path, reporter: Reporter | None = None, ranks: Ranks | None = None, config: TrackConfig | None = None
+    output: Path, reporter: Reporter | None = None, ranks: RankGroup | None = None, config: TrackConfig | None = None
 ) -> TrackResult:
     """Go on with an interrupted experiment; `config`, if given, must be its own but for where it runs.
 

@@ -30,7 +30,7 @@ from trained_model import Quiet, commit, texts_for
 from espalier import PruneConfig, prune
 from espalier.cluster.connection.connect import local_cluster
 from espalier.cluster.shard_actor import ShardWorker
-from espalier.cluster.shard_group import Fleet
+from espalier.cluster.shard_group import ShardGroup
 from espalier.pipeline.pruning import run as prune_run
 from espalier.stages.metrics.profile import release_memory
 
@@ -121,7 +121,7 @@ class WarmWorker(ShardWorker):
         super().__init__(*run)
 
 
-class WarmFleet(Fleet):
+class WarmShardGroup(ShardGroup):
     """A fleet whose actors outlive it."""
 
     workers: ClassVar[list[Any]] = []
@@ -192,7 +192,7 @@ def make(settings: argparse.Namespace, record: Path) -> None:
         return
     texts = texts_for(settings)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{settings.scratch / 'mlflow.db'}"
-    prune_run.Fleet = WarmFleet  # type: ignore[misc]
+    prune_run.ShardGroup = WarmShardGroup  # type: ignore[misc]
     with local_cluster(cpus=SHARDS, object_store_bytes=256 << 20):
         made = 0
         for job in todo:

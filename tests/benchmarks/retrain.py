@@ -22,7 +22,7 @@ from trained_model import Quiet, commit, texts_for
 
 from espalier import PruneConfig, prune
 from espalier.cluster.connection.connect import local_cluster
-from espalier.cluster.rank_group import Ranks
+from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.retrain import RetrainConfig
 from espalier.pipeline.retraining.run import retrain
 
@@ -76,7 +76,7 @@ def retrained(
     texts: tuple[Path, Path],
     start: Path,
     output: Path,
-    ranks: Ranks,
+    ranks: RankGroup,
 ) -> Row:
     """The pruned model `start`, trained on `times` as many tokens as it was calibrated on."""
     steps = times * settings.samples // BATCH
@@ -125,7 +125,7 @@ def measure(settings: argparse.Namespace) -> list[Row]:
         for index, target in enumerate(TARGETS):
             for recipe in RECIPES:
                 add(pruned(recipe, target, settings, texts, Path(home) / f"{index} {recipe}"))
-        with Ranks(PROCESSES, on_event=print) as ranks:
+        with RankGroup(PROCESSES, on_event=print) as ranks:
             for index, target in enumerate(TARGETS):
                 for times in (1, 10):
                     for rate in settings.rates:

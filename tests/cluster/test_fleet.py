@@ -20,7 +20,7 @@ from espalier.cluster import rank_group as ranks
 from espalier.cluster import shard_group as module
 from espalier.cluster.connection import room
 from espalier.cluster.shard_actor import OPTIONS, RESTARTS, ShardWorker
-from espalier.cluster.shard_group import Fleet, Stream
+from espalier.cluster.shard_group import ShardGroup, Stream
 from espalier.stages.errors import Refusal
 from espalier.stages.recipe import Recipe, WorkOrder
 from espalier.stages.shard.shard import Shard
@@ -62,7 +62,7 @@ def stream(tokens: np.ndarray, window: int = 2) -> Stream:
 
 def test_losses_and_refusals_cross_the_fleet(one_cluster: None, specs: list[ShardSpec], tokens: np.ndarray) -> None:
     events: list[str] = []
-    with Fleet(specs, 1, None, events.append) as fleet:
+    with ShardGroup(specs, 1, None, events.append) as fleet:
         facts = fleet.open()
         assert [(fact.index, fact.first, fact.last) for fact in facts] == [(0, 0, 2), (1, 2, 4)]
         assert len({fact.pid for fact in facts} | {os.getpid()}) == 3
@@ -93,7 +93,7 @@ def test_a_shard_that_cannot_be_brought_back_ends_the_run_in_one_line(
 ) -> None:
     monkeypatch.setattr(module, "FRUITLESS_RECOVERIES", 0)  # not three: each is a process that imports torch
     events: list[str] = []
-    with Fleet(specs[:1], 1, None, events.append) as fleet:
+    with ShardGroup(specs[:1], 1, None, events.append) as fleet:
         pid = [fleet.open()[0].pid]
 
         def deadly(number: int) -> np.ndarray:
@@ -111,7 +111,7 @@ def test_a_shard_that_cannot_be_brought_back_ends_the_run_in_one_line(
 def test_a_node_that_does_not_see_the_run_says_so(one_cluster: None, specs: list[ShardSpec], tmp_path: Path) -> None:
     run_file = str(tmp_path / "elsewhere" / "run.json")
     with (
-        Fleet(specs[:1], 1, run_file, lambda _: None) as fleet,
+        ShardGroup(specs[:1], 1, run_file, lambda _: None) as fleet,
         pytest.raises(Refusal, match=r"not visible on node .* storage that all of them share"),
     ):
         fleet.open()
@@ -133,7 +133,10 @@ def test_a_shard_that_dies_at_every_start_is_told_with_what_it_said_last(
 ) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(module, "ShardActor", ray.remote(max_restarts=RESTARTS, max_task_retries=-1)(Unlicensed))
-    with Fleet(specs[:1], 1, None, print) as fleet, pytest.raises(Refusal, match="died before it was open") as caught:
+    with (
+        ShardGroup(specs[:1], 1, None, print) as fleet,
+        pytest.raises(Refusal, match="died before it was open") as caught,
+    ):
         fleet.open()
     assert f"{RESTARTS} more times" in str(caught.value) and "\n" not in str(caught.value)
     assert "no licence for this node" in str(caught.value)
@@ -158,7 +161,7 @@ def test_a_device_that_is_lost_again_and_again_ends_the_run_with_what_was_said_o
     monkeypatch.setattr(module, "ShardActor", ray.remote(max_restarts=RESTARTS, **OPTIONS)(Broken))
     monkeypatch.setattr(module, "FRUITLESS_RECOVERIES", 1)  # not three: each is a process that imports torch
     events: list[str] = []
-    with Fleet(specs[:1], 1, None, events.append) as fleet:
+    with ShardGroup(specs[:1], 1, None, events.append) as fleet:
         first = fleet.open()[0].pid
         with pytest.raises(Refusal, match="a shard was lost 2 times with no block finished between") as caught:
             fleet.calibrate(stream(tokens), {0}, lambda _: None)
@@ -190,9 +193,9 @@ def taken(one_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_shards_and_ranks_without_room_say_what_they_ask_for_what_is_free_and_who_is_at_work(
     taken: None, specs: list[ShardSpec]
 ) -> None:
-    with Fleet(specs[:1], 1, None, print) as fleet, pytest.raises(Refusal) as shards:
+    with ShardGroup(specs[:1], 1, None, print) as fleet, pytest.raises(Refusal) as shards:
         fleet.open()
-    with pytest.raises(Refusal) as placed, ranks.Ranks(2):
+    with pytest.raises(Refusal) as placed, ranks.RankGroup(2):
         pass
     for caught, who in (shards, "of this run's processes"), (placed, "2 ranks"):
         said = str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 
 from espalier.cluster import rank_group as module
 from espalier.cluster.connection.inventory import Node
-from espalier.cluster.rank_group import FRUITLESS_RESTARTS, Ranks, check_devices
+from espalier.cluster.rank_group import FRUITLESS_RESTARTS, RankGroup, check_devices
 from espalier.stages.errors import Refusal
 
 SPEC: Any = None  # no rank of these tests reads it
@@ -30,7 +30,7 @@ def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         check_devices(4, 2, "cpu")
 
 
-class Dying(Ranks):
+class Dying(RankGroup):
     """Ranks that play what `plays` says: events, and "lost" where one of them dies."""
 
     def __init__(self, plays: list[list[Any]]) -> None:

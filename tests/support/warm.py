@@ -19,7 +19,7 @@ from ray import cloudpickle
 
 from espalier.cluster.connection.connect import local_cluster
 from espalier.cluster.shard_actor import OPTIONS, ShardWorker
-from espalier.cluster.shard_group import Fleet
+from espalier.cluster.shard_group import ShardGroup
 
 CPUS = 4  # logical: what Ray may schedule, not cores
 OBJECT_STORE_BYTES = 200 << 20
@@ -45,7 +45,7 @@ class WarmWorker(ShardWorker):
         gc.collect()
 
 
-class WarmFleet(Fleet):
+class WarmShardGroup(ShardGroup):
     """A fleet whose actors come from `idle`, and go back there if all went well."""
 
     idle: ClassVar[list[Any]] = []
@@ -72,9 +72,9 @@ class WarmFleet(Fleet):
 @contextlib.contextmanager
 def warm_cluster(home: Path) -> Iterator[None]:
     """A cluster of this process's own, and `home` for what its shards were given."""
-    WarmFleet.home = home
+    WarmShardGroup.home = home
     with local_cluster(cpus=CPUS, object_store_bytes=OBJECT_STORE_BYTES):
         try:
             yield
         finally:
-            WarmFleet.idle.clear()
+            WarmShardGroup.idle.clear()

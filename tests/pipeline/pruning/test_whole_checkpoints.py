@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, Listener
 
-from espalier.cluster.rank_group import Ranks
+from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.cli.main import main
 from espalier.pipeline.config.retrain import RetrainConfig
 from espalier.pipeline.retraining.run import retrain
@@ -92,7 +92,7 @@ def test_nothing_is_lost_by_pruning(odd: Path, text: Path, tmp_path: Path, capsy
     assert wrong_modes(output) == {}
 
 
-def test_nothing_is_lost_by_training(odd: Path, text: Path, tmp_path: Path, two_ranks: Ranks) -> None:
+def test_nothing_is_lost_by_training(odd: Path, text: Path, tmp_path: Path, two_ranks: RankGroup) -> None:
     request = RetrainConfig(
         model=str(odd), output=str(tmp_path / "out"), data=str(text), steps=2, batch=2, length=LENGTH, shadow=True
     )

@@ -8,7 +8,7 @@ import pytest
 from whole_runs import Listener, add_tokenizer
 
 from espalier.cluster.connection.inventory import Node
-from espalier.cluster.rank_group import Ranks
+from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.retrain import RetrainConfig
 from espalier.pipeline.planning import placement as layout
 from espalier.pipeline.planning.model_info import ModelFacts, model_facts
@@ -94,7 +94,9 @@ def test_ranks_that_do_not_fit_are_refused_with_the_figures(facts: ModelFacts, m
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_the_estimate_is_near_what_the_ranks_hold(two_ranks: Ranks, recorded: str, tmp_path: Path, text: Path) -> None:
+def test_the_estimate_is_near_what_the_ranks_hold(
+    two_ranks: RankGroup, recorded: str, tmp_path: Path, text: Path
+) -> None:
     """Parts to a twentieth, the peak of a process between 0.7 and 1.25 of the estimate; 25 M parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

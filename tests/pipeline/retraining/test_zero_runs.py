@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from whole_runs import Listener
 
-from espalier.cluster.rank_group import Ranks
+from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.retrain import RetrainConfig
 from espalier.pipeline.record.recorder import default_tracking_uri
 from espalier.pipeline.retraining.run import RetrainResult, resume, retrain
@@ -74,7 +74,7 @@ def request_to_train(place: Path, pruned: Path, text: Path, held_out: Path) -> C
 
 
 @pytest.fixture(scope="module")
-def run_in(two_ranks: Ranks, request_to_train: Callable[..., RetrainConfig]) -> Callable[..., RetrainResult]:
+def run_in(two_ranks: RankGroup, request_to_train: Callable[..., RetrainConfig]) -> Callable[..., RetrainResult]:
     """run(zero_stage, **options) -> its result, run once a module."""
 
     @cache
@@ -210,7 +210,7 @@ def test_bf16_keeps_zeros_and_follows_float32(
 
 
 def test_a_killed_rank_costs_a_restart_and_the_losses_are_the_same(
-    two_ranks: Ranks, run_in: Callable[..., RetrainResult], request_to_train: Callable[..., RetrainConfig]
+    two_ranks: RankGroup, run_in: Callable[..., RetrainResult], request_to_train: Callable[..., RetrainConfig]
 ) -> None:
     class Killer(Listener):
         def note(self, text: str) -> None:
@@ -232,13 +232,13 @@ def test_a_killed_rank_costs_a_restart_and_the_losses_are_the_same(
 
 
 @pytest.fixture(scope="module")
-def one_rank(one_cluster: None) -> Iterator[Ranks]:
-    with Ranks(1) as ranks:
+def one_rank(one_cluster: None) -> Iterator[RankGroup]:
+    with RankGroup(1) as ranks:
         yield ranks
 
 
 def test_importances_are_the_same_on_one_rank_and_on_two(
-    two_ranks: Ranks, one_rank: Ranks, request_to_train: Callable[..., RetrainConfig]
+    two_ranks: RankGroup, one_rank: RankGroup, request_to_train: Callable[..., RetrainConfig]
 ) -> None:
     shadows = []
     for name, ranks in (("two", two_ranks), ("one", one_rank)):
@@ -252,8 +252,8 @@ def test_importances_are_the_same_on_one_rank_and_on_two(
 
 
 def test_a_run_goes_on_with_other_ranks_in_another_stage(
-    two_ranks: Ranks,
-    one_rank: Ranks,
+    two_ranks: RankGroup,
+    one_rank: RankGroup,
     run_in: Callable[..., RetrainResult],
     request_to_train: Callable[..., RetrainConfig],
     pruned: Path,

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
-from warm import WarmFleet
+from warm import WarmShardGroup
 from whole_runs import LENGTH, MICROBATCH, SAMPLES, Command, Listener, journal_of, prune_without_ray, weights_of
 
 from espalier.pipeline.config.prune import PruneConfig
@@ -119,7 +119,7 @@ def test_ctrl_c_at_work_ends_in_one_line_that_says_how_to_resume_and_resumes(
     assert weights_of(resume(tmp_path / "out").output) == expected
 
 
-class Watched(WarmFleet):
+class Watched(WarmShardGroup):
     """A fleet that tells its shards' process ids."""
 
     pids: list[int]
@@ -132,7 +132,7 @@ class Watched(WarmFleet):
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
-    monkeypatch.setattr(prune_run, "Fleet", Watched)
+    monkeypatch.setattr(prune_run, "ShardGroup", Watched)
     return Watched
 
 
