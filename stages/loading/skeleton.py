@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.stub import Answers, Stub, Visit
-from espalier.stages.loading.weight_mapping import Storage
+from espalier.stages.loading.weight_mapping import WeightMapping
 from espalier.stages.model.calls import Call
 from espalier.stages.model.empty import empty_model
 from espalier.stages.model.families import BlockLayout, Tower
@@ -70,7 +70,7 @@ class Skeleton:
         self.layout: BlockLayout = layout_in(self.model, self.tower)
         self._computed = note_dtypes(self.model, dtype)
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-        self.storage = Storage(self.model, shapes, None if checkpoint is None else checkpoint.entries)
+        self.storage = WeightMapping(self.model, shapes, None if checkpoint is None else checkpoint.entries)
         holder, _, attribute = self.layout.blocks.rpartition(".")
         self.layers = self._find_layers()  # on the meta device, to be materialised one by one
         answers = Answers()

@@ -31,7 +31,7 @@ LOADED_AT_A_TIME = 256 << 20  # bytes of experts' matrices on their way into the
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class MappedWeight:
     """One parameter on disk: a single tensor, or a matrix an expert.
 
     `experts[e]` are the matrices of expert e in the order in which they lie along its outputs: (gate, up), or (down,).
@@ -55,8 +55,8 @@ class Stored:
         }
 
 
-class Storage:
-    """Parameter name -> `Stored`, for a model and the names in its checkpoint's headers.
+class WeightMapping:
+    """Parameter name -> `MappedWeight`, for a model and the names in its checkpoint's headers.
 
     Without names, those under which transformers would save the model.
     """
@@ -85,21 +85,21 @@ class Storage:
             for parameter, found in pieces.items()
         }
 
-    def _pieced(self, parameter: str, found: dict[str, list[str]]) -> Stored:
+    def _pieced(self, parameter: str, found: dict[str, list[str]]) -> MappedWeight:
         if "" in found:
-            return Stored(whole=found[""][0])
+            return MappedWeight(whole=found[""][0])
         experts = self.shapes[parameter][0]
         for names in found.values():
             if len(names) != experts:
                 raise Refusal(f"{names[0]}: there are {len(names)} of its kind, config.json says {experts} experts")
-        return Stored(experts=tuple(zip(*(sorted(names, key=_natural) for names in found.values()), strict=True)))
+        return MappedWeight(experts=tuple(zip(*(sorted(names, key=_natural) for names in found.values()), strict=True)))
 
     def __contains__(self, parameter: str) -> bool:
         return parameter in self._stored
 
-    def of(self, parameter: str) -> Stored:
+    def of(self, parameter: str) -> MappedWeight:
         """Where the parameter lies; one that the checkpoint lacks, under its own name (to be missed on loading)."""
-        return self._stored.get(parameter) or Stored(whole=parameter)
+        return self._stored.get(parameter) or MappedWeight(whole=parameter)
 
     def load(
         self, checkpoint: Checkpoint, parameters: Iterable[str], dtype: torch.dtype | None, device: str
@@ -118,7 +118,7 @@ class Storage:
         return loaded
 
     def _load_experts(
-        self, checkpoint: Checkpoint, parameter: str, stored: Stored, dtype: torch.dtype | None, device: str
+        self, checkpoint: Checkpoint, parameter: str, stored: MappedWeight, dtype: torch.dtype | None, device: str
     ) -> Tensor:
         entries = [checkpoint.entry(name) for name in stored.names]
         if dtype is None:  # one that holds each of them exactly

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from espalier.stages.loading.skeleton import read_config
-from espalier.stages.loading.weight_mapping import Storage
+from espalier.stages.loading.weight_mapping import WeightMapping
 from espalier.stages.model.empty import empty_model
 from espalier.stages.storage.hf_checkpoint import Checkpoint
 from espalier.stages.training.model import has_weights
@@ -34,7 +34,7 @@ def hollow_model(
     model = empty_model(read_config(directory, trust_remote_code), dtype)
     model.tie_weights()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    storage = Storage(model, shapes, checkpoint.entries)
+    storage = WeightMapping(model, shapes, checkpoint.entries)
     if not all(name in storage for name, _ in model.named_parameters()):
         return None
     _hollow(model)
