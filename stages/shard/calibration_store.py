@@ -19,7 +19,7 @@ from espalier.stages.storage.spool import SpoolBudget
 TRACE_TOKENS = 4
 
 
-class Gathered:
+class CalibrationStore:
     """The calibrations of a shard's blocks, filled by passes from `begin` to `end` through what `watching` sees."""
 
     def __init__(

@@ -47,7 +47,7 @@ class KeptStates:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-class Carry:
+class HiddenStateBuffer:
     """Microbatches, received in order, that then go through block after block together.
 
     `block`: the block whose input they are. `samples`: all of them, one record a sample. `device`: where blocks run.

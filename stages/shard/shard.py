@@ -39,9 +39,9 @@ from espalier.stages.shadow.store import Shadow
 from espalier.stages.shard.block_cache import ResidentBlocks
 from espalier.stages.shard.block_pruner import Work
 from espalier.stages.shard.calibration import BlockCalibration
-from espalier.stages.shard.calibration_store import Gathered
+from espalier.stages.shard.calibration_store import CalibrationStore
 from espalier.stages.shard.commit import Commits
-from espalier.stages.shard.hidden_states import Carry, KeptStates
+from espalier.stages.shard.hidden_states import HiddenStateBuffer, KeptStates
 from espalier.stages.shard.spec import ShardSpec
 from espalier.stages.storage.hf_checkpoint import Checkpoint, resolve
 from espalier.stages.storage.spool import Spool, SpoolBudget
@@ -68,7 +68,7 @@ class Shard:
         self._scratch = Path(spec.scratch) / f"shard-{spec.index}"
         self.kept = KeptStates(Path(spec.scratch) / "dense-states")
         self._expected = self._microbatches = 0
-        self._carry: Carry | None = None
+        self._carry: HiddenStateBuffer | None = None
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ class Shard:
                 self.blocks = ResidentBlocks(spec, self.skeleton, self.checkpoint)
                 self._calls = PassCalls(self.skeleton.calls)
                 self._commits = Commits(spec, self.skeleton, self.checkpoint, self.timeline)
-                self.gathered = Gathered(spec, self.skeleton, self._calls, self._scratch, self._budget)
+                self.gathered = CalibrationStore(spec, self.skeleton, self._calls, self._scratch, self._budget)
                 if spec.embeds or spec.heads:
                     self.skeleton.load_ends(self.checkpoint, embedding=spec.embeds, head=spec.heads)
             self._commits.wait()  # for what may be loaded
@@ -137,7 +137,7 @@ class Shard:
         """Take in one microbatch, for `advance` or for work with pruned inputs."""
         self._in_step(microbatch)
         if self._carry is None:
-            self._carry = Carry(self._scratch, self._budget, self.spec.first, self.spec.device)
+            self._carry = HiddenStateBuffer(self._scratch, self._budget, self.spec.first, self.spec.device)
         self._carry.receive(hidden)
 
     def advance(self) -> None:
@@ -175,7 +175,7 @@ class Shard:
         if self._expected == self._microbatches:
             self.skeleton.close_eyes()
 
-    def _full_carry(self, block: int) -> Carry:
+    def _full_carry(self, block: int) -> HiddenStateBuffer:
         held = len(self._carry) if self._carry is not None and self._carry.block == block else 0
         if self._carry is None or not held == self._microbatches > 0:
             raise OutOfStep(f"shard {self.spec.index} holds {held} of {self._microbatches} inputs of block {block}")
