@@ -10,7 +10,7 @@ from espalier.stages.shard.spec import ShardSpec, block_file, sweep_directory
 from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 
-class ResidentBlocks:
+class BlockCache:
     """The blocks of `source`: the model's (None), or those that a sweep left."""
 
     def __init__(self, spec: ShardSpec, skeleton: Skeleton, checkpoint: Checkpoint) -> None:

@@ -36,7 +36,7 @@ from espalier.stages.model.calls import PassCalls
 from espalier.stages.precision import COMPUTED, Compute, computing, named_dtype, own_compute, weights_dtype
 from espalier.stages.recipe import WorkOrder
 from espalier.stages.shadow.store import Shadow
-from espalier.stages.shard.block_cache import ResidentBlocks
+from espalier.stages.shard.block_cache import BlockCache
 from espalier.stages.shard.block_pruner import Work
 from espalier.stages.shard.calibration import BlockCalibration
 from espalier.stages.shard.calibration_store import CalibrationStore
@@ -78,7 +78,7 @@ class Shard:
         with self.timeline.phase("load"), torch.no_grad():
             if not hasattr(self, "skeleton"):
                 self.skeleton, self.checkpoint = open_skeleton(spec, spec.model, spec.compute)
-                self.blocks = ResidentBlocks(spec, self.skeleton, self.checkpoint)
+                self.blocks = BlockCache(spec, self.skeleton, self.checkpoint)
                 self._calls = PassCalls(self.skeleton.calls)
                 self._commits = Commits(spec, self.skeleton, self.checkpoint, self.timeline)
                 self.gathered = CalibrationStore(spec, self.skeleton, self._calls, self._scratch, self._budget)
