@@ -16,7 +16,7 @@ from espalier.stages.criteria.scoring import score
 from espalier.stages.errors import Refusal
 from espalier.stages.masks import check_divisible, check_pattern
 from espalier.stages.refine.sparse_swaps import swaps
-from espalier.stages.refine.top_k import Smallest
+from espalier.stages.refine.top_k import TopK
 from espalier.stages.statistics import InputStatistics
 
 __all__ = ["dsnot", "r2_dsnot", "swaps"]
@@ -247,7 +247,7 @@ def _pairs(
     w_BI: Tensor, kept_BI: Tensor, mean_I: Tensor, ranking: Ranking, rows_B: Tensor, cycles: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ε (B, 1), the columns to grow and to prune in each cycle, and whether there are any: three (B, K)."""
-    grown, pruned = Smallest(cycles, last=-LEAST), Smallest(cycles, last=-1)
+    grown, pruned = TopK(cycles, last=-LEAST), TopK(cycles, last=-1)
     errors = []
     for part in _slices(len(w_BI), _chunk(w_BI, CHUNK_ELEMENTS)):
         w_RI, kept_RI = w_BI[part].float(), kept_BI[part]
@@ -274,7 +274,7 @@ def _pairs_in_groups(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same where both weights of a pair share a group: the t-th grown of a group goes with its t-th to prune."""
     keep, group = pattern
-    grown = Smallest(cycles * -(-(group - keep) // keep))  # so many hold `cycles` that find a partner
+    grown = TopK(cycles * -(-(group - keep) // keep))  # so many hold `cycles` that find a partner
     errors = []
     infinity = torch.tensor(torch.inf).view(torch.int32)
     for part in _slices(len(w_BI), _chunk(w_BI, CHUNK_ELEMENTS)):

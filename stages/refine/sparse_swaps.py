@@ -12,7 +12,7 @@ from torch.nn.functional import embedding_bag
 
 from espalier.stages.errors import Refusal
 from espalier.stages.masks import check_divisible, check_pattern
-from espalier.stages.refine.top_k import Smallest
+from espalier.stages.refine.top_k import TopK
 from espalier.stages.statistics import InputStatistics
 
 CHUNK_ELEMENTS = 1 << 19  # weights of the rows worked on at a time
@@ -182,7 +182,7 @@ class Search:
         if self.pattern is not None:
             found = [self.group_shortlists(rows, part) for part in parts]
             return torch.cat([cost for cost, _ in found]), torch.cat([flips for _, flips in found])
-        pruned, kept = Smallest(self.shortlist), Smallest(self.shortlist)
+        pruned, kept = TopK(self.shortlist), TopK(self.shortlist)
         for part in parts:
             cost_RI = rows.cost(part)
             pruned.add(cost_RI + rows.not_pruned_RI[part])
@@ -203,7 +203,7 @@ class Search:
         pair_RNMM += grow_RI.unflatten(1, (-1, group))[..., :, None]
         pair_RNMM += prune_RI.unflatten(1, (-1, group))[..., None, :]
         best_RN, place_RN = pair_RNMM.flatten(2).min(2)
-        best = Smallest(self.shortlist)
+        best = TopK(self.shortlist)
         best.add(best_RN)
         _, group_RK = best.take()
         place_RK = place_RN.gather(1, group_RK)
@@ -214,7 +214,7 @@ class Search:
     def exhaustive_shortlists(self, rows: Rows, some: Tensor) -> tuple[Tensor, Tensor]:
         """The same for these rows from all pairs: each weight stands where its best pair puts it."""
         width = rows.step_RI.shape[1]
-        pruned, kept = Smallest(self.shortlist), Smallest(self.shortlist)
+        pruned, kept = TopK(self.shortlist), TopK(self.shortlist)
         costs = []
         for part in some.split(max(1, CHUNK_ELEMENTS // width**2)):
             step_RI, cost_RI = rows.step_RI[part], rows.cost(part)

@@ -10,7 +10,7 @@ from torch import Tensor
 GROUPS_PER_PLACE = 4  # a row is cut into this many groups for each place; with fewer, more keys pass the sieve
 
 
-class Smallest:
+class TopK:
     """Takes in keys a few rows at a time, while they are in the cache; gives out the `count` smallest of every row.
 
     Keys above `last` are not candidates; by default that is +inf alone, or the type's largest integer. No NaN.

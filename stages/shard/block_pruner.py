@@ -26,7 +26,7 @@ from espalier.stages.reconstruction.fit import FitSettings, fit, rate_unit
 from espalier.stages.reconstruction.target import Target
 from espalier.stages.reconstruction.units import FitUnit, Group, UnitModules, groups_of
 from espalier.stages.shard.calibration import BlockCalibration, Counting, new_statistics
-from espalier.stages.shard.mask_selection import Chooser
+from espalier.stages.shard.mask_selection import MaskSelector
 from espalier.stages.statistics import InputStatistics
 from espalier.stages.storage.spool import Spool
 from espalier.stages.storage.staging import prefetch
@@ -80,7 +80,7 @@ class Work:
         self.seconds = {index: {"mask": 0.0, "reconstruct": 0.0} for index in blocks}
         ratios = order.sparsity or (recipe.sparsity,) * len(order.blocks)
         self.choosers = {
-            index: Chooser(recipe, index, ratio) for index, ratio in zip(order.blocks, ratios, strict=True)
+            index: MaskSelector(recipe, index, ratio) for index, ratio in zip(order.blocks, ratios, strict=True)
         }
 
     @property

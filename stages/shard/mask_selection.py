@@ -19,7 +19,7 @@ EXPERT_TOKENS = 32  # an expert that got fewer is pruned by magnitude: a channel
 # 1/√(2n) of itself for normal activations (12 % at 32), more for those with outliers
 
 
-class Chooser:
+class MaskSelector:
     """Masks for the matrices of one block. `fallbacks`: the weights that were pruned by magnitude, and why: their
     expert's tokens, too few for the criterion."""
 

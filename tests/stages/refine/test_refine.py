@@ -13,7 +13,7 @@ from espalier.stages.errors import Refusal
 from espalier.stages.masks import keep_mask
 from espalier.stages.refine import grow_and_prune as refine
 from espalier.stages.refine.grow_and_prune import dsnot, r2_dsnot
-from espalier.stages.refine.top_k import Smallest
+from espalier.stages.refine.top_k import TopK
 from espalier.stages.statistics import InputStatistics
 
 quick = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -230,7 +230,7 @@ def keys(draw) -> torch.Tensor:
 @quick
 @given(keys(), st.integers(1, 12), st.integers(1, 4))
 def test_the_smallest_of_each_row_are_those_of_a_stable_sort(rows, count, step) -> None:
-    smallest = Smallest(count)
+    smallest = TopK(count)
     for part in rows.split(step):
         smallest.add(part)
     values, columns = smallest.take()
@@ -242,7 +242,7 @@ def test_the_smallest_of_each_row_are_those_of_a_stable_sort(rows, count, step) 
 
 def test_keys_above_the_last_are_no_candidates() -> None:
     row = torch.arange(400, 0, -1).float()[None]
-    smallest = Smallest(5, last=3.0)
+    smallest = TopK(5, last=3.0)
     smallest.add(row)
     values, columns = smallest.take()
     assert values[0, :3].tolist() == [1, 2, 3]
