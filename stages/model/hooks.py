@@ -21,7 +21,7 @@ Seen = Callable[[Tensor], None]
 
 
 @contextmanager
-def observing(
+def activation_hooks(
     block: nn.Module,
     anatomy: Anatomy,
     weights: SeenInput | None,

@@ -19,7 +19,7 @@ from espalier.stages.loading.skeleton import Skeleton
 from espalier.stages.masks import count_zeros, masked
 from espalier.stages.metrics.profile import Timeline, release_memory
 from espalier.stages.model.anatomy import Anatomy, Weight
-from espalier.stages.model.hooks import observing
+from espalier.stages.model.hooks import activation_hooks
 from espalier.stages.precision import computing, fitted_in
 from espalier.stages.recipe import Recipe, WorkOrder, derived_seed
 from espalier.stages.reconstruction.fit import FitSettings, fit, rate_unit
@@ -173,7 +173,7 @@ class Work:
                 gathered[step] = new_statistics(anatomy, module, self.recipe.needs)
                 counts.append(Counting(gathered[step], module, f"calibration, block {step}"))
                 root = next(entry.module for entry in unit.steps if entry.block == step)
-                hooks.enter_context(observing(module, anatomy, counts[-1], root=root))
+                hooks.enter_context(activation_hooks(module, anatomy, counts[-1], root=root))
             hooks.enter_context(computing(chain))
             for samples, batch in _batches(inputs, self.skeleton.device):
                 chain(batch, [step.call.at(samples) for step in unit.steps])
@@ -202,7 +202,7 @@ class Work:
             raise _Reached
 
         block = self.modules[unit.first]
-        with torch.no_grad(), computing(block), observing(block, entry.anatomy, None, {module: [reached]}):
+        with torch.no_grad(), computing(block), activation_hooks(block, entry.anatomy, None, {module: [reached]}):
             for samples, batch in _batches(self._carried, self.skeleton.device):
                 with suppress(_Reached):
                     entry.call.at(samples).run(block, batch)

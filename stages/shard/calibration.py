@@ -11,7 +11,7 @@ from espalier.stages.devices import on_accelerator
 from espalier.stages.errors import Refusal
 from espalier.stages.model.anatomy import Anatomy, Weight
 from espalier.stages.model.calls import Call, first
-from espalier.stages.model.hooks import observing
+from espalier.stages.model.hooks import activation_hooks
 from espalier.stages.recipe import Recipe
 from espalier.stages.reconstruction.fit import weight_rms
 from espalier.stages.reconstruction.target import drawn
@@ -72,7 +72,7 @@ class BlockCalibration:
         """Within it, each forward pass of `block` adds its samples. The pass itself computes what it always does."""
         inputs, outputs = _appending(self._sources, self.inputs), _appending(self._results, self.outputs)
         count = Counting(self.statistics, block, f"calibration, block {self.index}") if self.statistics else None
-        with observing(block, self.anatomy, count, inputs, outputs):
+        with activation_hooks(block, self.anatomy, count, inputs, outputs):
             yield
         if count is not None:
             count.settle()
@@ -91,7 +91,7 @@ class BlockCalibration:
                 keepers[self._sources[names[-1]]].append(keep)
                 last = next((unit.modules[-1] for unit in self.anatomy.units if unit.name == names[-1]), "")
                 drawing.callback(block.get_submodule(last).register_forward_hook(draw).remove)
-            drawing.enter_context(observing(block, self.anatomy, None, keepers))
+            drawing.enter_context(activation_hooks(block, self.anatomy, None, keepers))
             yield
 
     def _reading_alike(self) -> list[list[str]]:

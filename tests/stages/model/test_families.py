@@ -18,7 +18,7 @@ from espalier.stages.loading.skeleton import Skeleton, read_config
 from espalier.stages.masks import keep_mask
 from espalier.stages.model.anatomy import Anatomy, Weight, prunable, trace
 from espalier.stages.model.families import FAMILIES, BlockLayout
-from espalier.stages.model.hooks import observing
+from espalier.stages.model.hooks import activation_hooks
 from espalier.stages.recipe import Recipe
 from espalier.stages.shard.mask_selection import EXPERT_TOKENS
 from espalier.stages.shard.spec import block_file
@@ -260,7 +260,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_got(checkpoint_of, tmp
         with torch.no_grad():
             for part in parts:
                 call = skeleton.calls(*part.shape[:2])[1]
-                with observing(block, anatomy, add, {entry: [seen.append]}):
+                with activation_hooks(block, anatomy, add, {entry: [seen.append]}):
                     outputs.append(call.run(block, part))
                 assert same_bits(outputs[-1], call.run(block, part))  # watching changes nothing
         return sums, seen
