@@ -107,13 +107,13 @@ class Varying:
         """The first sample's inputs."""
         return {name: values[:1] for name, values in self._inputs.items()}
 
-    def call(self, index: int, length: int) -> "VaryingCall":
+    def call(self, index: int, length: int) -> "PerSampleCall":
         """Layer `index`'s call: for the first sample's first `length` tokens as it stands, for others by `at`."""
         first = self.calls([0], length)[index]
         return _varied(first, lambda samples: self.calls(samples)[index])
 
 
-class PassCalls:
+class LayerCalls:
     """How blocks are called in a pass: for samples of its own each in its way, else for all of one length alike."""
 
     def __init__(self, make: Make) -> None:
@@ -164,7 +164,7 @@ def _spreads(one: Call, two: Call) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class VaryingCall(Call):
+class PerSampleCall(Call):
     """A call as it is for one sample; `source` makes it for others."""
 
     source: Callable[[Sequence[int]], Call]
@@ -172,13 +172,13 @@ class VaryingCall(Call):
     def at(self, samples: Sequence[int]) -> Call:
         return self.source(samples)
 
-    def to(self, dtype: torch.dtype) -> "VaryingCall":
+    def to(self, dtype: torch.dtype) -> "PerSampleCall":
         cast = Call(self.args, self.kwargs, self.keyword, packed=self.packed).to(dtype)
         return _varied(cast, lambda samples: self.source(samples).to(dtype))
 
 
-def _varied(call: Call, source: Callable[[Sequence[int]], Call]) -> VaryingCall:
-    return VaryingCall(call.args, call.kwargs, call.keyword, source, packed=call.packed)
+def _varied(call: Call, source: Callable[[Sequence[int]], Call]) -> PerSampleCall:
+    return PerSampleCall(call.args, call.kwargs, call.keyword, source, packed=call.packed)
 
 
 def inside(inner: Call, outer: Call) -> Call:
@@ -187,7 +187,7 @@ def inside(inner: Call, outer: Call) -> Call:
     What varies must have been handed on as it was: the block's very tensors are what tells them apart.
     """
     inner = replace(inner, packed=outer.packed)
-    if not isinstance(outer, VaryingCall):
+    if not isinstance(outer, PerSampleCall):
         return inner
     handed = {id(tensor) for tensor in tensors_in((outer.args, outer.kwargs))}
     if not any(id(tensor) in handed for tensor in tensors_in((inner.args, inner.kwargs))):

@@ -10,7 +10,7 @@ from torch import nn
 from espalier.stages.errors import OutOfStep
 from espalier.stages.loading.skeleton import Skeleton
 from espalier.stages.model.anatomy import trace
-from espalier.stages.model.calls import PassCalls, inside
+from espalier.stages.model.calls import LayerCalls, inside
 from espalier.stages.precision import computing
 from espalier.stages.shard.calibration import BlockCalibration
 from espalier.stages.shard.spec import ShardSpec
@@ -23,7 +23,7 @@ class CalibrationStore:
     """The calibrations of a shard's blocks, filled by passes from `begin` to `end` through what `watching` sees."""
 
     def __init__(
-        self, spec: ShardSpec, skeleton: Skeleton, calls: PassCalls, directory: Path, budget: SpoolBudget
+        self, spec: ShardSpec, skeleton: Skeleton, calls: LayerCalls, directory: Path, budget: SpoolBudget
     ) -> None:
         self._spec, self._skeleton, self._calls = spec, skeleton, calls
         self._directory, self._budget = directory, budget

@@ -32,7 +32,7 @@ from espalier.stages.loading.skeleton import Skeleton, read_config
 from espalier.stages.loading.vision import SKELETONS
 from espalier.stages.metrics.perplexity import Measures, measure
 from espalier.stages.metrics.profile import Timeline
-from espalier.stages.model.calls import PassCalls
+from espalier.stages.model.calls import LayerCalls
 from espalier.stages.precision import COMPUTED, Compute, computing, named_dtype, own_compute, weights_dtype
 from espalier.stages.recipe import WorkOrder
 from espalier.stages.shadow.store import Shadow
@@ -79,7 +79,7 @@ class Shard:
             if not hasattr(self, "skeleton"):
                 self.skeleton, self.checkpoint = open_skeleton(spec, spec.model, spec.compute)
                 self.blocks = BlockCache(spec, self.skeleton, self.checkpoint)
-                self._calls = PassCalls(self.skeleton.calls)
+                self._calls = LayerCalls(self.skeleton.calls)
                 self._commits = Commits(spec, self.skeleton, self.checkpoint, self.timeline)
                 self.gathered = CalibrationStore(spec, self.skeleton, self._calls, self._scratch, self._budget)
                 if spec.embeds or spec.heads:
