@@ -213,8 +213,8 @@ class ShardGroup:
         self, stream: Stream, blocks: set[int], on_step: Callable[[int], None], sweep: int = 0
     ) -> None:
         """Passes that gather what the shards lack for `sweep` in `blocks`, after which each has what it starts from."""
-        foresees = sweep and self._recipe is not None and self._recipe.foresees
-        if foresees:  # what a unit's input will be depends on all units before it
+        predicts_inputs = sweep and self._recipe is not None and self._recipe.predicts_inputs
+        if predicts_inputs:  # what a unit's input will be depends on all units before it
             blocks = set(range(max(blocks, default=-1) + 1))
         dense = self._lacking(blocks, lambda held, block: block in held)
         if dense:
@@ -223,7 +223,7 @@ class ShardGroup:
         if sweep:
             drifted = self._lacking(blocks, lambda held, block: held.get(block) == sweep)
             self._hold(sweep - 1)
-            if drifted and foresees:
+            if drifted and predicts_inputs:
                 drifted = self._lacking(blocks, lambda held, block: False)
             if drifted:
                 self._run(stream, max(drifted) + 1, drifted, "nothing", on_step, sweep)

@@ -72,7 +72,7 @@ class Recipe:
         return not self.sequential or self.reconstruct != "none" or self.allocation == "owl"
 
     @property
-    def foresees(self) -> bool:
+    def predicts_inputs(self) -> bool:
         """Whether a sweep's units read foreseen inputs rather than the pruned model's own; see
         `espalier.stages.reconstruction.target`."""
         return bool(self.sweeps) and not self.corrections

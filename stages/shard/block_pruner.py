@@ -66,7 +66,9 @@ class Work:
     ) -> None:
         self.recipe, self.order, self.calibrations = recipe, order, calibrations
         self.skeleton, self.timeline, self._spool, self._carried = skeleton, timeline, spool, carried
-        if recipe.foresees and order.sweep:  # a unit after the first reads what those before it, rebuilt, make of it
+        if (
+            recipe.predicts_inputs and order.sweep
+        ):  # a unit after the first reads what those before it, rebuilt, make of it
             self._carried = next(iter(calibrations[order.blocks[0]].drifted.values()))
         self._importances = importances
         self.modules = {index: skeleton.assembled(index, dict(block.state_dict())) for index, block in blocks.items()}
@@ -213,8 +215,8 @@ class Work:
         recipe, entry = self.recipe, self._entry(unit)
         outputs = self.calibrations[unit.last].outputs[unit.name]
         if self.order.sweep:
-            given = self._captured(unit, captured) if recipe.foresees else entry.drifted[unit.source]
-            correction = 1.0 if recipe.foresees else recipe.corrections[self.order.sweep - 1]
+            given = self._captured(unit, captured) if recipe.predicts_inputs else entry.drifted[unit.source]
+            correction = 1.0 if recipe.predicts_inputs else recipe.corrections[self.order.sweep - 1]
         elif recipe.sequential:
             given, correction = self._captured(unit, captured), 1.0
         else:

@@ -57,7 +57,7 @@ class CalibrationStore:
         if not self._sweep:
             return calibration.watching(block)
         assert self._spec.recipe is not None
-        return calibration.watching_drift(block, self._spec.recipe.foresees)
+        return calibration.watching_drift(block, self._spec.recipe.predicts_inputs)
 
     def end(self) -> None:
         """The pass is over: what it gathered is whole. Raises OutOfStep if part of the samples is missing."""

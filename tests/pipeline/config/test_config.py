@@ -206,8 +206,8 @@ def test_what_does_not_go_together_is_refused_in_one_line(wrong: dict[str, Any],
 def test_one_correction_serves_all_sweeps_and_a_list_one_each() -> None:
     assert PruneConfig(**LEAST, sweeps=2, correction=0.5).recipe.corrections == (0.5, 0.5)
     assert PruneConfig(**LEAST, sweeps=2, correction="0.3,0.6").recipe.corrections == (0.3, 0.6)
-    for correction, foresees in (("auto", True), ("foreseen", True), (1, False)):
-        assert PruneConfig(**LEAST, sweeps=5, correction=correction).recipe.foresees == foresees
+    for correction, predicts_inputs in (("auto", True), ("foreseen", True), (1, False)):
+        assert PruneConfig(**LEAST, sweeps=5, correction=correction).recipe.predicts_inputs == predicts_inputs
     assert PruneConfig(**LEAST).recipe.corrections == ()
 
 
