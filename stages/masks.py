@@ -21,7 +21,7 @@ BINS = 1 << (31 - SHIFT)  # of what is left, without the sign
 CHUNK = 1 << 22
 
 
-def landing_rates(scores: Iterable[Tensor], shares: Sequence[float]) -> list[float]:
+def thresholds_for_sparsity(scores: Iterable[Tensor], shares: Sequence[float]) -> list[float]:
     """For each share s the rate r at which `score <= r * std(score)`, matrix by matrix, holds for s of all weights.
 
     One pass over the matrices of scores (>= 0); none is kept. A share of 0 gives 0. Exact to what lies between two of

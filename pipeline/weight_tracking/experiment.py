@@ -33,7 +33,7 @@ from espalier.pipeline.weight_tracking.cost import cost_of, cost_of_tracking, su
 from espalier.pipeline.weight_tracking.data import Material, prepare
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import read_config
-from espalier.stages.masks import landing_rates
+from espalier.stages.masks import thresholds_for_sparsity
 from espalier.stages.metrics.perplexity import perplexity_of
 from espalier.stages.storage.hf_checkpoint import Checkpoint
 
@@ -169,7 +169,7 @@ class Experiment:
         shadow = Checkpoint(trained / "shadow")
         facts = model_facts(read_config(trained), str(trained), config.dtype, Checkpoint(trained))
         scores = (shadow.load([name])[name] for name, _, _ in facts.linears)
-        return list(zip(config.sparsities, landing_rates(scores, config.sparsities), strict=True))
+        return list(zip(config.sparsities, thresholds_for_sparsity(scores, config.sparsities), strict=True))
 
     def _point(self, target: float, rate: float, trained: Path) -> dict[str, Any]:
         """Prune at one threshold and fine-tune; noted once it is done. At 0 all is kept, and fine-tuned as well."""

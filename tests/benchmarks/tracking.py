@@ -26,7 +26,7 @@ from espalier.pipeline.config.track import TrackConfig, load_config
 from espalier.pipeline.weight_tracking.data import prepare
 from espalier.stages.data.training_batches import Order, Source, open_source
 from espalier.stages.loading.skeleton import read_config
-from espalier.stages.masks import landing_rates
+from espalier.stages.masks import thresholds_for_sparsity
 from espalier.stages.shadow.tracker import ShadowTracker
 from espalier.stages.training.lr_schedule import rate_at
 
@@ -86,7 +86,7 @@ def loss_of(model: PreTrainedModel, source: Source, size: int = 128) -> float:
 
 def masks(importance: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
     """What the sigma threshold that removes this share keeps."""
-    (rate,) = landing_rates(importance.values(), [sparsity])
+    (rate,) = thresholds_for_sparsity(importance.values(), [sparsity])
     return {name: (scores > rate * scores.std(correction=0)).float() for name, scores in importance.items()}
 
 

@@ -9,7 +9,7 @@ import torch
 from espalier.stages.data.characters import SlidingWindows, character_tokenizer, split_text
 from espalier.stages.data.token_table import build_token_table
 from espalier.stages.errors import Refusal
-from espalier.stages.masks import landing_rates
+from espalier.stages.masks import thresholds_for_sparsity
 
 TEXT = "First Citizen:\r\nBefore we proceed  any further, hear me speak.\n\n\tÀ tous: 𝛼!\n" * 20
 
@@ -60,7 +60,7 @@ def test_rates_land_where_the_sorted_scores_say() -> None:
     generator = torch.Generator().manual_seed(0)
     matrices = [scale * torch.randn(60, 80, generator=generator).abs() ** power for scale, power in ((3, 1), (1e-4, 2))]
     shares = [0.0, 0.2, 0.6, 0.94, 0.999]
-    rates = landing_rates(iter(matrices), shares)
+    rates = thresholds_for_sparsity(iter(matrices), shares)
     assert rates[0] == 0 and rates == sorted(rates)
     everything = torch.cat([(matrix / matrix.std(correction=0)).flatten() for matrix in matrices]).numpy()
     for share, rate in zip(shares[1:], rates[1:], strict=True):
@@ -70,6 +70,6 @@ def test_rates_land_where_the_sorted_scores_say() -> None:
 
 
 def test_rates_of_scores_that_are_all_alike_take_all_or_nothing() -> None:
-    assert landing_rates([torch.zeros(4, 4)], [0.0, 0.5])[0] == 0
+    assert thresholds_for_sparsity([torch.zeros(4, 4)], [0.0, 0.5])[0] == 0
     with pytest.raises(ValueError, match="no scores"):
-        landing_rates([], [0.5])
+        thresholds_for_sparsity([], [0.5])
