@@ -184,13 +184,13 @@ class Skeleton:
             tensors[name] = tensors[source]
         self._fill_outer(self.outer, tensors)
 
-    def open_eyes(self, checkpoint: Checkpoint) -> None:
+    def load_vision(self, checkpoint: Checkpoint) -> None:
         """Load what looks at images: the vision tower and what projects its features to the blocks' width."""
         self._fill_outer(self.vision, self._load_outer(checkpoint, self.vision))
         self.sees = True
 
-    def close_eyes(self) -> None:
-        """Let go of what `open_eyes` loaded, if it did."""
+    def unload_vision(self) -> None:
+        """Let go of what `load_vision` loaded, if it did."""
         if self.sees:
             self._fill_outer(self.vision, {})
             self.sees = False
@@ -249,7 +249,7 @@ class Skeleton:
     def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The first layer's input for the model's inputs, "input_ids" (samples, length) among them.
 
-        With images the model merges their features into the embedded tokens; `open_eyes` comes before that.
+        With images the model merges their features into the embedded tokens; `load_vision` comes before that.
         """
         given = self._given({n: t for n, t in inputs.items() if n != "input_ids"}) | {
             "input_ids": upload(inputs["input_ids"].long(), self.device)

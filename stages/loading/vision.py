@@ -24,7 +24,7 @@ MOST_PATCHES = 1 << 16  # of an image where images may be of any size
 
 class VisionSkeleton(Skeleton):
     """A model without weights, seen from its vision tower. What lies outside its blocks and behind them is never
-    loaded; what lies before them is in memory while images are embedded, between `open_eyes` and `close_eyes`."""
+    loaded; what lies before them is in memory while images are embedded, between `load_vision` and `unload_vision`."""
 
     tower: ClassVar[Tower] = "vision"
 
@@ -75,7 +75,7 @@ class VisionSkeleton(Skeleton):
         return {name: values for name, values in inputs.items() if name in wanted}
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The first block's input (images, positions, width) for what `seen` leaves of some images; `open_eyes` comes
+        """The first block's input (images, positions, width) for what `seen` leaves of some images; `load_vision` comes
         before that. Images whose patches are packed come one at a time."""
         hidden = self._entering(lambda: self._look(inputs))
         return hidden[None] if self.layout.packed else hidden
@@ -91,7 +91,7 @@ class VisionSkeleton(Skeleton):
         return int(first["image_grid_thw"].prod()) if self.layout.packed else self._patches
 
     def load_ends(self, checkpoint: Checkpoint, embedding: bool = True, head: bool = True) -> None:
-        """Nothing to load before there are images; see `open_eyes`."""
+        """Nothing to load before there are images; see `load_vision`."""
 
 
 def _watched(model: nn.Module, hooks: ExitStack) -> set[str]:

@@ -107,7 +107,7 @@ class Shard:
         `varying` holds, for all samples of the pass, those of their inputs that shape how blocks are called.
         """
         self._calls.begin(varying)
-        self.skeleton.close_eyes()
+        self.skeleton.unload_vision()
         self._expected, self._microbatches = 0, microbatches
         self.gathered.begin(collect, sweep)
         self._streamed = dict.fromkeys(range(self.spec.first, self.spec.last), (0, 0.0))
@@ -121,7 +121,7 @@ class Shard:
         inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
         if "pixel_values" in inputs and not self.skeleton.sees:
             with self.timeline.phase("load"), torch.no_grad():
-                self.skeleton.open_eyes(self.checkpoint)
+                self.skeleton.load_vision(self.checkpoint)
         return self.skeleton.embed(inputs)
 
     def forward(self, microbatch: int, hidden: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class Shard:
             raise OutOfStep(f"shard {self.spec.index} expected microbatch {self._expected}, got {microbatch}")
         self._expected += 1
         if self._expected == self._microbatches:
-            self.skeleton.close_eyes()
+            self.skeleton.unload_vision()
 
     def _full_carry(self, block: int) -> HiddenStateBuffer:
         held = len(self._carry) if self._carry is not None and self._carry.block == block else 0
