@@ -11,7 +11,7 @@ from espalier.cluster.connection.room import first_of
 from espalier.cluster.shard_actor import ShardState
 from espalier.cluster.streaming import answers
 from espalier.stages.errors import DeviceLost, OutOfStep
-from espalier.stages.recipe import WorkOrder
+from espalier.stages.recipe import BlockTask
 from espalier.stages.shard.spec import ShardSpec
 
 LOST = (OutOfStep, DeviceLost, RayActorError, ObjectLostError)  # what a restarted, dying or vanished shard looks like
@@ -20,10 +20,10 @@ LOST = (OutOfStep, DeviceLost, RayActorError, ObjectLostError)  # what a restart
 class Orders:
     """Every shard has one order that it works on, and at most one before it that is being written meanwhile."""
 
-    def __init__(self, specs: Sequence[ShardSpec], orders: Sequence[WorkOrder]) -> None:
+    def __init__(self, specs: Sequence[ShardSpec], orders: Sequence[BlockTask]) -> None:
         self._todo = {spec.index: deque(o for o in orders if spec.first <= o.blocks[0] < spec.last) for spec in specs}
-        self._working: dict[Any, tuple[int, WorkOrder]] = {}
-        self._writing: dict[Any, tuple[int, WorkOrder]] = {}
+        self._working: dict[Any, tuple[int, BlockTask]] = {}
+        self._writing: dict[Any, tuple[int, BlockTask]] = {}
 
     def __bool__(self) -> bool:
         """Whether anything is under way."""

@@ -23,7 +23,7 @@ from espalier.cluster.transport import pack, unpack
 from espalier.stages.device_errors import context_lost
 from espalier.stages.errors import DeviceLost, OutOfStep, Refusal
 from espalier.stages.metrics.profile import peak_bytes
-from espalier.stages.recipe import WorkOrder
+from espalier.stages.recipe import BlockTask
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec
 
@@ -155,11 +155,11 @@ class ShardWorker:
     def outlier_share(self, block: int) -> float:
         return self._open.outlier_share(block)
 
-    def work(self, order: WorkOrder) -> None:
+    def work(self, order: BlockTask) -> None:
         self._open.work(order)
 
     @ray.method(concurrency_group=COMMITTING)
-    def committed(self, order: WorkOrder) -> list[dict[str, Any]]:
+    def committed(self, order: BlockTask) -> list[dict[str, Any]]:
         return self._open.committed(order)
 
     def keeps(self, microbatches: int) -> bool:

@@ -17,7 +17,7 @@ from espalier.cluster.shard_actor import RESTARTS, ShardActor, ShardFacts, Shard
 from espalier.cluster.streaming import Stream, answers, begin, blockwise, pipelined, receiving, windowed
 from espalier.stages.errors import Refusal
 from espalier.stages.metrics.perplexity import Measures
-from espalier.stages.recipe import WorkOrder
+from espalier.stages.recipe import BlockTask
 from espalier.stages.shard.spec import ShardSpec
 
 __all__ = ["ShardGroup", "Stream"]
@@ -123,7 +123,7 @@ class ShardGroup:
 
         return self._recovering(attempt)
 
-    def work(self, stream: Stream, orders: Sequence[WorkOrder]) -> Iterator[list[dict[str, Any]]]:
+    def work(self, stream: Stream, orders: Sequence[BlockTask]) -> Iterator[list[dict[str, Any]]]:
         """Reports of `orders` as they are on disk, every shard on its own in order, all shards at once."""
         left, sweep = Orders(self.specs, orders), orders[0].sweep
 
@@ -148,7 +148,7 @@ class ShardGroup:
                     yield reports
             left.start(self._actors)
 
-    def work_in_order(self, stream: Stream, orders: Sequence[WorkOrder]) -> Iterator[list[dict[str, Any]]]:
+    def work_in_order(self, stream: Stream, orders: Sequence[BlockTask]) -> Iterator[list[dict[str, Any]]]:
         """Reports of `orders` as they are on disk, block after block: each reads what the pruned blocks before it give.
 
         After a loss all is streamed once more, through the blocks finished by then. Work whose every order is in
@@ -162,7 +162,7 @@ class ShardGroup:
                 self._note(loss)
 
     def _one_after_another(
-        self, stream: Stream, left: dict[tuple[int, ...], WorkOrder]
+        self, stream: Stream, left: dict[tuple[int, ...], BlockTask]
     ) -> Iterator[list[dict[str, Any]]]:
         """One try at what is `left`, from which each order goes when it is on disk."""
         if self._recipe is not None and self._recipe.streams_dense:

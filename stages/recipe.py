@@ -84,7 +84,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WorkOrder:
+class BlockTask:
     """One piece of work: consecutive blocks that are rebuilt together, in one sweep."""
 
     blocks: tuple[int, ...]

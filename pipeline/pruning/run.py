@@ -36,7 +36,7 @@ from espalier.stages.loading.skeleton import read_config
 from espalier.stages.metrics.flops import Shapes, encoder_shapes, shapes_of
 from espalier.stages.metrics.perplexity import Measures
 from espalier.stages.metrics.profile import peak_bytes
-from espalier.stages.recipe import WorkOrder
+from espalier.stages.recipe import BlockTask
 from espalier.stages.shard.mask_selection import EXPERT_TOKENS
 from espalier.stages.storage.hf_checkpoint import resolve
 
@@ -177,7 +177,7 @@ class PruneRun:
             todo = everything - done[sweep].keys()
             ratios = self._ratios(fleet, stream) if sweep == 0 and self.recipe.allocation == "owl" else None
             orders = [
-                WorkOrder(
+                BlockTask(
                     blocks=blocks, sweep=sweep, sparsity=tuple(ratios[block] for block in blocks) if ratios else None
                 )
                 for spec in layout.specs
@@ -199,7 +199,7 @@ class PruneRun:
         fleet: ShardGroup,
         layout: ShardLayout,
         stream: Stream,
-        orders: list[WorkOrder],
+        orders: list[BlockTask],
         finished: int,
         recorder: Recorder,
     ) -> dict[int, dict[str, Any]]:
@@ -218,7 +218,7 @@ class PruneRun:
             reports[report["block"]] = report
         return reports
 
-    def _worked(self, fleet: ShardGroup, stream: Stream, orders: list[WorkOrder]) -> Iterator[list[dict[str, Any]]]:
+    def _worked(self, fleet: ShardGroup, stream: Stream, orders: list[BlockTask]) -> Iterator[list[dict[str, Any]]]:
         return fleet.work_in_order(stream, orders) if self.recipe.sequential else fleet.work(stream, orders)
 
     def _ratios(self, fleet: ShardGroup, stream: Stream) -> list[float]:

@@ -21,7 +21,7 @@ from espalier.stages.metrics.profile import Timeline, release_memory
 from espalier.stages.model.anatomy import Anatomy, Weight
 from espalier.stages.model.hooks import activation_hooks
 from espalier.stages.precision import computing, fitted_in
-from espalier.stages.recipe import Recipe, WorkOrder, derived_seed
+from espalier.stages.recipe import BlockTask, Recipe, derived_seed
 from espalier.stages.reconstruction.fit import FitSettings, fit, rate_unit
 from espalier.stages.reconstruction.target import Target
 from espalier.stages.reconstruction.units import FitUnit, Group, UnitModules, groups_of
@@ -44,7 +44,7 @@ class _Reached(Exception):
     """Ends a pass at the module that was looked for."""
 
 
-class Work:
+class BlockPruner:
     """One piece of work. `modules` holds the blocks as they are so far.
 
     `carried` is the pruned model's activations at the first block, where units are to read those; a sweep may foresee
@@ -55,7 +55,7 @@ class Work:
     def __init__(
         self,
         recipe: Recipe,
-        order: WorkOrder,
+        order: BlockTask,
         blocks: Mapping[int, nn.Module],
         calibrations: Mapping[int, BlockCalibration],
         skeleton: Skeleton,

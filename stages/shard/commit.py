@@ -17,8 +17,8 @@ from espalier.stages.errors import OutOfStep
 from espalier.stages.loading.skeleton import Skeleton
 from espalier.stages.metrics.profile import Timeline, peak_bytes
 from espalier.stages.precision import as_saved
-from espalier.stages.recipe import WorkOrder
-from espalier.stages.shard.block_pruner import Work
+from espalier.stages.recipe import BlockTask
+from espalier.stages.shard.block_pruner import BlockPruner
 from espalier.stages.shard.spec import ShardSpec, block_file, sweep_directory
 from espalier.stages.storage.hf_checkpoint import Checkpoint, write_tensors
 
@@ -31,10 +31,10 @@ class Commits:
     def __init__(self, spec: ShardSpec, skeleton: Skeleton, checkpoint: Checkpoint, timeline: Timeline) -> None:
         self._spec, self._skeleton, self._checkpoint, self._timeline = spec, skeleton, checkpoint, timeline
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._handed: dict[WorkOrder, Future[Reports]] = {}
+        self._handed: dict[BlockTask, Future[Reports]] = {}
         self._last: Future[Reports] | None = None
 
-    def hand_over(self, work: Work, streamed: Mapping[int, tuple[int, float]]) -> None:
+    def hand_over(self, work: BlockPruner, streamed: Mapping[int, tuple[int, float]]) -> None:
         """Have the blocks of `work` written, once what was handed over before is on disk; raises as `wait` does.
 
         `streamed`: block -> tokens of the pass that calibrated it, and its seconds, for the report.
@@ -61,7 +61,7 @@ class Commits:
         if last is not None:
             last.result()
 
-    def reports(self, order: WorkOrder) -> Reports:
+    def reports(self, order: BlockTask) -> Reports:
         """A report of each block of `order`, once they are on disk. Raises what kept them from it, and OutOfStep for an
         order that was not handed over here, or was asked for before."""
         handed = self._handed.pop(order, None)

@@ -25,7 +25,7 @@ from espalier.stages.model.anatomy import prunable, trace
 from espalier.stages.model.calls import tensors_in
 from espalier.stages.model.empty import auto_class
 from espalier.stages.model.structure import layout_in
-from espalier.stages.recipe import Recipe, WorkOrder
+from espalier.stages.recipe import BlockTask, Recipe
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec
 from espalier.stages.storage.files import write_text
@@ -192,7 +192,7 @@ def _go(family: str, config: PreTrainedConfig, folder: Path) -> int:
         _all_given(shard)
         step = "pruning and refitting"
         for index in range(config.num_hidden_layers):
-            order = WorkOrder(blocks=(index,))
+            order = BlockTask(blocks=(index,))
             shard.work(order)
             for report in shard.committed(order):
                 for name, layer in report["layers"].items():

@@ -34,10 +34,10 @@ from espalier.stages.metrics.perplexity import Measures, measure
 from espalier.stages.metrics.profile import Timeline
 from espalier.stages.model.calls import LayerCalls
 from espalier.stages.precision import COMPUTED, Compute, computing, named_dtype, own_compute, weights_dtype
-from espalier.stages.recipe import WorkOrder
+from espalier.stages.recipe import BlockTask
 from espalier.stages.shadow.store import Shadow
 from espalier.stages.shard.block_cache import BlockCache
-from espalier.stages.shard.block_pruner import Work
+from espalier.stages.shard.block_pruner import BlockPruner
 from espalier.stages.shard.calibration import BlockCalibration
 from espalier.stages.shard.calibration_store import CalibrationStore
 from espalier.stages.shard.commit import Commits
@@ -251,8 +251,9 @@ class Shard:
 
         return outlier_share(scores)
 
-    def work(self, order: WorkOrder) -> None:
-        """Prune and rebuild the blocks of `order` (see `Work`), and hand them over to be written: see `committed`.
+    def work(self, order: BlockTask) -> None:
+        """Prune and rebuild the blocks of `order` (see `BlockPruner`), and hand them over to be written: see
+        `committed`.
 
         With pruned inputs the blocks then carry what was received on, so they are worked on in order.
         Raises OutOfStep if what the stream leaves behind is not here, or not all of it, as after a restart; and what
@@ -269,7 +270,7 @@ class Shard:
         if not recipe.streams_dense:
             calibrations = {index: self.gathered.of(index, block) for index, block in blocks.items()}
         samples = carry.samples if carry else None
-        work = Work(
+        work = BlockPruner(
             recipe,
             order,
             blocks,
@@ -296,7 +297,7 @@ class Shard:
             del work
             gc.collect()  # modules hold themselves in cycles: without it dense blocks can be in memory still
 
-    def committed(self, order: WorkOrder) -> list[dict[str, Any]]:
+    def committed(self, order: BlockTask) -> list[dict[str, Any]]:
         """A report of each block of `order`, which was worked on, once it is on disk. May be asked in any thread.
 
         Raises what kept it from there, and OutOfStep if it was not worked on, as after a restart.
@@ -304,7 +305,7 @@ class Shard:
         return self._commits.reports(order)
 
     def _importances(
-        self, order: WorkOrder, calibrations: Mapping[int, BlockCalibration]
+        self, order: BlockTask, calibrations: Mapping[int, BlockCalibration]
     ) -> dict[int, dict[str, Tensor]]:
         """What the recipe's shadow says of the matrices to be masked: block -> name inside it -> |q|."""
         recipe = self.spec.recipe

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from bench_model import SMALL, make_llama, report
 
-from espalier.stages.recipe import Recipe, WorkOrder
+from espalier.stages.recipe import BlockTask, Recipe
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec
 
@@ -64,7 +64,7 @@ def main() -> None:
         shapes = [w.shape for name, w in shard.skeleton.layers[0].named_parameters() if w.dim() == 2]
         before = plain_gflops(shapes, 2 * arguments.length)
         started, wall = time.process_time(), time.perf_counter()
-        order = WorkOrder(blocks=(0,))
+        order = BlockTask(blocks=(0,))
         shard.work(order)
         (block,) = shard.committed(order)
         cpu, wall = time.process_time() - started, time.perf_counter() - wall

@@ -22,7 +22,7 @@ from espalier.cluster.connection import room
 from espalier.cluster.shard_actor import OPTIONS, RESTARTS, ShardWorker
 from espalier.cluster.shard_group import ShardGroup, Stream
 from espalier.stages.errors import Refusal
-from espalier.stages.recipe import Recipe, WorkOrder
+from espalier.stages.recipe import BlockTask, Recipe
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec
 
@@ -78,7 +78,7 @@ def test_losses_and_refusals_cross_the_fleet(one_cluster: None, specs: list[Shar
         assert all("a shard was lost" in event and "\n" not in event for event in events)
 
         fleet.calibrate(stream(tokens), {0, 3}, steps.append)
-        orders = [WorkOrder(blocks=(0,)), WorkOrder(blocks=(3,))]
+        orders = [BlockTask(blocks=(0,)), BlockTask(blocks=(3,))]
         reports = [report for reports in fleet.work(stream(tokens), orders) for report in reports]
         assert sorted(report["block"] for report in reports) == [0, 3], "only what was asked for"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from espalier.stages.data.image_table import ImageTable
-from espalier.stages.recipe import Recipe, WorkOrder
+from espalier.stages.recipe import BlockTask, Recipe
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec
 
@@ -106,14 +106,14 @@ def prune(shards: Sequence[Shard], inputs: Inputs, blocks: int = 4) -> list[dict
             for shard in shards:
                 shard.open(sweep - 1)
             stream(shards, inputs, range(blocks), sweep)
-        orders = [(shard, WorkOrder(blocks=piece, sweep=sweep)) for shard in shards for piece in shard.spec.pieces]
+        orders = [(shard, BlockTask(blocks=piece, sweep=sweep)) for shard in shards for piece in shard.spec.pieces]
         for shard, order in orders:
             shard.work(order)
         reports = [shard.committed(order) for shard, order in orders]
     return [report for together in reports for report in together]
 
 
-def worked(shard: Shard, order: WorkOrder) -> list[dict[str, Any]]:
+def worked(shard: Shard, order: BlockTask) -> list[dict[str, Any]]:
     """The reports of one piece of work, which is on disk."""
     shard.work(order)
     return shard.committed(order)
@@ -128,8 +128,8 @@ def _in_order(shards: Sequence[Shard], inputs: Inputs) -> list[dict[str, Any]]:
         for number, hidden in enumerate(flowing):
             shard.receive(number, hidden)
         for piece in shard.spec.pieces:
-            shard.work(WorkOrder(blocks=piece))
-        reports += [report for piece in shard.spec.pieces for report in shard.committed(WorkOrder(blocks=piece))]
+            shard.work(BlockTask(blocks=piece))
+        reports += [report for piece in shard.spec.pieces for report in shard.committed(BlockTask(blocks=piece))]
         flowing = [shard.emit(number) for number in range(len(flowing))]
     return reports
 

@@ -21,7 +21,7 @@ from espalier.stages.data.image_samples import load_processor
 from espalier.stages.data.image_table import ImageTable, build_image_table
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import Skeleton, read_config
-from espalier.stages.recipe import Recipe, WorkOrder
+from espalier.stages.recipe import BlockTask, Recipe
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import block_file
 
@@ -201,7 +201,7 @@ def test_images_give_other_masks_than_their_captions_alone(seeing, folder, tmp_p
     for number, part in enumerate(tokens):
         shard.forward(number, shard.embed(part))
     for piece in shard.spec.pieces:
-        worked(shard, WorkOrder(blocks=piece))
+        worked(shard, BlockTask(blocks=piece))
     seen, read = (load_file(tmp_path / kind / "output" / block_file(0)) for kind in ("images", "text"))
     differing = {key: ((seen[key] == 0) != (read[key] == 0)).float().mean().item() for key in seen}
     assert max(differing.values()) > 0.01, differing

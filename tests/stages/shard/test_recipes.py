@@ -12,7 +12,7 @@ from streaming import GENTLE, make_shards, prune, stream, worked
 from espalier.stages.criteria.scoring import find_criterion
 from espalier.stages.errors import OutOfStep, Refusal
 from espalier.stages.layer_rules import Override
-from espalier.stages.recipe import Recipe, WorkOrder, pieces
+from espalier.stages.recipe import BlockTask, Recipe, pieces
 from espalier.stages.reconstruction.target import SHARE
 from espalier.stages.reconstruction.units import UnitModules, groups_of
 from espalier.stages.shard.spec import block_file
@@ -114,7 +114,7 @@ def test_overrides_and_ratios_of_blocks_reach_their_layers(
     stream([shard], tiny_tokens(SAMPLES, LENGTH), range(BLOCKS))
     shares = [shard.outlier_share(index) for index in range(BLOCKS)]
     assert all(0 <= share < 0.5 for share in shares)
-    (report,) = worked(shard, WorkOrder(blocks=(0,), sparsity=(0.25,)))
+    (report,) = worked(shard, BlockTask(blocks=(0,), sparsity=(0.25,)))
     ratios = {name: layer["zeros"] / layer["weights"] for name, layer in report["layers"].items()}
     assert ratios == {
         **dict.fromkeys((f"self_attn.{which}_proj" for which in "qkvo"), 0.25),
@@ -130,7 +130,7 @@ def test_foreseen_inputs_are_the_pruned_models_drawn_to_the_dense_at_every_unit(
     (shard,) = make_shards(tiny_checkpoint(), tmp_path, 1, LENGTH, recipe=RECIPES["foreseeing sweeps"])
     stream([shard], tokens, range(BLOCKS))
     for block in range(BLOCKS):
-        shard.work(WorkOrder(blocks=(block,)))
+        shard.work(BlockTask(blocks=(block,)))
     shard.open(0)
     stream([shard], tokens, range(BLOCKS), sweep=1)
     foreseen, units = shard.gathered.whole(0, 1).inputs["self_attn"].batch(everything), 0
@@ -160,11 +160,11 @@ def test_work_out_of_order_is_out_of_step(
 ) -> None:
     (shard,) = make_shards(tiny_checkpoint(), tmp_path, 1, LENGTH, recipe=RECIPES["pruned bare"])
     with pytest.raises(OutOfStep, match="holds 0 of 0 inputs of block 0"):
-        shard.work(WorkOrder(blocks=(0,)))
+        shard.work(BlockTask(blocks=(0,)))
     (other,) = make_shards(tiny_checkpoint(), tmp_path / "b", 1, LENGTH, recipe=RECIPES["sweeps"])
     stream([other], tiny_tokens(SAMPLES, LENGTH), range(BLOCKS))
     with pytest.raises(OutOfStep, match="other blocks than sweep 1 starts from"):
-        other.work(WorkOrder(blocks=(0,), sweep=1))
+        other.work(BlockTask(blocks=(0,), sweep=1))
 
 
 def test_matrices_stored_with_other_experts_are_not_rebuilt_alone(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from streaming import BATCH, GENTLE, make_shards, microbatches, prune, same_bits
 from espalier.stages.errors import OutOfStep, Refusal
 from espalier.stages.metrics.perplexity import Measures
 from espalier.stages.metrics.profile import Timeline
-from espalier.stages.recipe import Recipe, WorkOrder, derived_seed
+from espalier.stages.recipe import BlockTask, Recipe, derived_seed
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec, block_file
 from espalier.stages.storage.files import file_digest
@@ -51,17 +51,17 @@ def test_block_by_block_out_of_step(tiny_checkpoint, tiny_tokens, tmp_path) -> N
 
 def test_work_before_calibration_is_out_of_step(shard, tiny_tokens) -> None:
     with pytest.raises(OutOfStep, match="no calibration of sweep 0 for block 1"):
-        shard.work(WorkOrder(blocks=(1,)))
+        shard.work(BlockTask(blocks=(1,)))
     shard.begin(2, {1})
     shard.forward(0, shard.embed(tiny_tokens(BATCH, LENGTH)))
     assert shard.calibrated() == {}  # the pass has not ended
     with pytest.raises(OutOfStep, match="no calibration of sweep 0 for block 1"):
-        shard.work(WorkOrder(blocks=(1,)))
+        shard.work(BlockTask(blocks=(1,)))
     shard.forward(1, shard.embed(tiny_tokens(BATCH, LENGTH, seed=1)))
     assert shard.calibrated() == {1: 0}
-    shard.work(WorkOrder(blocks=(1,)))
+    shard.work(BlockTask(blocks=(1,)))
     with pytest.raises(OutOfStep):  # its calibration was used up
-        shard.work(WorkOrder(blocks=(1,)))
+        shard.work(BlockTask(blocks=(1,)))
 
 
 def test_a_broken_off_pass_is_forgotten_when_the_next_begins(shard, tiny_tokens, tiny_checkpoint, tmp_path) -> None:
@@ -127,7 +127,7 @@ def test_work_frees_every_spool(tiny_checkpoint, tiny_tokens, tmp_path, spool_me
     assert bool(files) == (spool_memory < 1 << 30)
     assert (shard._budget.used > 0) == (spool_memory > 0)
     for index in range(3):
-        shard.work(WorkOrder(blocks=(index,)))
+        shard.work(BlockTask(blocks=(index,)))
     assert shard._budget.used == 0
     assert 0 <= shard._budget.peak <= spool_memory
     assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
@@ -262,18 +262,18 @@ def test_a_commit_that_fails_is_told_at_the_next_block_and_when_asked_and_can_be
 
     with monkeypatch.context() as patched:
         patched.setattr("espalier.stages.shard.commit.write_tensors", full)
-        shard.work(WorkOrder(blocks=(1,)))
+        shard.work(BlockTask(blocks=(1,)))
         with pytest.raises(Refusal, match=r"block-00001.*disk full"):
-            shard.work(WorkOrder(blocks=(2,)))
+            shard.work(BlockTask(blocks=(2,)))
         with pytest.raises(Refusal, match=r"block-00001.*disk full"):
-            shard.committed(WorkOrder(blocks=(1,)))
+            shard.committed(BlockTask(blocks=(1,)))
     for block in (1, 2):
         with pytest.raises(OutOfStep, match=rf"blocks \({block},\) of sweep 0 are not on their way to disk here"):
-            shard.committed(WorkOrder(blocks=(block,)))
+            shard.committed(BlockTask(blocks=(block,)))
     assert shard.calibrated() == {2: 0}, "what block 1 was worked on with is used up, as after any loss"
     for each in (shard, other):
         stream([each], tokens, {1})
-    (report,), (expected,) = (worked(each, WorkOrder(blocks=(1,))) for each in (shard, other))
+    (report,), (expected,) = (worked(each, BlockTask(blocks=(1,))) for each in (shard, other))
     assert report["digest"] == expected["digest"]
 
 
@@ -292,17 +292,17 @@ def test_one_block_is_written_while_the_next_is_worked_on_and_the_one_after_wait
         return write_tensors(path, tensors)
 
     monkeypatch.setattr("espalier.stages.shard.commit.write_tensors", slow)
-    shard.work(WorkOrder(blocks=(0,)))
+    shard.work(BlockTask(blocks=(0,)))
     assert writing.acquire(timeout=60)
     assert not (tmp_path / "output" / block_file(0)).exists(), "it is worked on and not yet written"
-    following = threading.Thread(target=shard.work, args=(WorkOrder(blocks=(1,)),))
+    following = threading.Thread(target=shard.work, args=(BlockTask(blocks=(1,)),))
     following.start()
     following.join(timeout=0.5)
     assert following.is_alive(), "block 1 is not handed over before block 0 is on disk"
     assert [(phase["phase"], phase["block"]) for phase in shard.timeline.export()][-1] == ("score", 1)
     disk.release(2)
     following.join(timeout=60)
-    (first,), (second,) = (shard.committed(WorkOrder(blocks=(block,))) for block in (0, 1))
+    (first,), (second,) = (shard.committed(BlockTask(blocks=(block,))) for block in (0, 1))
     assert [report["file"] for report in (first, second)] == [block_file(0), block_file(1)]
     for report in (first, second):
         assert file_digest(tmp_path / "output" / report["file"]) == report["digest"]
