@@ -9,7 +9,7 @@ from espalier.pipeline.config.options import build_config
 from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.planning.hardware import cores, memory_available
 from espalier.pipeline.planning.memory import choose_resident, split_blocks
-from espalier.pipeline.planning.model_info import ModelFacts, model_facts
+from espalier.pipeline.planning.model_info import ModelInfo, model_facts
 from espalier.pipeline.planning.placement import DRIVER_BYTES, Load, estimates_by_resident
 from espalier.pipeline.planning.windows import window_length
 from espalier.stages.devices import has_units
@@ -99,7 +99,7 @@ def _checkpoint(directory: Path) -> Checkpoint | None:
     return Checkpoint(directory) if next(directory.glob("*.safetensors"), None) else None
 
 
-def _compute(config: PruneConfig, facts: ModelFacts, gpu: bool) -> Compute:
+def _compute(config: PruneConfig, facts: ModelInfo, gpu: bool) -> Compute:
     """GPUs of today are taken to have units for either narrow dtype; of CPUs this one is asked."""
     if config.compute != "auto":
         return config.compute

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.stages.errors import Refusal
 from espalier.stages.precision import COMPUTED, Compute, fitted_in
 from espalier.stages.recipe import Recipe, pieces
@@ -52,7 +52,7 @@ class ShardEstimate:
 
 
 def estimate_shard(
-    facts: ModelFacts,
+    facts: ModelInfo,
     first: int,
     last: int,
     *,
@@ -98,7 +98,7 @@ def estimate_shard(
     )
 
 
-def _fit_bytes(facts: ModelFacts, first: int, last: int, step_tokens: int, recipe: Recipe, compute: Compute) -> int:
+def _fit_bytes(facts: ModelInfo, first: int, last: int, step_tokens: int, recipe: Recipe, compute: Compute) -> int:
     """Memory that fitting the largest unit takes: working copy, fp32 master, two moments; the largest gradient twice;
     a step's activations."""
     if recipe.reconstruct == "none":
@@ -116,7 +116,7 @@ def _fit_bytes(facts: ModelFacts, first: int, last: int, step_tokens: int, recip
     )
 
 
-def _hessian_bytes(facts: ModelFacts, recipe: Recipe) -> int:
+def _hessian_bytes(facts: ModelInfo, recipe: Recipe) -> int:
     """Memory for the Hessians of one group's inputs (an attention's two, say), and for what is made of the largest."""
     if "hessian" not in recipe.needs:
         return 0

@@ -25,7 +25,7 @@ SAMPLED_STRETCHES, STRETCH_BYTES = 64, 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFacts:
+class ModelInfo:
     """Sizes of one model, in bytes as it is stored."""
 
     path: str
@@ -86,7 +86,7 @@ def model_facts(
     dtype: str = "auto",
     checkpoint: Checkpoint | None = None,
     tower: Tower = "language",
-) -> ModelFacts:
+) -> ModelInfo:
     """Sizes from the config alone, names as the checkpoint has them (without it: as transformers would save them).
 
     Raises Refusal for a family that is not known here, for the vision tower of one that has none, and for a checkpoint
@@ -121,7 +121,7 @@ def model_facts(
     tied = tied_names(skeleton.model)
     outside = {name: p.numel() for name, p in skeleton.model.named_parameters() if name not in tied}
     copied = [held.bytes(name, size) for name, size in outside.items() if name not in skeleton.ends]
-    return ModelFacts(
+    return ModelInfo(
         path=path,
         family=config.model_type,
         tower=tower,
@@ -161,7 +161,7 @@ class _Held:
         return size * self.itemsize
 
 
-def check_headers(facts: ModelFacts, checkpoint: Checkpoint) -> str:
+def check_headers(facts: ModelInfo, checkpoint: Checkpoint) -> str:
     """A digest of the checkpoint's headers and of samples of its bytes, which tells another model of the same shapes.
 
     Raises Refusal if a prunable weight is missing or of another shape.

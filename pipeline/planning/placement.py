@@ -15,7 +15,7 @@ from espalier.pipeline.planning.memory import (
     free_bytes,
     split_blocks,
 )
-from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.pipeline.planning.windows import microbatch_size, window_length
 from espalier.stages.devices import has_units
 from espalier.stages.errors import Refusal
@@ -60,7 +60,7 @@ class Layout:
     """A run's layout before the cluster is known: what a cluster of its own would be made with."""
 
     config: ClusterConfig
-    facts: ModelFacts
+    facts: ModelInfo
     load: Load
     length: int
     compute: Compute | None  # None: what the cluster has units for
@@ -109,7 +109,7 @@ class Layout:
         return ShardLayout(specs=specs, resident=resident, compute=compute, estimate=estimate)
 
 
-def arrange(config: ClusterConfig, facts: ModelFacts, load: Load) -> Layout:
+def arrange(config: ClusterConfig, facts: ModelInfo, load: Load) -> Layout:
     """The layout as far as this machine alone decides it. Raises Refusal for what no cluster could make right."""
     length = window_length(facts, config.length)
     shards = None if config.shards == "auto" else config.shards
@@ -140,7 +140,7 @@ def arrange(config: ClusterConfig, facts: ModelFacts, load: Load) -> Layout:
 
 def estimates_by_resident(
     config: ClusterConfig,
-    facts: ModelFacts,
+    facts: ModelInfo,
     load: Load,
     length: int,
     ranges: list[tuple[int, int]],
@@ -168,7 +168,7 @@ def estimates_by_resident(
     }
 
 
-def check_disk(output: Path, facts: ModelFacts) -> None:
+def check_disk(output: Path, facts: ModelInfo) -> None:
     """Raises Refusal if the pruned model cannot fit where it is to go."""
     if (free := free_bytes(output)) < facts.total_bytes:
         raise Refusal(
@@ -177,7 +177,7 @@ def check_disk(output: Path, facts: ModelFacts) -> None:
         )
 
 
-def _units(facts: ModelFacts, members: list[Node], device: str, threads: int) -> bool:
+def _units(facts: ModelInfo, members: list[Node], device: str, threads: int) -> bool:
     """Whether all that may hold a shard of the connected cluster have units for the model's dtype."""
     places = [node.node_id for node in members if node.cpus >= threads]
     return own_compute(dtype_of(facts.dtype)) == "fp32" or units_everywhere(dtype_of(facts.dtype), device, places)

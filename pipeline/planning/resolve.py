@@ -3,7 +3,7 @@
 import math
 
 from espalier.pipeline.config.prune import PruneConfig
-from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.pipeline.planning.windows import window_length
 from espalier.stages.criteria.scoring import find_criterion
 from espalier.stages.errors import Refusal
@@ -14,7 +14,7 @@ from espalier.stages.recipe import Recipe
 SWAPS_FROM = 4  # tokens for each channel of the widest input
 
 
-def settled(config: PruneConfig, facts: ModelFacts) -> PruneConfig:
+def resolve_auto(config: PruneConfig, facts: ModelInfo) -> PruneConfig:
     """The configuration with `refine: auto` decided for this model.
 
     Swaps take about O · I² operations a matrix, refitting O · I for each token: they are worth their time where the
@@ -28,7 +28,7 @@ def settled(config: PruneConfig, facts: ModelFacts) -> PruneConfig:
     return config.model_copy(update={"refine": "swaps" if swaps else "none"})
 
 
-def check_recipe_fits(facts: ModelFacts, recipe: Recipe) -> None:
+def check_recipe_fits(facts: ModelInfo, recipe: Recipe) -> None:
     """Raises Refusal for a window larger than the model, an override that matches no layer, criterion options that a
     layer's criterion does not take, rows that groups of M do not fill, and a threshold for SparseGPT, naming the first
     such layer; for a shadow that is missing, or that no criterion reads."""
@@ -59,7 +59,7 @@ def _check_scope(rule: LayerRule, where: str) -> None:
         )
 
 
-def removes_nothing(facts: ModelFacts, recipe: Recipe) -> str | None:
+def removes_nothing(facts: ModelInfo, recipe: Recipe) -> str | None:
     """One line where no weight would go from any layer: the amount is 0, or less than one weight of any row."""
     if recipe.allocation == "owl" or recipe.threshold is not None:  # known only when the scores are
         return None

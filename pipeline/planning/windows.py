@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.stages.errors import Refusal
 
 MICROBATCH_TOKENS = 2048
@@ -11,7 +11,7 @@ MICROBATCH_TOKENS = 2048
 LENGTH = 2048
 
 
-def window_length(facts: ModelFacts, asked: int | Literal["auto"]) -> int:
+def window_length(facts: ModelInfo, asked: int | Literal["auto"]) -> int:
     """Tokens of a window, or positions of an image (at most, where they may be of any size).
 
     Raises Refusal if it is longer than the model's context, and for images that are of one length.

@@ -6,9 +6,9 @@ from typing import Any
 
 from espalier.pipeline.config.options import build_config, located
 from espalier.pipeline.config.prune import PruneConfig
-from espalier.pipeline.planning.model_info import ModelFacts, check_headers, model_facts
+from espalier.pipeline.planning.model_info import ModelInfo, check_headers, model_facts
 from espalier.pipeline.planning.placement import Load, arrange, check_disk
-from espalier.pipeline.planning.resolve import check_recipe_fits, settled
+from espalier.pipeline.planning.resolve import check_recipe_fits, resolve_auto
 from espalier.pipeline.pruning.run import PRUNED_MEASURES, PruneRun
 from espalier.pipeline.run.directory import RunDirectory, check_free, check_same_model
 from espalier.pipeline.run.inputs import check_calibration
@@ -51,7 +51,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     output = Path(config.output)
     check_free(output)
     facts, fingerprint = _inspect(config)
-    config = settled(config, facts)
+    config = resolve_auto(config, facts)
     layout = arrange(config, facts, Load.of_pruning(config))
     check_disk(output, facts)
     asked = config.model_dump(mode="json")
@@ -99,7 +99,7 @@ def _request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
     return kept | ({"shards": shards} if shards else {})
 
 
-def _inspect(config: PruneConfig) -> tuple[ModelFacts, str]:
+def _inspect(config: PruneConfig) -> tuple[ModelInfo, str]:
     model = resolve(config.model)
     checkpoint, settings = Checkpoint(model), read_config(model, config.trust_remote_code)
     facts = model_facts(settings, config.model, config.dtype, checkpoint, config.tower)

@@ -15,14 +15,14 @@ from espalier.cluster.connection.inventory import nodes
 from espalier.cluster.connection.redact import without_secrets
 from espalier.cluster.shard_group import ShardGroup, Stream
 from espalier.pipeline.config.prune import PruneConfig
-from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.pipeline.planning.placement import Layout, ShardLayout
 from espalier.pipeline.planning.resolve import removes_nothing
 from espalier.pipeline.planning.windows import microbatch_size, window_length
 from espalier.pipeline.record.metric_names import COMPUTE_TAG, block_metrics, total_metrics
 from espalier.pipeline.record.recorder import Recorder, recorded_run
 from espalier.pipeline.reports.prune import write_report
-from espalier.pipeline.run.costs import Spending
+from espalier.pipeline.run.costs import CostMeter
 from espalier.pipeline.run.directory import RunDirectory, disk_full_refused
 from espalier.pipeline.run.export import copy_companions, write_index
 from espalier.pipeline.run.inputs import Purpose, image_file, image_table, stream_of, tell, token_table
@@ -50,7 +50,7 @@ class PruneRun:
     def __init__(
         self,
         config: PruneConfig,
-        facts: ModelFacts,
+        facts: ModelInfo,
         layout: Layout,
         directory: RunDirectory,
         run: dict[str, Any],
@@ -61,7 +61,7 @@ class PruneRun:
         self.length = window_length(facts, config.length)
         self.recipe = config.recipe
         self.started = time.time()
-        self.spending = Spending()
+        self.spending = CostMeter()
         self.nodes = 1
         self.warnings: list[str] = []
         self.worked = False  # whether there is anything to go on from

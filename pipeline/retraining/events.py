@@ -16,7 +16,7 @@ TOLD_SECONDS = 5.0  # between two lines about steps
 HELD = ("parameters", "optimizer", "shadow")  # what a rank says how many bytes it keeps of
 
 
-class Heard:
+class RunEvents:
     """All that was told so far, and what an earlier process of the run journalled of its evaluations."""
 
     def __init__(self, directory: RunDirectory, reporter: Reporter) -> None:

@@ -7,7 +7,7 @@ back. Of a Llama of 25 M parameters on two CPU ranks, stages 1 and 3, peaks were
 from dataclasses import asdict, dataclass
 
 from espalier.cluster.connection.inventory import Node
-from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.pipeline.planning.placement import memory_per_process
 from espalier.stages.errors import Refusal
 from espalier.stages.training.spec import MOST_BUCKET, MOST_GATHERED, RetrainSpec
@@ -30,7 +30,7 @@ class RankEstimate:
     peak: int
 
 
-def estimate_rank(facts: ModelFacts, spec: RetrainSpec, ranks: int, length: int, device: str) -> RankEstimate:
+def estimate_rank(facts: ModelInfo, spec: RetrainSpec, ranks: int, length: int, device: str) -> RankEstimate:
     """What each rank needs; with offload on a GPU, masters and moments are in the host's memory."""
     count, stage = facts.parameters, spec.zero_stage
     share = -(-count // ranks) if stage else count
@@ -59,7 +59,7 @@ def estimate_rank(facts: ModelFacts, spec: RetrainSpec, ranks: int, length: int,
     )
 
 
-def _activation_bytes(facts: ModelFacts, spec: RetrainSpec, length: int, size: int) -> int:
+def _activation_bytes(facts: ModelInfo, spec: RetrainSpec, length: int, size: int) -> int:
     """What a micro-batch keeps for the way back: what goes into and comes out of each matrix and two norms in float32,
     of every block or, with activation checkpointing, of one and the inputs of the others; and float32 logits thrice.
     """

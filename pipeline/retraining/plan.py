@@ -10,7 +10,7 @@ import torch
 from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.retrain import RetrainConfig
 from espalier.pipeline.planning.hardware import cores
-from espalier.pipeline.planning.model_info import ModelFacts, check_headers, model_facts
+from espalier.pipeline.planning.model_info import ModelInfo, check_headers, model_facts
 from espalier.pipeline.planning.windows import window_length
 from espalier.stages.data.training_batches import Sources, open_source
 from espalier.stages.errors import Refusal
@@ -27,7 +27,7 @@ SAME = (
 )
 
 
-def inspect(config: RetrainConfig) -> tuple[ModelFacts, str]:
+def inspect(config: RetrainConfig) -> tuple[ModelInfo, str]:
     """The model's sizes, and a digest of what it begins from. Raises Refusal for a model or mask that cannot be."""
     model = resolve(config.model)
     settings = read_config(model, config.trust_remote_code)

@@ -15,16 +15,16 @@ from espalier.cluster.connection.inventory import nodes
 from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.options import build_config, located
 from espalier.pipeline.config.retrain import RetrainConfig
-from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.pipeline.planning.placement import DRIVER_BYTES
 from espalier.pipeline.planning.windows import window_length
 from espalier.pipeline.record.metric_names import COMPUTE_TAG, total_metrics
 from espalier.pipeline.record.recorder import Recorder, recorded_run
 from espalier.pipeline.reports.retrain import write_report
-from espalier.pipeline.retraining.events import Heard
+from espalier.pipeline.retraining.events import RunEvents
 from espalier.pipeline.retraining.memory import check_ranks_fit, estimate_rank
 from espalier.pipeline.retraining.plan import devices, inspect, spec_of
-from espalier.pipeline.run.costs import Spending
+from espalier.pipeline.run.costs import CostMeter
 from espalier.pipeline.run.directory import RunDirectory, check_free, check_same_model, disk_full_refused
 from espalier.pipeline.run.export import copy_companions, sparsity_of, write_index
 from espalier.pipeline.run.inputs import Purpose, tell, token_table
@@ -121,7 +121,7 @@ class _Run:
     def __init__(
         self,
         config: RetrainConfig,
-        facts: ModelFacts,
+        facts: ModelInfo,
         place: tuple[str, int],
         directory: RunDirectory,
         run: dict[str, Any],
@@ -135,8 +135,8 @@ class _Run:
         self.length = window_length(facts, config.length)
         self.device, self.ranks = place
         self.warnings: list[str] = []
-        self.heard = Heard(directory, self.reporter)
-        self.spending = Spending()
+        self.heard = RunEvents(directory, self.reporter)
+        self.spending = CostMeter()
         self.nodes = 1
 
     # -- phases ----------------------------------------------------------------------------------------------------

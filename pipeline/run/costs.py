@@ -10,7 +10,7 @@ from espalier.stages.metrics.energy import Energy, EnergyMeter
 from espalier.stages.metrics.flops import Shapes, forward_flops
 
 
-class Spending:
+class CostMeter:
     """Adds up what is spent, phase by phase. A context manager: energy is counted from entering to leaving it."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from espalier.cluster.shard_group import Stream
 from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.config.retrain import RetrainConfig
-from espalier.pipeline.planning.model_info import ModelFacts
+from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.stages.data.captions import holds_images
 from espalier.stages.data.image_samples import load_processor
 from espalier.stages.data.image_table import ImageTable, build_image_table
@@ -35,7 +35,7 @@ def image_file(home: Path) -> Path:
     return home / "images-calibration.arrow"
 
 
-def check_calibration(config: PruneConfig, facts: ModelFacts) -> None:
+def check_calibration(config: PruneConfig, facts: ModelInfo) -> None:
     """Raises Refusal for images that the model does not see."""
     if holds_images(config.calibration) and not sees_images(facts.family):
         raise Refusal(
@@ -72,7 +72,7 @@ def token_table(
     purpose: Purpose,
     source: Any,
     config: PruneConfig | RetrainConfig,
-    facts: ModelFacts,
+    facts: ModelInfo,
     length: int,
     home: Path,
     samples: int | None = None,
@@ -104,7 +104,7 @@ def _tokenizer_for(source: Any, config: PruneConfig | RetrainConfig) -> Any:
         raise
 
 
-def bos_for(bos: Bos, facts: ModelFacts) -> Bos:
+def bos_for(bos: Bos, facts: ModelInfo) -> Bos:
     """`bos`, but that auto is window for a model that is lost in a window without one."""
     return "window" if bos == "auto" and facts.family.startswith(LOST_WITHOUT_BOS) else bos
 

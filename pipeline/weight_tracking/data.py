@@ -23,7 +23,7 @@ Measure = Callable[[Path], Mapping[str, float]]  # a checkpoint's directory -> f
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Material:
+class ExperimentData:
     """What a kind of data gives.
 
     `metric` is what the curve shows: "loss", the mean over the evaluated tokens, or one of the figures of `measure`.
@@ -41,21 +41,21 @@ class Material:
 
 
 class Prepare(Protocol):
-    def __call__(self, config: TrackConfig, home: Path) -> Material:
+    def __call__(self, config: TrackConfig, home: Path) -> ExperimentData:
         """Write to `home`, which may hold what an interrupted call wrote, whatever is needed, and say what it is.
 
         Raises Refusal for data that cannot be read.
         """
 
 
-def prepare(config: TrackConfig, home: Path) -> Material:
+def prepare(config: TrackConfig, home: Path) -> ExperimentData:
     """The material of `config.data`, read as its kind says."""
     module, _, name = DATA_KINDS[config.data_kind].partition(":")
     function: Prepare = getattr(import_module(module), name)
     return function(config, home)
 
 
-def characters(config: TrackConfig, home: Path) -> Material:
+def characters(config: TrackConfig, home: Path) -> ExperimentData:
     """A text file, its characters the tokens. A model that begins from random weights has as many as there are."""
     training, evaluation = split_text(Path(config.data), config.held_out)
     if isinstance(config.model, str):
@@ -66,7 +66,7 @@ def characters(config: TrackConfig, home: Path) -> Material:
     return _text_material(config, home, str(model), tokenizer, training, evaluation)
 
 
-def text(config: TrackConfig, home: Path) -> Material:
+def text(config: TrackConfig, home: Path) -> ExperimentData:
     """A text file, read by the tokenizer of the checkpoint that training goes on from."""
     if not isinstance(config.model, str):
         raise Refusal("data-kind text: the recipe's model has no tokenizer; name a checkpoint, or use characters")
@@ -76,7 +76,7 @@ def text(config: TrackConfig, home: Path) -> Material:
 
 def _text_material(
     config: TrackConfig, home: Path, model: str, tokenizer: Any, training: str, evaluation: str
-) -> Material:
+) -> ExperimentData:
     vocabulary = read_config(resolve(model)).get_text_config().vocab_size
     tables = [
         kept_table(
@@ -101,7 +101,7 @@ def _text_material(
     windows = SourceSpec(
         factory="espalier.stages.data.training_batches:TokenWindows", options={"path": str(held_out.path)}
     )
-    return Material(
+    return ExperimentData(
         model=model,
         sources=Sources(data=sliding, eval=windows),
         epoch=len(learned),

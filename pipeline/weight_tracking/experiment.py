@@ -30,7 +30,7 @@ from espalier.pipeline.run.directory import RunDirectory, disk_full_refused, rec
 from espalier.pipeline.run.progress import Reporter, reporter_for
 from espalier.pipeline.run.stopping import at_the_last
 from espalier.pipeline.weight_tracking.cost import cost_of, cost_of_tracking, summed
-from espalier.pipeline.weight_tracking.data import Material, prepare
+from espalier.pipeline.weight_tracking.data import ExperimentData, prepare
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import read_config
 from espalier.stages.masks import thresholds_for_sparsity
@@ -79,7 +79,7 @@ def _log(perplexity: float | None) -> float | None:
 class Experiment:
     """One experiment from data to report. `run` grows into run.json."""
 
-    material: Material
+    material: ExperimentData
     recorder: Recorder
     ranks: RankGroup
 

@@ -20,7 +20,7 @@ from streaming import BATCH, make_shards, prune
 
 from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.planning.model_info import model_facts
-from espalier.pipeline.planning.resolve import settled
+from espalier.pipeline.planning.resolve import resolve_auto
 from espalier.pipeline.run.inputs import load_tokenizer
 from espalier.pipeline.run.progress import Reporter
 from espalier.stages.data.token_table import build_token_table
@@ -81,7 +81,7 @@ def prune_without_ray(config: PruneConfig) -> dict[str, str]:
     model, output = Path(config.model), Path(config.output)
     assert isinstance(config.length, int) and config.microbatch == BATCH
     facts = model_facts(read_config(model), config.model)
-    config = settled(config, facts)
+    config = resolve_auto(config, facts)
     home = output.parent / f"{output.name} without Ray"
     home.mkdir(parents=True)
     table = build_token_table(

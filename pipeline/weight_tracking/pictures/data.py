@@ -10,7 +10,7 @@ from typing import Any
 
 from espalier.pipeline.config.track import TrackConfig
 from espalier.pipeline.retraining.run import Sources
-from espalier.pipeline.weight_tracking.data import Material
+from espalier.pipeline.weight_tracking.data import ExperimentData
 from espalier.pipeline.weight_tracking.pictures.model import QUESTION, write_model
 from espalier.pipeline.weight_tracking.pictures.render import render
 from espalier.stages.data.labelled_images import Pictures
@@ -26,7 +26,7 @@ METRIC = "mean absolute error"
 ASKED = "What quantity is on this label? Answer with the number alone."
 
 
-def pictures(config: TrackConfig, home: Path) -> Material:
+def pictures(config: TrackConfig, home: Path) -> ExperimentData:
     """The pictures: the first to train on, the last `held_out` of them to be read."""
     if unknown := sorted(config.data_options.keys() - set(OPTIONS)):
         raise Refusal(f"data-option {unknown[0]}: unknown for pictures; there are {', '.join(OPTIONS)}")
@@ -51,7 +51,7 @@ def pictures(config: TrackConfig, home: Path) -> Material:
     def measure(checkpoint: Path) -> Mapping[str, float]:
         return _read(checkpoint, Pictures(**told, first=cut), config.seed)
 
-    return Material(
+    return ExperimentData(
         model=str(model),
         sources=Sources(data=_source(told | {"last": cut}), eval=_source(told | {"first": cut})),
         epoch=cut,

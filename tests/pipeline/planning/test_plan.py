@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from espalier.pipeline.cli.main import main
 from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.planning.memory import ShardEstimate, choose_resident, estimate_shard, split_blocks
-from espalier.pipeline.planning.model_info import ModelFacts, check_headers, model_facts
-from espalier.pipeline.planning.resolve import settled
+from espalier.pipeline.planning.model_info import ModelInfo, check_headers, model_facts
+from espalier.pipeline.planning.resolve import resolve_auto
 from espalier.stages.devices import has_units
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import read_config
@@ -58,11 +58,11 @@ def test_no_shard_gets_more_than_its_share_and_one_block(given: tuple[tuple[int,
 
 
 @pytest.fixture(scope="module")
-def facts(tiny_model: Callable[..., Path]) -> ModelFacts:
+def facts(tiny_model: Callable[..., Path]) -> ModelInfo:
     return model_facts(read_config(tiny_model()), str(tiny_model()))
 
 
-def peak(facts: ModelFacts, first: int = 0, last: int = 4, **changes: object) -> int:
+def peak(facts: ModelInfo, first: int = 0, last: int = 4, **changes: object) -> int:
     usual = {
         "compute": "fp32",
         "resident": "all",
@@ -74,7 +74,7 @@ def peak(facts: ModelFacts, first: int = 0, last: int = 4, **changes: object) ->
     return estimate_shard(facts, first, last, **(usual | {"gpu": False} | changes)).peak  # type: ignore[arg-type]
 
 
-def test_facts_are_those_of_the_checkpoint(facts: ModelFacts, tiny_model: Callable[..., Path]) -> None:
+def test_facts_are_those_of_the_checkpoint(facts: ModelInfo, tiny_model: Callable[..., Path]) -> None:
     weights = load_file(tiny_model() / "model.safetensors")
     assert facts.parameters == sum(tensor.numel() for tensor in weights.values())
     assert facts.total_bytes == sum(tensor.nbytes for tensor in weights.values())
@@ -82,12 +82,12 @@ def test_facts_are_those_of_the_checkpoint(facts: ModelFacts, tiny_model: Callab
     assert len(facts.linears) == 4 * 7
 
 
-def test_a_tied_head_is_counted_once(tiny_model: Callable[..., Path], facts: ModelFacts) -> None:
+def test_a_tied_head_is_counted_once(tiny_model: Callable[..., Path], facts: ModelInfo) -> None:
     tied = model_facts(read_config(tiny_model(tied=True)), "tied")
     assert facts.parameters - tied.parameters == 128 * 32
 
 
-def test_estimates_grow_with_what_is_held(facts: ModelFacts) -> None:
+def test_estimates_grow_with_what_is_held(facts: ModelInfo) -> None:
     assert peak(facts, 1, 2) < peak(facts, 1, 3) < peak(facts, 0, 3)
     large = replace(facts, block_bytes=(10**9,) * 4)
     assert peak(large, resident="one") < peak(large, resident="all") - 2 * 10**9
@@ -140,9 +140,9 @@ def test_a_plan_says_what_blocks_are_computed_in(
     )
 
 
-def test_swaps_are_the_default_where_refitting_costs_much_more(facts: ModelFacts) -> None:
+def test_swaps_are_the_default_where_refitting_costs_much_more(facts: ModelInfo) -> None:
     def refine(**asked: Any) -> str:
-        return settled(PruneConfig(model="m", output="o", calibration="c", length=32, **asked), facts).refine
+        return resolve_auto(PruneConfig(model="m", output="o", calibration="c", length=32, **asked), facts).refine
 
     assert refine(samples=6) == "swaps", "6 × 32 tokens are four times the widest input, 48"
     assert refine(samples=5) == "none"
@@ -150,7 +150,7 @@ def test_swaps_are_the_default_where_refitting_costs_much_more(facts: ModelFacts
     assert refine(samples=1, refine="swaps", reconstruct="none") == "swaps" and refine(refine="dsnot") == "dsnot"
 
 
-def test_activations_beyond_the_budget_go_to_disk(facts: ModelFacts) -> None:
+def test_activations_beyond_the_budget_go_to_disk(facts: ModelInfo) -> None:
     def estimate(budget: int):
         return estimate_shard(
             facts,
@@ -171,7 +171,7 @@ def test_activations_beyond_the_budget_go_to_disk(facts: ModelFacts) -> None:
     assert all_in_memory.peak - none.peak == all_in_memory.spool_memory
 
 
-def test_blocks_stay_in_memory_if_they_fit_and_go_one_by_one_if_not(facts: ModelFacts) -> None:
+def test_blocks_stay_in_memory_if_they_fit_and_go_one_by_one_if_not(facts: ModelInfo) -> None:
     large = replace(facts, block_bytes=(10**9,) * 4)
     estimates = {
         resident: [
@@ -229,7 +229,7 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
 
 
 def test_a_config_alone_is_enough_to_plan(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], facts: ModelFacts
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], facts: ModelInfo
 ) -> None:
     (tmp_path / "alone").mkdir()
     (model / "config.json").rename(tmp_path / "alone" / "config.json")

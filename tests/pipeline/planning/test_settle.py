@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from espalier.pipeline.config.prune import PruneConfig
-from espalier.pipeline.planning.model_info import ModelFacts, model_facts
+from espalier.pipeline.planning.model_info import ModelInfo, model_facts
 from espalier.pipeline.planning.resolve import removes_nothing
 from espalier.stages.loading.skeleton import read_config
 from espalier.stages.storage.hf_checkpoint import Checkpoint
@@ -16,7 +16,7 @@ LEAST: dict[str, Any] = {"model": "m", "output": "o", "calibration": "c"}
 
 
 @pytest.fixture
-def facts(tiny_checkpoint: Callable[..., Path]) -> ModelFacts:
+def facts(tiny_checkpoint: Callable[..., Path]) -> ModelInfo:
     """Of a Llama whose widest rows have 48 inputs (its MLP's), and whose largest matrix has 32 of them."""
     directory = tiny_checkpoint()
     return model_facts(read_config(directory), str(directory), "auto", Checkpoint(directory))
@@ -40,7 +40,7 @@ def facts(tiny_checkpoint: Callable[..., Path]) -> ModelFacts:
         ({"sparsity": 0.5, "overrides": [{"match": "*", "dense": True}]}, "sparsity 0 removes no weight"),
     ],
 )
-def test_a_run_that_removes_nothing_says_so(facts: ModelFacts, given: dict[str, Any], said: str) -> None:
+def test_a_run_that_removes_nothing_says_so(facts: ModelInfo, given: dict[str, Any], said: str) -> None:
     line = removes_nothing(facts, PruneConfig(**LEAST, **given, refine="none").recipe)
     assert line is not None and line.startswith(said) and "\n" not in line
 
@@ -57,5 +57,5 @@ def test_a_run_that_removes_nothing_says_so(facts: ModelFacts, given: dict[str, 
         {"sparsity": 0.5, "allocation": "owl"},
     ],
 )
-def test_a_run_that_removes_something_does_not(facts: ModelFacts, given: dict[str, Any]) -> None:
+def test_a_run_that_removes_something_does_not(facts: ModelInfo, given: dict[str, Any]) -> None:
     assert removes_nothing(facts, PruneConfig(**LEAST, **given, refine="none").recipe) is None

@@ -11,7 +11,7 @@ from espalier.cluster.connection.inventory import Node
 from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.retrain import RetrainConfig
 from espalier.pipeline.planning import placement as layout
-from espalier.pipeline.planning.model_info import ModelFacts, model_facts
+from espalier.pipeline.planning.model_info import ModelInfo, model_facts
 from espalier.pipeline.retraining.memory import RankEstimate, check_ranks_fit, estimate_rank
 from espalier.pipeline.retraining.run import retrain
 from espalier.stages.data.training_batches import SourceSpec
@@ -25,7 +25,7 @@ HERE = [Node(node_id="a", address="a", cpus=8, gpus=0, memory_bytes=64 * GB, obj
 
 
 @pytest.fixture
-def facts(tiny_checkpoint: Callable[..., Path]) -> ModelFacts:
+def facts(tiny_checkpoint: Callable[..., Path]) -> ModelInfo:
     directory = tiny_checkpoint()
     return model_facts(read_config(directory), str(directory), "auto", Checkpoint(directory))
 
@@ -57,11 +57,11 @@ def spec(**changes: Any) -> RetrainSpec:
     return RetrainSpec(**(usual | changes))
 
 
-def estimate(facts: ModelFacts, device: str = "cpu", ranks: int = 4, **changes: Any) -> RankEstimate:
+def estimate(facts: ModelInfo, device: str = "cpu", ranks: int = 4, **changes: Any) -> RankEstimate:
     return estimate_rank(facts, spec(**changes), ranks, 128, device)
 
 
-def test_each_stage_divides_what_it_says(facts: ModelFacts) -> None:
+def test_each_stage_divides_what_it_says(facts: ModelInfo) -> None:
     count = facts.parameters
     by_stage = [estimate(facts, zero_stage=stage, dtype="bfloat16") for stage in range(4)]
     assert [one.optimizer for one in by_stage] == [8 * count, *([2 * count] * 3)]
@@ -69,7 +69,7 @@ def test_each_stage_divides_what_it_says(facts: ModelFacts) -> None:
     assert [one.gradients for one in by_stage] == [2 * count, 3 * count, count, count]
 
 
-def test_what_lowers_memory_lowers_the_estimate(facts: ModelFacts) -> None:
+def test_what_lowers_memory_lowers_the_estimate(facts: ModelInfo) -> None:
     usual = estimate(facts)
     assert estimate(facts, activation_checkpointing=True).activations < usual.activations
     assert estimate(facts, microbatch=1).activations * 4 == usual.activations
@@ -77,7 +77,7 @@ def test_what_lowers_memory_lowers_the_estimate(facts: ModelFacts) -> None:
     assert estimate(facts, device="cuda", zero_stage=2, offload=True).peak < on_gpu.peak
 
 
-def test_ranks_that_do_not_fit_are_refused_with_the_figures(facts: ModelFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_do_not_fit_are_refused_with_the_figures(facts: ModelInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "memory_available", lambda: (4 * GB, 8 * GB, False))
     small = RankEstimate(parameters=1, optimizer=1, gradients=1, buffers=1, activations=1, shadow=0, peak=GB)
     check_ranks_fit(small, spec(), 2, HERE, "cpu")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from espalier.pipeline.run.costs import Spending
+from espalier.pipeline.run.costs import CostMeter
 from espalier.stages.metrics.flops import Shapes, forward_flops
 
 SHAPES = Shapes(parameters=1000, layers=2, width=16)
@@ -19,7 +19,7 @@ def test_a_phase_that_comes_again_adds_up_and_samples_become_operations(monkeypa
     counter = Counter()
     monkeypatch.setattr("espalier.stages.metrics.energy.rapl_counters", lambda: [counter])
     monkeypatch.setattr("espalier.stages.metrics.energy.nvml_counters", list)
-    with Spending() as spending:
+    with CostMeter() as spending:
         for joules in (5.0, 7.0):
             with spending.phase("stream", samples=3):
                 counter.joules += joules
@@ -31,6 +31,6 @@ def test_a_phase_that_comes_again_adds_up_and_samples_become_operations(monkeypa
 
 
 def test_a_run_on_several_nodes_claims_no_energy() -> None:
-    with Spending() as spending, spending.phase("work"):
+    with CostMeter() as spending, spending.phase("work"):
         pass
     assert spending.record(2, SHAPES, 8, {})["energy"] == {}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from streaming import make_shards, same_bits
 from torch import Tensor
 
-from espalier.pipeline.planning.model_info import ModelFacts, model_facts
+from espalier.pipeline.planning.model_info import ModelInfo, model_facts
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import read_config
 from espalier.stages.storage.hf_checkpoint import Checkpoint, resolve
@@ -32,7 +32,7 @@ def change(model: Path, *gone: str, **more: Tensor) -> Path:
     return model
 
 
-def facts_of(model: Path) -> ModelFacts:
+def facts_of(model: Path) -> ModelInfo:
     return model_facts(read_config(model), str(model), checkpoint=Checkpoint(model))
 
 
