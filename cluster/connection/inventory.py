@@ -39,13 +39,18 @@ def nodes() -> list[Node]:
     return sorted(live, key=lambda node: node.node_id)
 
 
+GPU_RESERVE = 1 << 30  # of a GPU's free memory: what cuBLAS and cuDNN take beside torch, and what torch cannot fill
+
+
 @ray.remote(num_gpus=1, scheduling_strategy="SPREAD")
 def _gpu_bytes() -> int:
-    return torch.cuda.get_device_properties(0).total_memory
+    free, _ = torch.cuda.mem_get_info(0)  # less what others hold, and this process's own CUDA context
+    return max(0, free - GPU_RESERVE)
 
 
 def smallest_gpu_bytes() -> int:
-    """Memory of the smallest GPU in the connected cluster, one asked for each that Ray counts."""
+    """Free memory, less a reserve, of the GPU in the connected cluster that has least, one asked for each that Ray
+    counts."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
     return min(ray.get([_gpu_bytes.remote() for _ in range(gpus)]))
 

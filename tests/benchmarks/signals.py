@@ -148,7 +148,10 @@ def resumed(output: Path, expected: Path) -> bool:
     """Whether `espalier resume`, where there is something to resume, gives the same bytes and finishes MLflow's run."""
     if not (output / "espalier" / "run.json").exists():
         return not output.exists()
-    subprocess.run([sys.executable, "-m", "espalier", "resume", str(output)], check=True, capture_output=True)
+    again = subprocess.run([sys.executable, "-m", "espalier", "resume", str(output)], capture_output=True, text=True)
+    if again.returncode:
+        print(again.stderr)
+        return False
     folders = {file.parent.relative_to(expected) for file in expected.rglob("*.safetensors")}
     same = all(weights_of(output / folder) == weights_of(expected / folder) for folder in folders)
     return bool(folders) and same and mlflow_states(output) == ["FINISHED"]
