@@ -172,7 +172,7 @@ class ShardGroup:
         writing: dict[Any, tuple[int, ...]] = {}
 
         def written_before(working: Any = None) -> Iterator[list[dict[str, Any]]]:
-            """Reports of what comes to be on disk before `working` is answered; of all there is, without one."""
+            """Reports of what comes to be on disk before `working` is answered; without one, of all there is."""
             while writing and (done := first_of([*writing, *([] if working is None else [working])])) != working:
                 reports = answers(done)
                 self._fruitless = 0
@@ -192,7 +192,7 @@ class ShardGroup:
                     writing[actor.committed.remote(order)] = blocks
                 else:
                     answers(actor.pass_on.remote(blocks, 0))
-        yield from written_before()
+            yield from written_before()
 
     def copy_ends(self) -> dict[str, list[str]]:
         """Everything outside the blocks copied to the output: file -> tensor names."""

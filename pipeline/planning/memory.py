@@ -84,7 +84,8 @@ def estimate_shard(
     both = min(training + in_memory, max(training, spool_memory))  # activations make room for the fit
     copied = 0 if first or gpu else facts.copied_at_once
     # The pruned copies: of the blocks in work, and of those before them, which are being written (see `Commits`).
-    copy = min(2, len(pieces(range(first, last), window))) * window * max(sizes)
+    copies = min(2, len(pieces(range(first, last), window))) if recipe else 1
+    copy = copies * window * max(sizes)
     if recipe is not None and "importance" in recipe.needs:
         copy += largest * 4  # what the shadow says of them
     if facts.dtype != str(COMPUTED[compute]).removeprefix("torch."):

@@ -192,8 +192,7 @@ def test_a_shard_killed_while_blocks_wait_for_each_other_costs_a_warning_and_no_
     options: dict[str, Any],
 ) -> None:
     done: list[int] = []
-    # One that still has blocks: with pruned inputs the first is done when its last one is told of.
-    kill = kill_once(watched, 0 if "sweeps" in options else 1)
+    kill = kill_once(watched, 0)
 
     def later(block: int) -> None:
         done.append(block)
