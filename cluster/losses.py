@@ -11,7 +11,7 @@ from pathlib import Path
 import ray._private.worker
 
 from espalier.stages.device_errors import context_lost
-from espalier.stages.errors import DeviceLost
+from espalier.stages.errors import DeviceLost, first_line
 
 
 @contextmanager
@@ -28,15 +28,10 @@ def ending_with_its_device() -> Iterator[None]:
         os._exit(1)
 
 
-def one_line(error: Exception) -> str:
-    """The first line of what Ray says, which may go on for twenty."""
-    return str(error).strip().splitlines()[0]
-
-
 def cause_of(error: Exception) -> str:
     """One line: how the process ended, and the last line that it wrote on stderr."""
     told = re.search(r"Worker exit type: (.*?)\.(?= |$)", " ".join(str(error).split()))
-    return "; ".join([told[1] if told else one_line(error), *_last_said(error)])
+    return "; ".join([told[1] if told else first_line(error), *_last_said(error)])
 
 
 def given_up(times: int, last: Exception) -> str:

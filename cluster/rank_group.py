@@ -19,7 +19,7 @@ from espalier.cluster.arithmetic import steady_products
 from espalier.cluster.connection.inventory import nodes
 from espalier.cluster.connection.room import WAIT_SECONDS, no_room
 from espalier.cluster.losses import ending_with_its_device
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, first_line
 from espalier.stages.training.spec import RetrainSpec
 
 FRUITLESS_RESTARTS = 3  # in a row, with no checkpoint between them, before the run gives up
@@ -132,7 +132,7 @@ class RankGroup:
     def _explain(self, error: Exception, others: list[Any]) -> None:
         """Raise what is behind one rank's failure: another's death shows itself as a broken connection first."""
         if isinstance(error, RayActorError):
-            raise _Lost(_one_line(error)) from None
+            raise _Lost(first_line(error)) from None
         cause = getattr(error, "cause", None)
         if isinstance(cause, Refusal):
             raise cause from None
@@ -140,7 +140,7 @@ class RankGroup:
             try:
                 ray.get(next(ready))
             except RayActorError as death:
-                raise _Lost(_one_line(death)) from None
+                raise _Lost(first_line(death)) from None
             except (StopIteration, RayTaskError):
                 others.remove(ready)
         raise error
@@ -203,7 +203,3 @@ def _first_ready(streams: list[Any], timeout: float | None) -> Any:
     """One of the generators that has something to say; None if none has in time."""
     ready, _ = ray.wait(streams, num_returns=1, timeout=timeout)
     return ready[0] if ready else None
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

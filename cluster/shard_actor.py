@@ -21,7 +21,7 @@ import torch
 from espalier.cluster.arithmetic import steady_products
 from espalier.cluster.transport import pack, unpack
 from espalier.stages.device_errors import context_lost
-from espalier.stages.errors import DeviceLost, OutOfStep, Refusal
+from espalier.stages.errors import DeviceLost, OutOfStep, Refusal, first_line
 from espalier.stages.metrics.profile import peak_bytes
 from espalier.stages.recipe import BlockTask
 from espalier.stages.shard.shard import Shard
@@ -76,8 +76,7 @@ def _ends_with_its_device(worker: type[Worker]) -> type[Worker]:
                 if not context_lost(error):
                     raise
                 self.device_lost = True
-                first_line = str(error).strip().splitlines()[0]
-                raise DeviceLost(f"{first_line[:300]}, on node {socket.gethostname()}") from error
+                raise DeviceLost(f"{first_line(error)[:300]}, on node {socket.gethostname()}") from error
 
         return call
 

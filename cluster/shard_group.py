@@ -11,11 +11,11 @@ import ray
 from ray.exceptions import ActorDiedError
 
 from espalier.cluster.connection.room import first_of
-from espalier.cluster.losses import cause_of, given_up, one_line
+from espalier.cluster.losses import cause_of, given_up
 from espalier.cluster.orders import LOST, Orders
 from espalier.cluster.shard_actor import RESTARTS, ShardActor, ShardFacts, ShardState
 from espalier.cluster.streaming import Stream, answers, begin, blockwise, pipelined, receiving, windowed
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, first_line
 from espalier.stages.metrics.perplexity import Measures
 from espalier.stages.recipe import BlockTask
 from espalier.stages.shard.spec import ShardSpec
@@ -288,4 +288,4 @@ class ShardGroup:
         self._fruitless += 1
         if self._fruitless > FRUITLESS_RECOVERIES:
             raise Refusal(given_up(self._fruitless, loss))
-        self._on_event(f"a shard was lost ({one_line(loss)}); streaming to its replacement")
+        self._on_event(f"a shard was lost ({first_line(loss)}); streaming to its replacement")

@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend."""
+"""What is raised on purpose: what the user can mend, and what a run goes on from; and an error in one line."""
 
 
 class Refusal(ValueError):
@@ -15,3 +15,9 @@ class OutOfStep(RuntimeError):
 class DeviceLost(RuntimeError):
     """Whatever this process asks of its device fails from now on (see `espalier.stages.device_errors`): another has to
     go on."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, which may go on for twenty; its type's name where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__

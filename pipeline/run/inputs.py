@@ -17,7 +17,7 @@ from espalier.stages.data.image_samples import load_processor
 from espalier.stages.data.image_table import ImageTable, build_image_table
 from espalier.stages.data.pixel_table import build_pixel_table
 from espalier.stages.data.token_table import TokenTable, build_token_table
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, first_line
 from espalier.stages.loading.skeleton import Skeleton, read_config
 from espalier.stages.loading.vision import VisionSkeleton
 from espalier.stages.model.families import sees_images
@@ -146,5 +146,5 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, **stated)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(f"{model}: its tokenizer cannot be read ({first}); give token ids instead of text") from None
+        why = first_line(error)
+        raise Refusal(f"{model}: its tokenizer cannot be read ({why}); give token ids instead of text") from None

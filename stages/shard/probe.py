@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, first_line
 from espalier.stages.loading.skeleton import Skeleton
 from espalier.stages.model.anatomy import prunable, trace
 from espalier.stages.model.calls import tensors_in
@@ -211,9 +211,8 @@ def _go(family: str, config: PreTrainedConfig, folder: Path) -> int:
 
 
 def _refusal(family: str, step: str, error: Exception) -> Refusal:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return Refusal(
-        f"model family {family!r} is not supported: {step} failed on a small random one ({first}); "
+        f"model family {family!r} is not supported: {step} failed on a small random one ({first_line(error)}); "
         "a row in FAMILIES (stages/model/families.py) may say what is different"
     )
 

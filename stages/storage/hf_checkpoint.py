@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from espalier.stages.devices import on_accelerator
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, first_line
 from espalier.stages.storage.files import file_digest, is_full, replacing, sync
 from espalier.stages.storage.headers import TensorEntry, entries_of, opened, read_headers, unread_files
 from espalier.stages.storage.staging import placing, to_host
@@ -137,8 +137,7 @@ def resolve(model: str) -> Path:
     except LocalEntryNotFoundError:
         raise Refusal(f"{model}: no such directory, and the hub cannot be reached; give a local checkpoint") from None
     except (HfHubHTTPError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise Refusal(f"{model}: no such directory, and the hub refuses that id ({first_line})") from None
+        raise Refusal(f"{model}: no such directory, and the hub refuses that id ({first_line(error)})") from None
     _refuse_adapter(found)
     return found
 
