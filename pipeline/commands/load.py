@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espalier.stages.errors import Refusal
+from espalier.pipeline.run.inputs import load_tokenizer
+from espalier.stages.loading.skeleton import read_config
+from espalier.stages.model.empty import auto_class
 from espalier.stages.storage.hf_checkpoint import Checkpoint, resolve
 
 if TYPE_CHECKING:
@@ -18,16 +20,8 @@ def load(
     `dtype`: what its weights are held in; auto: as they are stored. Raises Refusal for a directory without a finished
     checkpoint, such as that of a run to be resumed, and for one without a tokenizer.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    from espalier.stages.model.empty import auto_class
-
     directory = resolve(str(model))
     Checkpoint(directory)  # refuses what is no whole checkpoint
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    config = read_config(directory, trust_remote_code)
     loaded = auto_class(config).from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code).eval()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{directory}: no tokenizer that transformers can load; copy the model's beside it") from error
-    return loaded, tokenizer
+    return loaded, load_tokenizer(str(directory), trust_remote_code)
