@@ -45,15 +45,6 @@ def test_the_public_names_are_there_and_cost_nothing_until_they_are_asked_for() 
         espalier.prunes  # noqa: B018
 
 
-def test_help_comes_without_torch_and_ray() -> None:
-    program = (
-        "import sys\nfrom espalier.pipeline.cli.main import main\nmain(['--help'])\n"
-        "sys.exit(bool({'torch', 'ray', 'mlflow', 'transformers', 'pydantic'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "prune" in done.stdout
-
-
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout of its own: what a build leaves beside the code is left there."""

@@ -1,17 +1,15 @@
 """Connections to Ray: what opens, what is refused, how fast, and what is left behind."""
 
-import contextlib
 import os
 import socket
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
+from timed import within
 
 from espalier.cluster.connection import connect, folders
 from espalier.cluster.connection.connect import existing_cluster
@@ -22,13 +20,6 @@ from espalier.stages.errors import Refusal
 pytestmark = pytest.mark.ray
 STORE = 100_000_000
 AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
-
-
-@contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    assert time.monotonic() - start < seconds
 
 
 def refusal(address: str) -> str:

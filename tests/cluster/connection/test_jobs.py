@@ -1,12 +1,10 @@
 """Jobs on a real cluster: their output, their exit codes, their code, and the refusals before one is made."""
 
-import contextlib
 import signal
 import socket
-import time
-from collections.abc import Iterator
 
 import pytest
+from timed import within
 
 from espalier.cluster.connection import code_package as package
 from espalier.cluster.connection.jobs import _Lines, submit
@@ -35,13 +33,6 @@ except KeyboardInterrupt:
     print("resume with: espalier resume DIR")
     sys.exit(1)
 """
-
-
-@contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    assert time.monotonic() - start < seconds
 
 
 def refusal(address: str) -> str:
