@@ -119,14 +119,12 @@ class LayerCalls:
     def __init__(self, make: Make) -> None:
         self._make = make
         self._varying: Varying | None = None
-        self._alike: list[Call] = []
-        self._alike_for: tuple[int, int] | None = None
-        self._together: dict[tuple[int, int], list[Call]] = {}  # (samples, length) -> calls of samples fitted at once
+        self._alike: dict[tuple[int, int], list[Call]] = {}  # (samples, length) -> how each block is called for them
 
     def begin(self, varying: Mapping[str, Tensor] | None) -> None:
         """A pass begins, whose samples have these inputs that shape calls."""
         self._varying = Varying(varying, self._make) if varying else None
-        self._together.clear()
+        self._alike.clear()
 
     @property
     def first(self) -> dict[str, Tensor]:
@@ -137,23 +135,21 @@ class LayerCalls:
         """Block `index`'s call for one sample, which serves any number of them, or is made anew for their number."""
         if self._varying:
             return self._varying.call(index, length)
-        one, two = (self._of_several(samples, length)[index] for samples in (1, 2))
+        one, two = (self._calls(samples, length)[index] for samples in (1, 2))
         if _spreads(one, two):
             return one
-        return _varied(one, lambda samples: self._of_several(len(samples), length)[index])
+        return _varied(one, lambda samples: self._calls(len(samples), length)[index])
 
-    def _of_several(self, samples: int, length: int) -> list[Call]:
-        if (samples, length) not in self._together:
-            self._together[samples, length] = self._make(samples, length, None)
-        return self._together[samples, length]
+    def _calls(self, samples: int, length: int) -> list[Call]:
+        if (samples, length) not in self._alike:
+            self._alike[samples, length] = self._make(samples, length, None)
+        return self._alike[samples, length]
 
     def following(self, index: int, samples: int, length: int) -> Call:
         """Block `index`'s call for so many samples, the next of the pass."""
         if self._varying is not None:
             return self._varying.next_call(index, samples)
-        if self._alike_for != (samples, length):
-            self._alike, self._alike_for = self._make(samples, length, None), (samples, length)
-        return self._alike[index]
+        return self._calls(samples, length)[index]
 
 
 def _spreads(one: Call, two: Call) -> bool:
