@@ -184,7 +184,7 @@ class ShardGroup:
             if spec.first > last:
                 break
             windowed(receiving(self._actors, position, stream), stream, lambda _: None)
-            for blocks in (blocks for blocks in spec.pieces if blocks[0] <= last):
+            for blocks in (blocks for blocks in spec.block_windows if blocks[0] <= last):
                 if order := left.get(blocks):
                     working = actor.work.remote(order)
                     yield from written_before(working)

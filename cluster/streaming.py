@@ -28,7 +28,7 @@ class Stream:
 
     batches: Batches
     microbatches: int
-    window: int  # microbatches in flight at once
+    in_flight: int  # microbatches in flight at once
     varying: Mapping[str, np.ndarray] | None = None  # of all samples, the inputs that shape how blocks are called
 
 
@@ -56,7 +56,7 @@ def begin(
 
 
 def pipelined(actors: Sequence[Any], stream: Stream, wanted: str, on_step: Callable[[int], None]) -> list[Any]:
-    """Microbatches flow from shard to shard, at most `window` of them on the way."""
+    """Microbatches flow from shard to shard, at most `in_flight` of them on the way."""
 
     def launch(microbatch: int) -> Any:
         tokens = source = stream.batches(microbatch)
@@ -95,12 +95,12 @@ def receiving(actors: Sequence[Any], position: int, stream: Stream) -> Callable[
 
 
 def windowed(launch: Callable[[int], Any], stream: Stream, on_step: Callable[[int], None]) -> list[Any]:
-    """What `launch` answers for each microbatch, in order, with at most `window` of them under way."""
+    """What `launch` answers for each microbatch, in order, with at most `in_flight` of them under way."""
     flying: deque[Any] = deque()
     landed: list[Any] = []
     for microbatch in range(stream.microbatches):
         flying.append(launch(microbatch))
-        while len(flying) >= stream.window or (flying and microbatch + 1 == stream.microbatches):
+        while len(flying) >= stream.in_flight or (flying and microbatch + 1 == stream.microbatches):
             landed.append(answers(flying.popleft()))
             on_step(len(landed))
     return landed

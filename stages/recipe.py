@@ -29,7 +29,7 @@ class Recipe:
     refine: Refine = "none"
     solve: bool = False  # the weights that stay get the values that are best for the mask, before any fit
     reconstruct: Rebuild = "component"
-    window: int = 1  # blocks rebuilt as one
+    blocks_per_unit: int = 1  # blocks rebuilt as one
     inputs: Literal["dense", "pruned"] = "dense"
     epochs: int = 1
     batch: int = 2
@@ -98,9 +98,9 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def pieces(blocks: range, window: int) -> list[tuple[int, ...]]:
-    """`blocks` cut into windows that start at multiples of `window`, whatever the shard they are on."""
+def block_windows(blocks: range, blocks_per_unit: int) -> list[tuple[int, ...]]:
+    """`blocks` cut into windows that start at multiples of `blocks_per_unit`, whatever the shard they are on."""
     cut: dict[int, list[int]] = {}
     for block in blocks:
-        cut.setdefault(block // window, []).append(block)
+        cut.setdefault(block // blocks_per_unit, []).append(block)
     return [tuple(members) for members in cut.values()]

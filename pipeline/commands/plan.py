@@ -63,7 +63,7 @@ def forecast(
     if gpus_per_node and count > places:
         raise Refusal(f"shards {count}: {nodes} nodes of {gpus_per_node} GPUs hold {places}; one shard a GPU")
     tokens_per_window = window_length(facts, config.length)
-    ranges = split_blocks(facts.block_bytes, count, config.recipe.window)
+    ranges = split_blocks(facts.block_bytes, count, config.recipe.blocks_per_unit)
     estimates = estimates_by_resident(
         config, facts, Load.of_pruning(config), tokens_per_window, ranges, gpus_per_node > 0, chosen_in
     )

@@ -254,7 +254,7 @@ class PruneConfig(ClusterConfig):
     @property
     def recipe(self) -> Recipe:
         """What every shard does to its blocks; `refine: auto` counts as none until the model is known."""
-        unit, window = parse_rebuild(self.reconstruct)
+        unit, blocks_per_unit = parse_rebuild(self.reconstruct)
         recipe = Recipe(
             criterion=self.criterion,
             criterion_options=check_options(self.criterion, self.criterion_options),
@@ -267,7 +267,7 @@ class PruneConfig(ClusterConfig):
             allocation=self.allocation,
             refine="none" if self.refine == "auto" else self.refine,
             reconstruct=unit,
-            window=window,
+            blocks_per_unit=blocks_per_unit,
             inputs=self.inputs,
             epochs=self.epochs,
             batch=self.batch,

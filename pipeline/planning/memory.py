@@ -7,22 +7,22 @@ from typing import Literal
 from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.stages.errors import Refusal
 from espalier.stages.precision import COMPUTED, Compute, fitted_in
-from espalier.stages.recipe import Recipe, pieces
+from espalier.stages.recipe import Recipe, block_windows
 
 PROCESS_BYTES = 600 << 20  # a shard's process with torch, transformers and Ray loaded and nothing else
 
 
-def split_blocks(costs: tuple[int, ...], shards: int, window: int = 1) -> list[tuple[int, int]]:
+def split_blocks(costs: tuple[int, ...], shards: int, blocks_per_unit: int = 1) -> list[tuple[int, int]]:
     """Consecutive (first, last) of each shard, `last` excluded, as even in cost as whole windows of blocks allow.
 
     Raises Refusal for more shards than there are blocks, or windows.
     """
-    if window > 1:
-        together = pieces(range(len(costs)), window)
+    if blocks_per_unit > 1:
+        together = block_windows(range(len(costs)), blocks_per_unit)
         if shards > len(together):
             raise Refusal(
-                f"shards {shards}: {len(costs)} blocks make {len(together)} windows of {window}, and a shard needs "
-                f"one; at most {len(together)}"
+                f"shards {shards}: {len(costs)} blocks make {len(together)} windows of {blocks_per_unit}, and a shard "
+                f"needs one; at most {len(together)}"
             )
         ranges = split_blocks(tuple(sum(costs[block] for block in blocks) for blocks in together), shards)
         return [(together[first][0], together[last - 1][-1] + 1) for first, last in ranges]
@@ -71,9 +71,9 @@ def estimate_shard(
     """
     sizes, item = facts.block_bytes[first:last], COMPUTED[compute].itemsize
     ends = facts.ends_parameters * item if first == 0 or last == facts.blocks else 0
-    window = recipe.window if recipe else 1
-    largest = window * max(facts.block_parameters[first:last])
-    weights = ends + (sum(sizes) if resident == "all" else window * max(sizes))
+    together = recipe.blocks_per_unit if recipe else 1
+    largest = together * max(facts.block_parameters[first:last])
+    weights = ends + (sum(sizes) if resident == "all" else together * max(sizes))
     training, kept = 0, 0.0
     if recipe is not None:
         training = max(_fit_bytes(facts, first, last, step_tokens, recipe, compute), _hessian_bytes(facts, recipe))
@@ -84,8 +84,8 @@ def estimate_shard(
     both = min(training + in_memory, max(training, spool_memory))  # activations make room for the fit
     copied = 0 if first or gpu else facts.copied_at_once
     # The pruned copies: of the blocks in work, and of those before them, which are being written (see `Commits`).
-    copies = min(2, len(pieces(range(first, last), window))) if recipe else 1
-    copy = copies * window * max(sizes)
+    copies = min(2, len(block_windows(range(first, last), together))) if recipe else 1
+    copy = copies * together * max(sizes)
     if recipe is not None and "importance" in recipe.needs:
         copy += largest * 4  # what the shadow says of them
     if facts.dtype != str(COMPUTED[compute]).removeprefix("torch."):
@@ -109,11 +109,11 @@ def _fit_bytes(facts: ModelInfo, first: int, last: int, step_tokens: int, recipe
     elif recipe.reconstruct == "component":
         unit = max(max(units) for units in facts.unit_parameters[first:last])
     else:
-        unit = recipe.window * max(sum(units) for units in facts.unit_parameters[first:last])
+        unit = recipe.blocks_per_unit * max(sum(units) for units in facts.unit_parameters[first:last])
     return (
         (12 + fitted_in(COMPUTED[compute]).itemsize) * unit
         + 6 * facts.largest_matrix
-        + step_tokens * facts.hidden * 40 * recipe.window
+        + step_tokens * facts.hidden * 40 * recipe.blocks_per_unit
     )
 
 
@@ -130,7 +130,7 @@ def _kept_streams(recipe: Recipe) -> float:
     if recipe.reconstruct == "none":
         return 2 if recipe.gathers and not recipe.sequential else 0
     if recipe.reconstruct == "window":
-        return (3 if recipe.sweeps else 2) / recipe.window
+        return (3 if recipe.sweeps else 2) / recipe.blocks_per_unit
     if recipe.reconstruct == "block":
         return 3 if recipe.sweeps else 2
     if recipe.reconstruct == "matrix":

@@ -40,9 +40,9 @@ class Load:
         return cls(samples=config.samples, batch=config.batch, recipe=config.recipe)
 
     @property
-    def window(self) -> int:
+    def blocks_per_unit(self) -> int:
         """Blocks that must be on one shard together."""
-        return self.recipe.window if self.recipe else 1
+        return self.recipe.blocks_per_unit if self.recipe else 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,11 +75,11 @@ class Layout:
         members = nodes()
         device = "cuda" if config.device != "cpu" and any(node.gpus for node in members) else "cpu"
         room = sum(int(node.gpus) if device == "cuda" else int(node.cpus // config.threads) for node in members)
-        shards = self.shards or max(1, min(room, -(-facts.blocks // self.load.window)))
+        shards = self.shards or max(1, min(room, -(-facts.blocks // self.load.blocks_per_unit)))
         if shards > room:
             what = "GPUs" if device == "cuda" else f"CPUs for {config.threads} threads each"
             raise Refusal(f"shards {shards}: the cluster has {what} for {room}; give --shards {room} or add nodes")
-        ranges = split_blocks(facts.block_bytes, shards, self.load.window)
+        ranges = split_blocks(facts.block_bytes, shards, self.load.blocks_per_unit)
         compute = self.compute or chosen_compute(dtype_of(facts.dtype), _units(facts, members, device, config.threads))
         estimates = estimates_by_resident(config, facts, self.load, self.length, ranges, device == "cuda", compute)
         resident = choose_resident(config.resident, estimates, memory_per_process(members, shards, device))
@@ -114,11 +114,11 @@ def arrange(config: ClusterConfig, facts: ModelInfo, load: Load) -> Layout:
     length = window_length(facts, config.length)
     shards = None if config.shards == "auto" else config.shards
     if shards is not None:
-        split_blocks(facts.block_bytes, shards, load.window)
+        split_blocks(facts.block_bytes, shards, load.blocks_per_unit)
     gpus = _local_gpus() if config.device != "cpu" else 0
     if config.device == "cuda" and not gpus and config.address is None:
         raise Refusal("device cuda: this machine has no CUDA device; use --device cpu or --address of a GPU cluster")
-    wanted = shards or min(-(-facts.blocks // load.window), gpus or max(1, cores() // config.threads))
+    wanted = shards or min(-(-facts.blocks // load.blocks_per_unit), gpus or max(1, cores() // config.threads))
     compute: Compute | None = None if config.compute == "auto" else config.compute
     if compute is None and config.address is None:  # the cluster will be this machine
         own = dtype_of(facts.dtype)

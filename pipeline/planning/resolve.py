@@ -32,9 +32,9 @@ def check_recipe_fits(facts: ModelInfo, recipe: Recipe) -> None:
     """Raises Refusal for a window larger than the model, an override that matches no layer, criterion options that a
     layer's criterion does not take, rows that groups of M do not fill, and a threshold for SparseGPT, naming the first
     such layer; for a shadow that is missing, or that no criterion reads."""
-    if recipe.window > facts.blocks:
+    if recipe.blocks_per_unit > facts.blocks:
         raise Refusal(
-            f"reconstruct window:{recipe.window}: the model has {facts.blocks} blocks; give at most that many"
+            f"reconstruct window:{recipe.blocks_per_unit}: the model has {facts.blocks} blocks; give at most that many"
         )
     names = [(block, layer, into) for block, layers in enumerate(facts.layers) for layer, _, into in layers]
     check_matches(recipe.overrides, [f"{block}.{layer}" for block, layer, _ in names])

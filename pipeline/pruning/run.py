@@ -181,7 +181,7 @@ class PruneRun:
                     blocks=blocks, sweep=sweep, sparsity=tuple(ratios[block] for block in blocks) if ratios else None
                 )
                 for spec in layout.specs
-                for blocks in spec.pieces
+                for blocks in spec.block_windows
                 if todo & set(blocks)
             ]
             if self.recipe.streams_dense:

@@ -127,12 +127,12 @@ def kept_table(path: Path, source: Any, tokenizer: Callable[[], Any], **options:
     return build_token_table(source, tokenizer(), path=path, **options)
 
 
-def stream_of(table: TokenTable | ImageTable, microbatch: int, window: int) -> Stream:
+def stream_of(table: TokenTable | ImageTable, microbatch: int, in_flight: int) -> Stream:
     """The whole table, so many windows at a time."""
     return Stream(
         batches=lambda number: table.rows(number * microbatch, min((number + 1) * microbatch, len(table))),
         microbatches=math.ceil(len(table) / microbatch),
-        window=window,
+        in_flight=in_flight,
         varying=(table.varying or None) if isinstance(table, ImageTable) else None,
     )
 

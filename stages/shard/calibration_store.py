@@ -28,7 +28,7 @@ class CalibrationStore:
         self._spec, self._skeleton, self._calls = spec, skeleton, calls
         self._directory, self._budget = directory, budget
         self._calibrations: dict[int, BlockCalibration] = {}
-        self._pieces = {block: piece for piece in spec.pieces for block in piece}
+        self._windows = {block: window for window in spec.block_windows for block in window}
         self._collect: frozenset[int] = frozenset()
         self._sweep = 0
 
@@ -84,7 +84,7 @@ class CalibrationStore:
                 anatomy = trace(block, lambda: call.run(block, nothing), skeleton.layout)
                 anatomy.calls = {name: inside(inner, call) for name, inner in anatomy.calls.items()}
                 self._calibrations[index] = BlockCalibration(
-                    index, block, anatomy, call, recipe, self._pieces[index], self._directory, self._budget
+                    index, block, anatomy, call, recipe, self._windows[index], self._directory, self._budget
                 )
         return self._calibrations[index]
 

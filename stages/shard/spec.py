@@ -6,7 +6,7 @@ from typing import Literal
 
 from espalier.stages.model.families import Tower
 from espalier.stages.precision import Compute
-from espalier.stages.recipe import Recipe, pieces
+from espalier.stages.recipe import Recipe, block_windows
 
 HOME = "espalier"  # a run's own directory inside its output
 
@@ -36,9 +36,9 @@ class ShardSpec:
     reference_compute: Compute | None = None
 
     @property
-    def pieces(self) -> list[tuple[int, ...]]:
+    def block_windows(self) -> list[tuple[int, ...]]:
         """Its blocks, those together that are rebuilt together."""
-        return pieces(range(self.first, self.last), self.recipe.window if self.recipe else 1)
+        return block_windows(range(self.first, self.last), self.recipe.blocks_per_unit if self.recipe else 1)
 
 
 def block_file(index: int) -> str:

@@ -56,8 +56,8 @@ def tokens(tiny_tokens: Callable[..., torch.Tensor]) -> np.ndarray:
     return tiny_tokens(MICROBATCHES, LENGTH).numpy()
 
 
-def stream(tokens: np.ndarray, window: int = 2) -> Stream:
-    return Stream(batches=lambda number: tokens[number : number + 1], microbatches=MICROBATCHES, window=window)
+def stream(tokens: np.ndarray, in_flight: int = 2) -> Stream:
+    return Stream(batches=lambda number: tokens[number : number + 1], microbatches=MICROBATCHES, in_flight=in_flight)
 
 
 def test_losses_and_refusals_cross_the_fleet(one_cluster: None, specs: list[ShardSpec], tokens: np.ndarray) -> None:
@@ -70,7 +70,7 @@ def test_losses_and_refusals_cross_the_fleet(one_cluster: None, specs: list[Shar
         steps: list[int] = []
         measures = fleet.measure(stream(tokens), steps.append)
         assert measures.tokens == MICROBATCHES * (LENGTH - 1) and steps == list(range(1, MICROBATCHES + 1))
-        assert fleet.measure(stream(tokens, window=5), steps.append) == measures, "whatever the window"
+        assert fleet.measure(stream(tokens, in_flight=5), steps.append) == measures, "whatever the window"
 
         # Killed between passes: the next pass meets an empty shard, which is opened once more before it is needed.
         os.kill(facts[1].pid, signal.SIGKILL)

@@ -30,7 +30,7 @@ def make_shards(
     """The model's blocks spread over `shards` open shards that write to home/output and spool in home/scratch."""
     (home / "output").mkdir(parents=True, exist_ok=True)
     made = []
-    for index, (first, last) in enumerate(cuts(blocks, shards, recipe.window if recipe else 1)):
+    for index, (first, last) in enumerate(cuts(blocks, shards, recipe.blocks_per_unit if recipe else 1)):
         shard = Shard(
             ShardSpec(
                 index=index,
@@ -106,7 +106,9 @@ def prune(shards: Sequence[Shard], inputs: Inputs, blocks: int = 4) -> list[dict
             for shard in shards:
                 shard.open(sweep - 1)
             stream(shards, inputs, range(blocks), sweep)
-        orders = [(shard, BlockTask(blocks=piece, sweep=sweep)) for shard in shards for piece in shard.spec.pieces]
+        orders = [
+            (shard, BlockTask(blocks=window, sweep=sweep)) for shard in shards for window in shard.spec.block_windows
+        ]
         for shard, order in orders:
             shard.work(order)
         reports = [shard.committed(order) for shard, order in orders]
@@ -127,9 +129,11 @@ def _in_order(shards: Sequence[Shard], inputs: Inputs) -> list[dict[str, Any]]:
         begin([shard], inputs)
         for number, hidden in enumerate(flowing):
             shard.receive(number, hidden)
-        for piece in shard.spec.pieces:
-            shard.work(BlockTask(blocks=piece))
-        reports += [report for piece in shard.spec.pieces for report in shard.committed(BlockTask(blocks=piece))]
+        for window in shard.spec.block_windows:
+            shard.work(BlockTask(blocks=window))
+        reports += [
+            report for window in shard.spec.block_windows for report in shard.committed(BlockTask(blocks=window))
+        ]
         flowing = [shard.emit(number) for number in range(len(flowing))]
     return reports
 

@@ -97,7 +97,7 @@ def test_estimates_grow_with_what_is_held(facts: ModelInfo) -> None:
         peak(facts, tokens=0, recipe=Recipe(reconstruct=unit)) for unit in ("none", "matrix", "component", "block")
     ]
     assert units == sorted(units) and len(set(units)) == 4
-    assert peak(facts, tokens=0, recipe=Recipe(reconstruct="window", window=2)) > units[-1]
+    assert peak(facts, tokens=0, recipe=Recipe(reconstruct="window", blocks_per_unit=2)) > units[-1]
     wide = replace(facts, hidden=10_000)
     assert peak(wide, recipe=Recipe(reconstruct="none", refine="swaps")) > peak(wide, recipe=Recipe(reconstruct="none"))
     assert peak(facts, recipe=Recipe(sweeps=1, corrections=(0.5,))) > peak(facts, recipe=Recipe())

@@ -92,7 +92,7 @@ def test_matrices_stored_transposed_and_experts_score_by_their_own_importance(fa
     [
         replace(THRESHOLD, reconstruct="none"),
         replace(THRESHOLD, refine="swaps", sweeps=1, corrections=(0.3,)),
-        replace(THRESHOLD, refine="r2-dsnot", inputs="pruned", reconstruct="window", window=2),
+        replace(THRESHOLD, refine="r2-dsnot", inputs="pruned", reconstruct="window", blocks_per_unit=2),
         Recipe(criterion="temporal", sparsity=None, pattern=(2, 4), refine="dsnot", reconstruct="matrix"),
     ],
     ids=["bare", "swaps and a sweep", "pruned windows", "2:4"],

@@ -200,7 +200,7 @@ def test_images_give_other_masks_than_their_captions_alone(seeing, folder, tmp_p
     shard.begin(len(tokens), range(LAYERS))
     for number, part in enumerate(tokens):
         shard.forward(number, shard.embed(part))
-    for piece in shard.spec.pieces:
+    for piece in shard.spec.block_windows:
         worked(shard, BlockTask(blocks=piece))
     seen, read = (load_file(tmp_path / kind / "output" / block_file(0)) for kind in ("images", "text"))
     differing = {key: ((seen[key] == 0) != (read[key] == 0)).float().mean().item() for key in seen}

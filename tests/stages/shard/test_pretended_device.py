@@ -54,7 +54,7 @@ FITTED = {
     "component": Recipe(),
     "matrix": Recipe(reconstruct="matrix"),
     "block": Recipe(reconstruct="block", criterion="alps"),
-    "window": Recipe(reconstruct="window", window=2),
+    "window": Recipe(reconstruct="window", blocks_per_unit=2),
     "pruned inputs": Recipe(inputs="pruned", criterion="magnitude"),  # of masks that hang on inputs some bits tip over
     "sweep": Recipe(sweeps=1),
     "sweep, corrected": Recipe(sweeps=1, corrections=(0.3,), reconstruct="block"),

@@ -12,7 +12,7 @@ from streaming import GENTLE, make_shards, prune, stream, worked
 from espalier.stages.criteria.scoring import find_criterion
 from espalier.stages.errors import OutOfStep, Refusal
 from espalier.stages.layer_rules import Override
-from espalier.stages.recipe import BlockTask, Recipe, pieces
+from espalier.stages.recipe import BlockTask, Recipe, block_windows
 from espalier.stages.reconstruction.target import SHARE
 from espalier.stages.reconstruction.units import UnitModules, groups_of
 from espalier.stages.shard.spec import block_file
@@ -21,16 +21,16 @@ LENGTH, SAMPLES, BLOCKS = 16, 12, 4
 RECIPES = {
     "matrix": Recipe(reconstruct="matrix"),
     "block": Recipe(reconstruct="block"),
-    "window": Recipe(reconstruct="window", window=3, refine="swaps"),
+    "window": Recipe(reconstruct="window", blocks_per_unit=3, refine="swaps"),
     "pruned": Recipe(inputs="pruned", refine="swaps"),
-    "pruned window": Recipe(inputs="pruned", reconstruct="window", window=2),
+    "pruned window": Recipe(inputs="pruned", reconstruct="window", blocks_per_unit=2),
     "pruned matrix": Recipe(inputs="pruned", reconstruct="matrix", criterion="ria"),
     "pruned bare": Recipe(inputs="pruned", reconstruct="none", refine="dsnot"),
     "sweeps": Recipe(sweeps=2, corrections=(0.3, 0.6), refine="r2-dsnot"),
     "sweeps of blocks": Recipe(reconstruct="block", sweeps=1, corrections=(1.0,), pattern=(2, 4), sparsity=None),
-    "sweeps of windows": Recipe(reconstruct="window", window=2, sweeps=1, corrections=(0.5,)),
+    "sweeps of windows": Recipe(reconstruct="window", blocks_per_unit=2, sweeps=1, corrections=(0.5,)),
     "foreseeing sweeps": Recipe(sweeps=2),
-    "foreseeing sweeps of windows": Recipe(reconstruct="window", window=2, sweeps=1),
+    "foreseeing sweeps of windows": Recipe(reconstruct="window", blocks_per_unit=2, sweeps=1),
     "sparsegpt": Recipe(criterion="sparsegpt", reconstruct="none"),
     "sparsegpt, pruned": Recipe(criterion="sparsegpt", refine="swaps", inputs="pruned"),
     "sparsegpt's mask": Recipe(
@@ -180,6 +180,6 @@ def test_matrices_stored_with_other_experts_are_not_rebuilt_alone(tmp_path: Path
 
 
 def test_windows_start_at_multiples_whatever_the_shard() -> None:
-    assert pieces(range(7), 3) == [(0, 1, 2), (3, 4, 5), (6,)]
-    assert pieces(range(3, 7), 3) == [(3, 4, 5), (6,)]
-    assert pieces(range(2, 4), 1) == [(2,), (3,)]
+    assert block_windows(range(7), 3) == [(0, 1, 2), (3, 4, 5), (6,)]
+    assert block_windows(range(3, 7), 3) == [(3, 4, 5), (6,)]
+    assert block_windows(range(2, 4), 1) == [(2,), (3,)]
