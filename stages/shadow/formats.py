@@ -4,7 +4,7 @@ Rounding to a grid of step h adds a random number below h and cuts off: right on
 than h are not lost. What lies on the grid already stays as it is, so an update that moves a value by d steps adds an
 error of variance at most d · h² (and never more than h²/4).
 
-The random numbers depend on (seed, parameter, element, update) alone, never on how parameters are cut into pieces.
+The random numbers depend on (seed, parameter, element, update) alone, never on how parameters are cut into slices.
 """
 
 import hashlib

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from espalier.stages.errors import Refusal
 from espalier.stages.shadow.formats import CHUNK, Draws, format_of
-from espalier.stages.shadow.pieces import STRIP, Piece, Strip, parameter_of
+from espalier.stages.shadow.slices import STRIP, ShadowSlice, Strip, parameter_of
 from espalier.stages.shadow.spec import Dtype, Rounding, Schedule, ShadowSpec, share, window_shares
 from espalier.stages.storage.hf_checkpoint import Checkpoint, write_tensors
 
@@ -27,8 +27,8 @@ class ShadowTracker:
     """The shadow of some named tensors, updated from them by `update`.
 
     A name `PARAMETER@START` is a slice of a flattened parameter, as a ZeRO rank holds it. Shadows of fp32 and bf16 come
-    out bit for bit the same however parameters are cut into pieces. Those of int8 do where cuts fall on multiples of
-    128 elements; of a block that a cut goes through, each piece has its own scale, within the bound below.
+    out bit for bit the same however parameters are cut into slices. Those of int8 do where cuts fall on multiples of
+    128 elements; of a block that a cut goes through, each slice has its own scale, within the bound below.
 
     Without a window the memory is one value a weight: `dtype`. With a window of k it is k values, the snapshots
     themselves, and importance is their weighted mean computed anew: exact however long the run. (A running sum from
@@ -67,12 +67,12 @@ class ShadowTracker:
         self._tensors = dict(named_parameters)
         self._format = format_of(dtype, rounding)
         self._draws = Draws(seed, self._format.fractions)
-        self._pieces = [self._new_piece(name, tensor) for name, tensor in self._tensors.items()]
-        self._keys = [self._draws.key(piece.parameter) for piece in self._pieces]
+        self._slices = [self._new_slice(name, tensor) for name, tensor in self._tensors.items()]
+        self._keys = [self._draws.key(slice_.parameter) for slice_ in self._slices]
         self._strips = [
             Strip(number, low, high)
-            for number, piece in enumerate(self._pieces)
-            for low, high in piece.cuts(STRIP, 0, piece.end)
+            for number, slice_ in enumerate(self._slices)
+            for low, high in slice_.cuts(STRIP, 0, slice_.end)
         ]
         device = next((tensor.device for tensor in self._tensors.values()), torch.device("cpu"))
         self._device = device if device.type != "cpu" else None
@@ -86,15 +86,15 @@ class ShadowTracker:
         settings = {name: value for name, value in asdict(spec).items() if name != "every"}
         return cls(named_parameters, **settings, seed=seed)
 
-    def _new_piece(self, name: str, tensor: Tensor) -> Piece:
-        piece = Piece(name, tensor.shape, {})
-        piece.kept = self._format.empty(self.spec.window or 1, piece.end)
-        return piece
+    def _new_slice(self, name: str, tensor: Tensor) -> ShadowSlice:
+        slice_ = ShadowSlice(name, tensor.shape, {})
+        slice_.kept = self._format.empty(self.spec.window or 1, slice_.end)
+        return slice_
 
     @property
     def nbytes(self) -> int:
         """Bytes of the shadow."""
-        return sum(values.nbytes for piece in self._pieces for values in piece.kept.values())
+        return sum(values.nbytes for slice_ in self._slices for values in slice_.kept.values())
 
     # -- updates ---------------------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class ShadowTracker:
             pending.result()
 
     def _fold_all(self, flat: list[Tensor], number: int, ready: Any) -> None:
-        stretches: Iterator[Tensor] = (_stretch(flat, self._pieces, strip) for strip in self._strips)
+        stretches: Iterator[Tensor] = (_stretch(flat, self._slices, strip) for strip in self._strips)
         if self._device is not None:
             stretches = _brought_over(stretches, self._device, ready)
         for strip, stretch in zip(self._strips, stretches, strict=True):
@@ -127,42 +127,42 @@ class ShadowTracker:
 
     def _fold(self, strip: Strip, number: int, given: Tensor) -> None:
         """One strip's part of snapshot `number`; `given` is that part of the tensor, on the CPU."""
-        piece, window = self._pieces[strip.number], self.spec.window
-        kept = piece.slot(number % window if window else 0)
+        slice_, window = self._slices[strip.number], self.spec.window
+        kept = slice_.slot(number % window if window else 0)
         weight = share(self.spec.schedule, self.spec.decay, number)
-        first = piece.inside(strip.low, strip.high).start
+        first = slice_.inside(strip.low, strip.high).start
         values, rooms = given.float(), torch.empty(2, min(CHUNK, strip.high - strip.low))
-        for low, high in piece.cuts(CHUNK, strip.low, strip.high):
+        for low, high in slice_.cuts(CHUNK, strip.low, strip.high):
             change, room = rooms[:, : high - low]
-            new = self._taken(values, change, piece, low, high, first)
-            draws = self._draws.of(self._keys[strip.number], number, low + piece.base, high + piece.base)
+            new = self._taken(values, change, slice_, low, high, first)
+            draws = self._draws.of(self._keys[strip.number], number, low + slice_.base, high + slice_.base)
             if window:
                 change.copy_(new)
-                self._check_finite(change, piece, number)
+                self._check_finite(change, slice_, number)
                 self._format.clear(kept, low, high)
                 self._format.write(kept, low, change, draws)
                 continue
             old = self._format.read(kept, low, high, room)
             torch.sub(new, old, out=change)
-            self._check_finite(change, piece, number)
+            self._check_finite(change, slice_, number)
             old.add_(change.mul_(weight))  # three roundings an element, whatever its neighbours: cuts do not show
             self._format.write(kept, low, old, draws)
 
-    def _check_finite(self, values: Tensor, piece: Piece, number: int) -> None:
+    def _check_finite(self, values: Tensor, slice_: ShadowSlice, number: int) -> None:
         if not values.sum().isfinite():
             raise Refusal(
-                f"shadow: {piece.name} holds NaN or infinity at snapshot {number}; "
+                f"shadow: {slice_.name} holds NaN or infinity at snapshot {number}; "
                 "the training has diverged: lower its learning rate, or clip its gradients"
             )
 
-    def _taken(self, values: Tensor, room: Tensor, piece: Piece, low: int, high: int, first: int) -> Tensor:
-        """The snapshot from place `low` to `high`, zeros where the piece has none: part of `values`, which begin at
+    def _taken(self, values: Tensor, room: Tensor, slice_: ShadowSlice, low: int, high: int, first: int) -> Tensor:
+        """The snapshot from place `low` to `high`, zeros where the slice has none: part of `values`, which begin at
         the tensor's element `first`, or made in `room`."""
-        inside = piece.inside(low, high)
+        inside = slice_.inside(low, high)
         part = values[inside.start - first : inside.stop - first]
         if self.spec.signed and len(part) == len(room):
             return part
-        begin = inside.start + piece.start - piece.base - low
+        begin = inside.start + slice_.start - slice_.base - low
         end = begin + len(part)
         room[:begin] = room[end:] = 0
         room[begin:end] = part if self.spec.signed else part.abs()
@@ -173,21 +173,21 @@ class ShadowTracker:
     def importance(self) -> dict[str, Tensor]:
         """|q| of each tensor under its name: float32, on the CPU, in its shape; zeros before the first update."""
         self._settle()
-        return {piece.name: self._importance(piece).view(piece.shape) for piece in self._pieces}
+        return {slice_.name: self._importance(slice_).view(slice_.shape) for slice_ in self._slices}
 
-    def _importance(self, piece: Piece) -> Tensor:
-        window, total = self.spec.window, torch.empty(piece.end)
+    def _importance(self, slice_: ShadowSlice) -> Tensor:
+        window, total = self.spec.window, torch.empty(slice_.end)
         shares = [1.0]
         if window:
             shares = window_shares(self.spec.schedule, self.spec.decay, self.updates, window)
-        for low, high in piece.cuts(CHUNK, 0, piece.end):
+        for low, high in slice_.cuts(CHUNK, 0, slice_.end):
             mean, room = torch.zeros(high - low, dtype=torch.float64), torch.empty(high - low)
             for age, weight in enumerate(reversed(shares), 1):
-                kept = piece.slot((self.updates - age) % window if window else 0)
+                kept = slice_.slot((self.updates - age) % window if window else 0)
                 mean += weight * self._format.read(kept, low, high, room).double()
             total[low:high] = mean.abs_()
-        head = piece.start - piece.base
-        return total[head : head + piece.length]
+        head = slice_.start - slice_.base
+        return total[head : head + slice_.length]
 
     # -- what is saved ---------------------------------------------------------------------------------------------
 
@@ -199,14 +199,14 @@ class ShadowTracker:
         return {
             "settings": settings | {"seed": self.seed},
             "updates": self.updates,
-            "shapes": {piece.name: list(piece.shape) for piece in self._pieces},
+            "shapes": {slice_.name: list(slice_.shape) for slice_ in self._slices},
             "tensors": {
-                f"{piece.name}/{part}": values for piece in self._pieces for part, values in piece.kept.items()
+                f"{slice_.name}/{part}": values for slice_ in self._slices for part, values in slice_.kept.items()
             },
         }
 
     def load_state_dict(self, *states: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave, of one rank or of several: pieces may have been cut elsewhere.
+        """Go on from what `state_dict` gave, of one rank or of several: slices may have been cut elsewhere.
 
         Raises Refusal for states of other settings or other counts of updates, or if a weight is in none of them.
         """
@@ -218,27 +218,27 @@ class ShadowTracker:
                     raise Refusal(f"shadow: saved with {name} {value}, now {mine[name]}; give the saved run's options")
         if len(counts := {state["updates"] for state in states}) != 1:
             raise Refusal(f"shadow: ranks saved after {sorted(counts)} updates; all must be of one checkpoint")
-        for piece in self._pieces:
-            piece.kept = self._format.empty(self.spec.window or 1, piece.end)
+        for slice_ in self._slices:
+            slice_.kept = self._format.empty(self.spec.window or 1, slice_.end)
             taken = sum(
-                self._adopt(piece, saved) for state in states for saved in _saved(state, piece.parameter, piece.kept)
+                self._adopt(slice_, saved) for state in states for saved in _saved(state, slice_.parameter, slice_.kept)
             )
-            if taken != piece.length:
+            if taken != slice_.length:
                 raise Refusal(
-                    f"shadow: {piece.name} has {piece.length} weights, {taken} of them are in what was saved; "
+                    f"shadow: {slice_.name} has {slice_.length} weights, {taken} of them are in what was saved; "
                     "give the files of all ranks, of this model's shadow"
                 )
         self.updates = counts.pop()
 
-    def _adopt(self, piece: Piece, saved: Piece) -> int:
-        """Take over what `saved` has of the piece; how many values that is."""
-        common = piece.overlap(saved)
+    def _adopt(self, slice_: ShadowSlice, saved: ShadowSlice) -> int:
+        """Take over what `saved` has of the slice; how many values that is."""
+        common = slice_.overlap(saved)
         if not common:
             return 0
         low, high = common.start, common.stop
         for slot in range(self.spec.window or 1):
-            kept, source = piece.slot(slot), saved.slot(slot)
-            self._format.adopt(kept, low - piece.base, source, low - saved.base, high - saved.base)
+            kept, source = slice_.slot(slot), saved.slot(slot)
+            self._format.adopt(kept, low - slice_.base, source, low - saved.base, high - saved.base)
         return high - low
 
     def save(self, path: Path) -> None:
@@ -254,23 +254,23 @@ class ShadowTracker:
         for path in paths:
             checkpoint = Checkpoint.of_file(path)
             state = json.loads(bytes(checkpoint.load([SETTINGS])[SETTINGS].numpy()))
-            held = (Piece(name, shape, {}) for name, shape in state["shapes"].items())
-            names = {saved.name for saved in held if any(piece.overlap(saved) for piece in self._pieces)}
+            held = (ShadowSlice(name, shape, {}) for name, shape in state["shapes"].items())
+            names = {saved.name for saved in held if any(slice_.overlap(saved) for slice_ in self._slices)}
             state["shapes"] = {name: shape for name, shape in state["shapes"].items() if name in names}
             wanted = [name for name in checkpoint.entries if name.rpartition("/")[0] in names]
             states.append(state | {"tensors": checkpoint.load(wanted)})
         self.load_state_dict(*states)
 
 
-def _saved(state: Mapping[str, Any], parameter: str, parts: Iterable[str]) -> Iterator[Piece]:
-    """The pieces of one parameter in what was saved."""
+def _saved(state: Mapping[str, Any], parameter: str, parts: Iterable[str]) -> Iterator[ShadowSlice]:
+    """The slices of one parameter in what was saved."""
     for name, shape in state["shapes"].items():
         if parameter_of(name)[0] == parameter:
-            yield Piece(name, shape, {part: state["tensors"][f"{name}/{part}"] for part in parts})
+            yield ShadowSlice(name, shape, {part: state["tensors"][f"{name}/{part}"] for part in parts})
 
 
-def _stretch(flat: Sequence[Tensor], pieces: Sequence[Piece], strip: Strip) -> Tensor:
-    return flat[strip.number][pieces[strip.number].inside(strip.low, strip.high)]
+def _stretch(flat: Sequence[Tensor], slices: Sequence[ShadowSlice], strip: Strip) -> Tensor:
+    return flat[strip.number][slices[strip.number].inside(strip.low, strip.high)]
 
 
 def _brought_over(stretches: Iterable[Tensor], device: torch.device, ready: Any) -> Iterator[Tensor]:

@@ -1,11 +1,11 @@
-"""A training run's state on disk: every rank's pieces of the parameters and of Adam's moments, each by (name, start).
+"""A training run's state on disk: every rank's slices of the parameters and of Adam's moments, each by (name, start).
 
 HOME/checkpoint-00000100/state.json                        step, losses so far; written last
-HOME/checkpoint-00000100/master-0-of-2.safetensors         rank 0's pieces, each a flat float32 tensor `name@start`
+HOME/checkpoint-00000100/master-0-of-2.safetensors         rank 0's slices, each a flat float32 tensor `name@start`
 HOME/checkpoint-00000100/exp_avg-0-of-2.safetensors        and those of each moment
 HOME/checkpoint-00000100/shadow-0-of-2.safetensors         its tracker, if there is one
 
-DeepSpeed's own checkpoints are pickles, and are cut as the ranks were. A piece that says what it is a piece of can be
+DeepSpeed's own checkpoints are pickles, and are cut as the ranks were. A slice that says what it is a slice of can be
 read back in any other cut: on another number of ranks, in another stage, or whole.
 """
 
@@ -23,22 +23,22 @@ from torch import Tensor
 from espalier.stages.errors import Refusal
 from espalier.stages.storage.files import sync, write_text
 from espalier.stages.storage.hf_checkpoint import Checkpoint, write_tensors
-from espalier.stages.training.partition import MOMENTS, Piece
+from espalier.stages.training.partition import MOMENTS, PartitionSlice
 
 STATE = "state.json"
 MASTER = "master"
 KINDS = (MASTER, *MOMENTS)
 
 
-def write_pieces(directory: Path, kind: str, pieces: Iterable[tuple[str, int, Tensor]], rank: int, ranks: int) -> None:
-    """This rank's pieces of one kind in a file of their own: (parameter, start, flat tensor)."""
+def write_slices(directory: Path, kind: str, slices: Iterable[tuple[str, int, Tensor]], rank: int, ranks: int) -> None:
+    """This rank's slices of one kind in a file of their own: (parameter, start, flat tensor)."""
     # Clones, as safetensors refuses tensors that share memory, and these are views of one.
-    tensors = {f"{name}@{start}": tensor.detach().to("cpu", copy=True) for name, start, tensor in pieces}
+    tensors = {f"{name}@{start}": tensor.detach().to("cpu", copy=True) for name, start, tensor in slices}
     write_tensors(directory / f"{kind}-{rank}-of-{ranks}.safetensors", tensors)
 
 
-class StoredPieces:
-    """All ranks' pieces of one kind, to be read in any cut."""
+class StoredSlices:
+    """All ranks' slices of one kind, to be read in any cut."""
 
     def __init__(self, directory: Path, kind: str) -> None:
         self.directory = directory
@@ -104,24 +104,24 @@ def finish(home: Path, step: int, state: dict[str, Any]) -> Path:
     return final
 
 
-def write_state(directory: Path, owned: list[Piece], optimizer: Any, rank: int, ranks: int) -> None:
+def write_state(directory: Path, owned: list[PartitionSlice], optimizer: Any, rank: int, ranks: int) -> None:
     """This rank's share of masters and moments, a file each."""
-    write_pieces(directory, MASTER, ((piece.name, piece.start, piece.master) for piece in owned), rank, ranks)
+    write_slices(directory, MASTER, ((slice_.name, slice_.start, slice_.master) for slice_ in owned), rank, ranks)
     for key in MOMENTS:
-        found = ((piece.name, piece.start, piece.moment(optimizer.state[piece.home], key)) for piece in owned)
-        write_pieces(directory, key, found, rank, ranks)
+        found = ((slice_.name, slice_.start, slice_.moment(optimizer.state[slice_.home], key)) for slice_ in owned)
+        write_slices(directory, key, found, rank, ranks)
 
 
-def read_back(checkpoint: Path, held: list[Piece], optimizer: Any, new_state: Any) -> None:
+def read_back(checkpoint: Path, held: list[PartitionSlice], optimizer: Any, new_state: Any) -> None:
     """Masters and moments of everything this rank holds, from whatever ranks wrote them.
 
     `new_state(home)` makes the optimizer's state for one of its tensors, as after the checkpoint's steps.
     """
-    stored = {kind: StoredPieces(checkpoint, kind) for kind in KINDS}
-    for piece in held:
-        if piece.home not in optimizer.state or MOMENTS[0] not in optimizer.state[piece.home]:
-            optimizer.state[piece.home] = new_state(piece.home)
-        state = optimizer.state[piece.home]
-        targets = {MASTER: piece.master, **{key: piece.moment(state, key) for key in MOMENTS}}
+    stored = {kind: StoredSlices(checkpoint, kind) for kind in KINDS}
+    for slice_ in held:
+        if slice_.home not in optimizer.state or MOMENTS[0] not in optimizer.state[slice_.home]:
+            optimizer.state[slice_.home] = new_state(slice_.home)
+        state = optimizer.state[slice_.home]
+        targets = {MASTER: slice_.master, **{key: slice_.moment(state, key) for key in MOMENTS}}
         for kind, target in targets.items():
-            target.copy_(stored[kind].read(piece.name, piece.start, piece.master.numel()))
+            target.copy_(stored[kind].read(slice_.name, slice_.start, slice_.master.numel()))

@@ -8,11 +8,11 @@ from transformers import PreTrainedModel
 from espalier.stages.loading.ends import copy_unread
 from espalier.stages.shadow.store import write_shadow
 from espalier.stages.storage.files import share
-from espalier.stages.training.checkpoint import MASTER, StoredPieces
+from espalier.stages.training.checkpoint import MASTER, StoredSlices
 from espalier.stages.training.model import has_weights, load_model
 from espalier.stages.training.spec import DTYPES, RetrainSpec
 
-IMPORTANCE = "importance"  # the kind of its pieces
+IMPORTANCE = "importance"  # the kind of its slices
 
 
 def consolidate(checkpoint: Path, output: Path, spec: RetrainSpec) -> PreTrainedModel:
@@ -24,7 +24,7 @@ def consolidate(checkpoint: Path, output: Path, spec: RetrainSpec) -> PreTrained
     """
     source = Path(spec.model)
     model = load_model(source, DTYPES[spec.dtype], spec.seed, spec.trust_remote_code)
-    StoredPieces(checkpoint, MASTER).fill(model)
+    StoredSlices(checkpoint, MASTER).fill(model)
     gathering = _emptied(output)
     model.save_pretrained(gathering)
     share(gathering)
@@ -34,9 +34,9 @@ def consolidate(checkpoint: Path, output: Path, spec: RetrainSpec) -> PreTrained
     return model
 
 
-def consolidate_shadow(model: PreTrainedModel, pieces: Path, output: Path, spec: RetrainSpec, updates: int) -> None:
-    """The shadow directory of `model`, from all ranks' pieces. A weight that was not trained is its own average."""
-    stored = StoredPieces(pieces, IMPORTANCE)
+def consolidate_shadow(model: PreTrainedModel, slices: Path, output: Path, spec: RetrainSpec, updates: int) -> None:
+    """The shadow directory of `model`, from all ranks' slices. A weight that was not trained is its own average."""
+    stored = StoredSlices(slices, IMPORTANCE)
     importances = {
         name: stored.read(name, 0, parameter.numel()).view(parameter.shape)
         if name in stored

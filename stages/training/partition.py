@@ -16,7 +16,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by the names that torch's and Dee
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class PartitionSlice:
     """Elements `start` to `start + len(master)` of one flattened parameter.
 
     `master` is the float32 copy that the optimizer updates, a view. `home` is the optimizer's own tensor that it lies
@@ -30,17 +30,17 @@ class Piece:
     offset: int
 
     def moment(self, state: dict[str, Any], key: str) -> Tensor:
-        """This piece of one of Adam's moments, a view; `state` is the optimizer's state for `home`."""
+        """This slice of one of Adam's moments, a view; `state` is the optimizer's state for `home`."""
         return state[key].view(-1).narrow(0, self.offset, self.master.numel())
 
-    def part(self, first: int, last: int) -> "Piece":
+    def part(self, first: int, last: int) -> "PartitionSlice":
         """Its elements `first` to `last` - 1 alone, counted in the parameter."""
         inside = first - self.start
         view = self.master.narrow(0, inside, last - first)
-        return Piece(self.name, first, view, self.home, self.offset + inside)
+        return PartitionSlice(self.name, first, view, self.home, self.offset + inside)
 
 
-def held(engine: Any) -> list[Piece]:
+def held(engine: Any) -> list[PartitionSlice]:
     """Everything whose float32 master this rank keeps: its own share in stages 1 to 3, all parameters in stage 0."""
     stage = engine.zero_optimization_stage()
     trained = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
@@ -51,22 +51,22 @@ def held(engine: Any) -> list[Piece]:
     return list(_stages_one_and_two(engine, trained))
 
 
-def owned(engine: Any) -> list[Piece]:
+def owned(engine: Any) -> list[PartitionSlice]:
     """What this rank answers for: over all ranks, every element of every parameter once.
 
     In stage 0, where every rank keeps everything, each answers for an equal share of every parameter.
     """
-    pieces = held(engine)
+    slices = held(engine)
     if engine.zero_optimization_stage() != 0:
-        return pieces
+        return slices
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    shares = ((piece, *share_of(piece.master.numel(), rank, ranks)) for piece in pieces)
-    return [piece.part(first, last) for piece, first, last in shares if last > first]
+    shares = ((slice_, *share_of(slice_.master.numel(), rank, ranks)) for slice_ in slices)
+    return [slice_.part(first, last) for slice_, first, last in shares if last > first]
 
 
-def pieces(engine: Any) -> list[tuple[str, int, Tensor]]:
+def slices(engine: Any) -> list[tuple[str, int, Tensor]]:
     """`owned` as (parameter name, start, flat float32 view)."""
-    return [(piece.name, piece.start, piece.master) for piece in owned(engine)]
+    return [(slice_.name, slice_.start, slice_.master) for slice_ in owned(engine)]
 
 
 def share_of(elements: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -75,7 +75,7 @@ def share_of(elements: int, rank: int, ranks: int) -> tuple[int, int]:
     return min(rank * share, elements), min((rank + 1) * share, elements)
 
 
-def _stage_zero(engine: Any, trained: list[tuple[str, nn.Parameter]]) -> Iterator[Piece]:
+def _stage_zero(engine: Any, trained: list[tuple[str, nn.Parameter]]) -> Iterator[PartitionSlice]:
     """In float32 the parameters are their own masters; in 16 bits DeepSpeed keeps a float32 copy of each."""
     masters = {id(parameter): parameter for _, parameter in trained}
     if hasattr(engine.optimizer, "fp32_groups"):
@@ -83,10 +83,10 @@ def _stage_zero(engine: Any, trained: list[tuple[str, nn.Parameter]]) -> Iterato
             masters |= {id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)}
     for name, parameter in trained:
         master = masters[id(parameter)]
-        yield Piece(name, 0, master.detach().view(-1), master, 0)
+        yield PartitionSlice(name, 0, master.detach().view(-1), master, 0)
 
 
-def _stages_one_and_two(engine: Any, trained: list[tuple[str, nn.Parameter]]) -> Iterator[Piece]:
+def _stages_one_and_two(engine: Any, trained: list[tuple[str, nn.Parameter]]) -> Iterator[PartitionSlice]:
     optimizer = engine.optimizer
     # In bf16 stage 1 is another class of DeepSpeed's, with other names for the same things.
     flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
@@ -96,10 +96,10 @@ def _stages_one_and_two(engine: Any, trained: list[tuple[str, nn.Parameter]]) ->
             flat = flats[mapping.param_group_index]
             address = mapping.hp_fragment_address
             view = flat.detach().narrow(0, address.start, address.numel)
-            yield Piece(name, mapping.lp_fragment_address.start, view, flat, address.start)
+            yield PartitionSlice(name, mapping.lp_fragment_address.start, view, flat, address.start)
 
 
-def _stage_three(engine: Any, trained: list[tuple[str, nn.Parameter]]) -> Iterator[Piece]:
+def _stage_three(engine: Any, trained: list[tuple[str, nn.Parameter]]) -> Iterator[PartitionSlice]:
     optimizer = engine.optimizer
     rank = torch.distributed.get_rank()
     for name, parameter in trained:
@@ -108,7 +108,7 @@ def _stage_three(engine: Any, trained: list[tuple[str, nn.Parameter]]) -> Iterat
         length = min(share, parameter.ds_numel - start)  # type: ignore[attr-defined]
         if length > 0:  # beyond that, padding
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            yield Piece(name, start, flat.detach().narrow(0, offset, length), flat, offset)
+            yield PartitionSlice(name, start, flat.detach().narrow(0, offset, length), flat, offset)
 
 
 def state_bytes(engine: Any) -> dict[str, int]:
@@ -119,7 +119,7 @@ def state_bytes(engine: Any) -> dict[str, int]:
     parameters: list[Tensor] = []
     for parameter in engine.module.parameters():
         parameters += [parameter.data, *([parameter.ds_tensor.data] if hasattr(parameter, "ds_tensor") else [])]
-    parameters += [piece.home.data for piece in held(engine)]
+    parameters += [slice_.home.data for slice_ in held(engine)]
     states = [
         value
         for state in engine.basic_optimizer.state.values()

@@ -19,25 +19,25 @@ from transformers import PreTrainedModel
 
 from espalier.stages.data.training_batches import Order, Source, microbatches_of, open_source, predicted_tokens
 from espalier.stages.metrics.profile import peak_bytes
-from espalier.stages.shadow.pieces import parameter_of
+from espalier.stages.shadow.slices import parameter_of
 from espalier.stages.shadow.tracker import ShadowTracker
 from espalier.stages.training.arriving import Values, hollow_model
 from espalier.stages.training.checkpoint import (
     MASTER,
-    StoredPieces,
+    StoredSlices,
     directory_of,
     finish,
     latest,
     read_back,
     read_state,
-    write_pieces,
+    write_slices,
     write_state,
 )
 from espalier.stages.training.consolidate import IMPORTANCE, consolidate, consolidate_shadow
 from espalier.stages.training.engine import make_engine, new_state, updates_of
 from espalier.stages.training.lr_schedule import rate_at
 from espalier.stages.training.model import Mask, checkpoint_activations, hold_zeros, load_model
-from espalier.stages.training.partition import held, owned, pieces, state_bytes
+from espalier.stages.training.partition import held, owned, slices, state_bytes
 from espalier.stages.training.spec import DTYPES, RetrainSpec
 
 TOLD_EVERY = 10  # steps whose losses are told together: reading one makes a GPU wait
@@ -96,7 +96,7 @@ class Rank:
                 lambda home: new_state(home, state["updates"]),
             )
         if spec.shadow is not None:
-            named = [(f"{name}@{start}", view) for name, start, view in pieces(engine)]
+            named = [(f"{name}@{start}", view) for name, start, view in slices(engine)]
             self.tracker = ShadowTracker.of(spec.shadow, named, spec.seed)
             if checkpoint is not None:
                 self.tracker.load(*sorted(checkpoint.glob("shadow-*-of-*.safetensors")))
@@ -107,7 +107,7 @@ class Rank:
         spec = self.spec
         source, dtype = Path(spec.model), DTYPES[spec.dtype]
         mask = None if spec.mask is None else Mask(source, Path(spec.mask), spec.trust_remote_code)
-        stored = None if checkpoint is None else StoredPieces(checkpoint, MASTER)
+        stored = None if checkpoint is None else StoredSlices(checkpoint, MASTER)
         hollow = hollow_model(source, dtype, spec.trust_remote_code) if spec.zero_stage == 3 else None
         if hollow is None:
             model = load_model(source, dtype, spec.seed, spec.trust_remote_code)
@@ -240,7 +240,7 @@ class Rank:
         return float(sums[0] / sums[1])
 
     def _save(self) -> None:
-        """All ranks' pieces as one checkpoint."""
+        """All ranks' slices as one checkpoint."""
         directory = self._emptied(directory_of(self.home, self.step))
         write_state(directory, owned(self.engine), self.engine.basic_optimizer, self.rank, self.ranks)
         if self.tracker is not None:
@@ -265,7 +265,7 @@ class Rank:
         if self.tracker is not None:
             self._emptied(importances)
             found = ((*parameter_of(name), q.view(-1)) for name, q in self.tracker.importance().items())
-            write_pieces(importances, IMPORTANCE, found, self.rank, self.ranks)
+            write_slices(importances, IMPORTANCE, found, self.rank, self.ranks)
             dist.barrier()
         checkpoint = latest(self.home)
         if self.rank == 0 and checkpoint is not None:

@@ -141,7 +141,7 @@ def slices(weight: Tensor, cuts: list[int]) -> list[tuple[str, Tensor]]:
     ("dtype", "rounding", "cuts"),
     [(*form, [1, 130, 16385, 40001]) for form in FORMATS[:3]] + [("int8", "stochastic", [128, 16512, 40064])],
 )
-def test_parameters_cut_into_pieces_give_the_same_bits(
+def test_parameters_cut_into_slices_give_the_same_bits(
     dtype: str, rounding: str, cuts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module, name, size in (

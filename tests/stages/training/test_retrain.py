@@ -1,4 +1,4 @@
-"""What a ZeRO rank is made of, without ranks: order, schedule, masks, pieces on disk, the model to begin from."""
+"""What a ZeRO rank is made of, without ranks: order, schedule, masks, slices on disk, the model to begin from."""
 
 import json
 import shutil
@@ -26,16 +26,16 @@ from espalier.stages.errors import Refusal
 from espalier.stages.training.arriving import Arriving, hollow_model
 from espalier.stages.training.checkpoint import (
     MASTER,
-    StoredPieces,
+    StoredSlices,
     directory_of,
     finish,
     latest,
     read_state,
-    write_pieces,
+    write_slices,
 )
 from espalier.stages.training.lr_schedule import FLOOR, rate_at
 from espalier.stages.training.model import Mask, check_mask, checkpoint_activations, hold_zeros, load_model
-from espalier.stages.training.partition import Piece, share_of
+from espalier.stages.training.partition import PartitionSlice, share_of
 
 
 def test_each_pass_sees_every_example_once_whatever_the_batch() -> None:
@@ -57,7 +57,7 @@ def test_how_a_step_is_cut_into_microbatches_does_not_depend_on_the_ranks(ranks:
     step = list(range(100, 116))
     shares = [microbatches_of(step, 2, rank, ranks) for rank in range(ranks)]
     assert {len(share) for share in shares} == {8 // ranks}
-    assert sorted(piece for share in shares for piece in share) == microbatches_of(step, 2, 0, 1)
+    assert sorted(microbatch for share in shares for microbatch in share) == microbatches_of(step, 2, 0, 1)
 
 
 def test_the_rate_climbs_to_the_peak_and_falls_to_a_tenth() -> None:
@@ -114,7 +114,7 @@ def test_zeros_stay_exactly_zero_under_adam_and_the_rest_moves_as_if_they_were_n
     torch.testing.assert_close(masked.weight, plain.weight, rtol=0, atol=0)
 
 
-# -- pieces on disk ------------------------------------------------------------------------------------------------
+# -- slices on disk ------------------------------------------------------------------------------------------------
 
 
 def test_shares_cover_every_element_once() -> None:
@@ -124,10 +124,10 @@ def test_shares_cover_every_element_once() -> None:
             assert [at for first, last in shares for at in range(first, last)] == list(range(elements))
 
 
-def test_a_part_of_a_piece_is_the_same_memory() -> None:
+def test_a_part_of_a_slice_is_the_same_memory() -> None:
     home = torch.arange(20.0)
-    piece = Piece("w", 4, home[10:18], home, 10)
-    part = piece.part(6, 9)
+    slice_ = PartitionSlice("w", 4, home[10:18], home, 10)
+    part = slice_.part(6, 9)
     assert part.master.tolist() == [12.0, 13.0, 14.0] and part.start == 6
     assert part.moment({"exp_avg": home * 2}, "exp_avg").tolist() == [24.0, 26.0, 28.0]
     part.master.zero_()
@@ -139,14 +139,14 @@ def cut_in_three(tmp_path: Path) -> tuple[Path, torch.Tensor]:
     """A tensor of ten elements that three ranks wrote, the last one nothing of it."""
     whole = torch.randn(10)
     for rank, (first, last) in enumerate([(0, 4), (4, 10)]):
-        write_pieces(tmp_path, MASTER, [("w", first, whole[first:last])], rank, 3)
-    write_pieces(tmp_path, MASTER, [("v", 0, torch.ones(2))], 2, 3)
+        write_slices(tmp_path, MASTER, [("w", first, whole[first:last])], rank, 3)
+    write_slices(tmp_path, MASTER, [("v", 0, torch.ones(2))], 2, 3)
     return tmp_path, whole
 
 
-def test_pieces_are_read_back_in_any_cut(cut_in_three: tuple[Path, torch.Tensor]) -> None:
+def test_slices_are_read_back_in_any_cut(cut_in_three: tuple[Path, torch.Tensor]) -> None:
     directory, whole = cut_in_three
-    stored = StoredPieces(directory, MASTER)
+    stored = StoredSlices(directory, MASTER)
     for first in range(10):
         for last in range(first + 1, 11):
             assert torch.equal(stored.read("w", first, last - first), whole[first:last])
@@ -161,7 +161,7 @@ def test_a_missing_rank_file_is_refused(cut_in_three: tuple[Path, torch.Tensor])
     directory, _ = cut_in_three
     (directory / f"{MASTER}-0-of-3.safetensors").unlink()
     with pytest.raises(Refusal, match="w is not whole in it"):
-        StoredPieces(directory, MASTER).read("w", 0, 10)
+        StoredSlices(directory, MASTER).read("w", 0, 10)
 
 
 def test_only_a_whole_checkpoint_counts_and_the_newest_alone_is_kept(tmp_path: Path) -> None:

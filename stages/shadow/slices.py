@@ -1,4 +1,4 @@
-"""A shadow in pieces, one of each tensor or of each slice that a rank holds, and the strips that are worked on."""
+"""A shadow in slices, one of each tensor or of each part that a rank holds, and the strips that are worked on."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,12 @@ STRIP = 2 * CHUNK  # values that leave the device at a time
 
 
 def parameter_of(name: str) -> tuple[str, int]:
-    """A piece's parameter and the element of it that the piece starts at: "mlp.weight@256" as ("mlp.weight", 256)."""
+    """A slice's parameter and the element of it that the slice starts at: "mlp.weight@256" as ("mlp.weight", 256)."""
     parameter, at, start = name.rpartition("@")
     return (parameter, int(start)) if at and start.isdigit() else (name, 0)
 
 
-class Piece:
+class ShadowSlice:
     """What is kept of one tensor, or of a slice of a parameter. Places count from `base`, the start of a block."""
 
     def __init__(self, name: str, shape: Sequence[int], kept: dict[str, Tensor]) -> None:
@@ -27,7 +27,7 @@ class Piece:
         self.length = math.prod(shape)
         self.end = _padded(self.start - self.base + self.length)
 
-    def overlap(self, other: "Piece") -> range:
+    def overlap(self, other: "ShadowSlice") -> range:
         """The parameter's elements that are in both."""
         if self.parameter != other.parameter:
             return range(0)
@@ -55,7 +55,7 @@ def _padded(length: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Part of a piece that is worked on at a time."""
+    """Part of a slice that is worked on at a time."""
 
     number: int
     low: int
