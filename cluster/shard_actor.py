@@ -1,6 +1,6 @@
 """The Ray actor around one shard. Every method fetches, calls the stage, hands back; none holds state of its own.
 
-A restarted actor is an empty one: what it is then asked raises OutOfStep, and the fleet opens it and streams to it
+A restarted actor is an empty one: what it is then asked raises OutOfStep, and the group opens it and streams to it
 again. So every method may be retried.
 """
 
@@ -202,9 +202,9 @@ def _node() -> str:
     return ray.util.get_node_ip_address()
 
 
-RESTARTS = 3  # of one actor; after that the fleet makes another, if blocks were finished meanwhile
+RESTARTS = 3  # of one actor; after that the group makes another, if blocks were finished meanwhile
 
 # Methods run one after the other, but for `committed`, which waits beside them. Restarted wherever there is room, and
-# asked again: the fleet counts the restarts that bring nothing.
+# asked again: the group counts the restarts that bring nothing.
 OPTIONS: dict[str, Any] = {"max_task_retries": -1, "concurrency_groups": {COMMITTING: 1}}
 ShardActor = ray.remote(max_restarts=RESTARTS, **OPTIONS)(ShardWorker)

@@ -1,6 +1,6 @@
 """All shards of a run: opened together, streamed through, set to work, and brought back when one is lost.
 
-Recompute, don't replicate: a lost actor comes back empty; the fleet opens it and streams the calibration through the
+Recompute, don't replicate: a lost actor comes back empty; the group opens it and streams the calibration through the
 shards before it once more. Finished blocks stay finished.
 """
 

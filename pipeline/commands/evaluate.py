@@ -113,7 +113,7 @@ def _measures(
 ) -> Measures:
     """Of one model; "compared" with the one whose hidden states were "kept" before it."""
     stream = stream_of(table, microbatch_size(config.microbatch, table.length), config.window)
-    with ShardGroup(specs, config.threads, None, reporter.note) as fleet:
-        fleet.open()
+    with ShardGroup(specs, config.threads, None, reporter.note) as group:
+        group.open()
         step = reporter.pass_begins(f"evaluate {Path(specs[0].model).name}", stream.microbatches)
-        return fleet.measure(stream, step, wanted=wanted)
+        return group.measure(stream, step, wanted=wanted)

@@ -85,10 +85,10 @@ class PruneRun:
                 held.enter_context(at_the_last(recorder.cut_short))
                 shard_layout = self._connected(held)
                 recorder.tag(COMPUTE_TAG, shard_layout.compute)
-                fleet = held.enter_context(
+                group = held.enter_context(
                     ShardGroup(shard_layout.specs, self.config.threads, str(self.directory.run_file), self._warn)
                 )
-                self._work(fleet, shard_layout, calibration, evaluation, recorder)
+                self._work(group, shard_layout, calibration, evaluation, recorder)
             self._finish(recorder)
             image_file(self.directory.home).unlink(missing_ok=True)
         except BaseException as failure:
@@ -134,31 +134,31 @@ class PruneRun:
 
     def _work(
         self,
-        fleet: ShardGroup,
+        group: ShardGroup,
         layout: ShardLayout,
         calibration: TokenTable | ImageTable,
         evaluation: TokenTable | None,
         recorder: Recorder,
     ) -> None:
         with self.spending.phase("load"):
-            facts = fleet.open()
+            facts = group.open()
         for shard, fact in zip(self.run["shards"], facts, strict=True):
             shard |= {"node": fact.node, "device": fact.device}
         self.reporter.note(self._headline(layout))
         for remark in self.facts.remarks:
             self._warn(remark)
-        self.run["dense_perplexity"] = self._dense_perplexity(fleet, evaluation)
-        finished = self._sweeps(fleet, layout, self._stream(calibration), len(calibration), recorder)
+        self.run["dense_perplexity"] = self._dense_perplexity(group, evaluation)
+        finished = self._sweeps(group, layout, self._stream(calibration), len(calibration), recorder)
         self.run["blocks"] = [finished[block] for block in sorted(finished)]
         with self.spending.phase("assemble"):
             ends = self.directory.finished_ends()
             if ends is None:
-                self.directory.note_ends(ends := list(fleet.copy_ends()))
+                self.directory.note_ends(ends := list(group.copy_ends()))
             output = self.directory.output
             copy_companions(resolve(self.config.model), output, self.config.dtype)
             write_index(output, [*(report["file"] for report in self.run["blocks"]), *ends])
-        self.run |= self._measured(fleet, evaluation)
-        records = fleet.record()
+        self.run |= self._measured(group, evaluation)
+        records = group.record()
         self.run["peak_memory"] = {"shards": [peak for peak, _ in records]}
         self.run["timeline"] = [
             phase | {"shard": shard, "start": phase["start"] - self.started, "end": phase["end"] - self.started}
@@ -167,7 +167,7 @@ class PruneRun:
         ]
 
     def _sweeps(
-        self, fleet: ShardGroup, layout: ShardLayout, stream: Stream, samples: int, recorder: Recorder
+        self, group: ShardGroup, layout: ShardLayout, stream: Stream, samples: int, recorder: Recorder
     ) -> dict[int, dict[str, Any]]:
         """Reports of the last sweep's blocks; what an earlier run of this directory finished is not done again."""
         last, everything = self.recipe.sweeps, set(range(self.facts.blocks))
@@ -175,7 +175,7 @@ class PruneRun:
         first = max((sweep + 1 for sweep in done if done[sweep].keys() == everything), default=0)
         for sweep in range(first, last + 1):
             todo = everything - done[sweep].keys()
-            ratios = self._ratios(fleet, stream) if sweep == 0 and self.recipe.allocation == "owl" else None
+            ratios = self._ratios(group, stream) if sweep == 0 and self.recipe.allocation == "owl" else None
             orders = [
                 BlockTask(
                     blocks=blocks, sweep=sweep, sparsity=tuple(ratios[block] for block in blocks) if ratios else None
@@ -187,16 +187,16 @@ class PruneRun:
             if self.recipe.streams_dense:
                 with self.spending.phase("stream", samples):
                     name = f"sweep {sweep}" if sweep else "calibrate"
-                    fleet.calibrate(stream, todo, self.reporter.pass_begins(name, stream.microbatches), sweep)
+                    group.calibrate(stream, todo, self.reporter.pass_begins(name, stream.microbatches), sweep)
             self.worked = True
             with self.spending.phase("work"):
-                done[sweep] |= self._work_off(fleet, layout, stream, orders, len(done[sweep]), recorder)
+                done[sweep] |= self._work_off(group, layout, stream, orders, len(done[sweep]), recorder)
             self.directory.drop_sweep(sweep - 1, last)
         return done[last]
 
     def _work_off(
         self,
-        fleet: ShardGroup,
+        group: ShardGroup,
         layout: ShardLayout,
         stream: Stream,
         orders: list[BlockTask],
@@ -210,7 +210,7 @@ class PruneRun:
         )
         name = self.config.mask_name if not orders[0].sweep else f"sweep {orders[0].sweep}"
         reports: dict[int, dict[str, Any]] = {}
-        for report in (report for reports in self._worked(fleet, stream, orders) for report in reports):
+        for report in (report for reports in self._worked(group, stream, orders) for report in reports):
             self.directory.note("block", **report)
             recorder.metrics(block_metrics(report), step=report["block"])
             self.reporter.block_done(report, name, self.facts.blocks)
@@ -218,16 +218,16 @@ class PruneRun:
             reports[report["block"]] = report
         return reports
 
-    def _worked(self, fleet: ShardGroup, stream: Stream, orders: list[BlockTask]) -> Iterator[list[dict[str, Any]]]:
-        return fleet.work_in_order(stream, orders) if self.recipe.sequential else fleet.work(stream, orders)
+    def _worked(self, group: ShardGroup, stream: Stream, orders: list[BlockTask]) -> Iterator[list[dict[str, Any]]]:
+        return group.work_in_order(stream, orders) if self.recipe.sequential else group.work(stream, orders)
 
-    def _ratios(self, fleet: ShardGroup, stream: Stream) -> list[float]:
+    def _ratios(self, group: ShardGroup, stream: Stream) -> list[float]:
         """Each block's sparsity by OWL, the same again when the run is resumed."""
         for entry in self.directory.noted("allocation"):
             return list(entry["sparsity"])
         blocks = range(self.facts.blocks)
         with self.spending.phase("stream"):
-            shares = fleet.outlier_shares(stream, blocks)
+            shares = group.outlier_shares(stream, blocks)
         ratios = owl(shares, self.config.sparsity, weights=self.facts.prunable_by_block)
         self.directory.note("allocation", sparsity=ratios, outlier_shares=shares)
         return ratios
@@ -245,33 +245,33 @@ class PruneRun:
         microbatch = microbatch_size(self.config.microbatch, self.length, self.facts.packed)
         return stream_of(table, microbatch, self.config.window)
 
-    def _dense_perplexity(self, fleet: ShardGroup, table: TokenTable | None) -> float | None:
+    def _dense_perplexity(self, group: ShardGroup, table: TokenTable | None) -> float | None:
         if table is None:
             return None
         for entry in self.directory.noted("dense_perplexity"):
             return float(entry["value"])
-        measures = self._evaluation(fleet, table, "evaluate_dense", None, "kept")
+        measures = self._evaluation(group, table, "evaluate_dense", None, "kept")
         self.directory.note("dense_perplexity", value=measures.perplexity, tokens=measures.tokens)
         return measures.perplexity
 
-    def _measured(self, fleet: ShardGroup, table: TokenTable | None) -> dict[str, float | None]:
+    def _measured(self, group: ShardGroup, table: TokenTable | None) -> dict[str, float | None]:
         """The pruned model's PRUNED_MEASURES."""
         if table is None:
             return dict.fromkeys(PRUNED_MEASURES)
         for entry in self.directory.noted("measured"):
             return {name: entry[name] for name in PRUNED_MEASURES}
-        measures = self._evaluation(fleet, table, "evaluate", self.recipe.sweeps, "compared")
+        measures = self._evaluation(group, table, "evaluate", self.recipe.sweeps, "compared")
         values = {name: getattr(measures, name) for name in PRUNED_MEASURES}
         self.directory.note("measured", **values, tokens=measures.tokens)
         return values
 
     def _evaluation(
-        self, fleet: ShardGroup, table: TokenTable, phase: str, source: int | None, wanted: Literal["kept", "compared"]
+        self, group: ShardGroup, table: TokenTable, phase: str, source: int | None, wanted: Literal["kept", "compared"]
     ) -> Measures:
         stream = self._stream(table)
         with self.spending.phase(phase, len(table)):
             step = self.reporter.pass_begins("evaluate", stream.microbatches)
-            return fleet.measure(stream, step, source, wanted)
+            return group.measure(stream, step, source, wanted)
 
     # -- the record ------------------------------------------------------------------------------------------------
 

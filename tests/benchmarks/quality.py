@@ -122,7 +122,7 @@ class WarmWorker(ShardWorker):
 
 
 class WarmShardGroup(ShardGroup):
-    """A fleet whose actors outlive it."""
+    """A group of shards whose actors outlive it."""
 
     workers: ClassVar[list[Any]] = []
 

@@ -1,9 +1,9 @@
 """One Ray cluster for the tests that share one, and shard processes in it that take up one run after the other.
 
-A shard's process imports torch and transformers for seconds before a tiny run of less than one. What is as in a fleet
-of its own: the methods that are called, restarts, retries, what a restarted shard knows. What is not: a process
-outlives its run, unless that ended in an error. Fleets of their own are in tests/cluster and in every command that a
-test starts in a process of its own.
+A shard's process imports torch and transformers for seconds before a tiny run of less than one. What is as in a
+ShardGroup of its own: the methods that are called, restarts, retries, what a restarted shard knows. What is not: a
+process outlives its run, unless that ended in an error. Groups of their own are in tests/cluster and in every command
+that a test starts in a process of its own.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class WarmWorker(ShardWorker):
 
 
 class WarmShardGroup(ShardGroup):
-    """A fleet whose actors come from `idle`, and go back there if all went well."""
+    """A group of shards whose actors come from `idle`, and go back there if all went well."""
 
     idle: ClassVar[list[Any]] = []
     home: ClassVar[Path]

@@ -120,7 +120,7 @@ def test_ctrl_c_at_work_ends_in_one_line_that_says_how_to_resume_and_resumes(
 
 
 class Watched(WarmShardGroup):
-    """A fleet that tells its shards' process ids."""
+    """A group of shards that tells its shards' process ids."""
 
     pids: list[int]
 
@@ -136,12 +136,12 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
     return Watched
 
 
-def kill_once(fleet: type[Watched], shard: int) -> Callable[[int], None]:
+def kill_once(group: type[Watched], shard: int) -> Callable[[int], None]:
     killed: list[int] = []
 
     def kill(_: int) -> None:
         if not killed:
-            killed.append(fleet.pids[shard])
+            killed.append(group.pids[shard])
             os.kill(killed[0], signal.SIGKILL)
 
     return kill

@@ -1,4 +1,4 @@
-"""A fleet of shards on Ray: what one shard refuses comes out as it was said, and a shard that keeps dying ends the run.
+"""A ShardGroup on Ray: what one shard refuses comes out as it was said, and a shard that keeps dying ends the run.
 
 Whole runs that lose a shard are in tests/pipeline/run/test_resume.py.
 """
@@ -60,32 +60,34 @@ def stream(tokens: np.ndarray, in_flight: int = 2) -> Stream:
     return Stream(batches=lambda number: tokens[number : number + 1], microbatches=MICROBATCHES, in_flight=in_flight)
 
 
-def test_losses_and_refusals_cross_the_fleet(one_cluster: None, specs: list[ShardSpec], tokens: np.ndarray) -> None:
+def test_losses_and_refusals_cross_the_shard_group(
+    one_cluster: None, specs: list[ShardSpec], tokens: np.ndarray
+) -> None:
     events: list[str] = []
-    with ShardGroup(specs, 1, None, events.append) as fleet:
-        facts = fleet.open()
+    with ShardGroup(specs, 1, None, events.append) as group:
+        facts = group.open()
         assert [(fact.index, fact.first, fact.last) for fact in facts] == [(0, 0, 2), (1, 2, 4)]
         assert len({fact.pid for fact in facts} | {os.getpid()}) == 3
 
         steps: list[int] = []
-        measures = fleet.measure(stream(tokens), steps.append)
+        measures = group.measure(stream(tokens), steps.append)
         assert measures.tokens == MICROBATCHES * (LENGTH - 1) and steps == list(range(1, MICROBATCHES + 1))
-        assert fleet.measure(stream(tokens, in_flight=5), steps.append) == measures, "whatever the window"
+        assert group.measure(stream(tokens, in_flight=5), steps.append) == measures, "whatever the window"
 
         # Killed between passes: the next pass meets an empty shard, which is opened once more before it is needed.
         os.kill(facts[1].pid, signal.SIGKILL)
-        assert fleet.measure(stream(tokens), steps.append) == measures
+        assert group.measure(stream(tokens), steps.append) == measures
         assert all("a shard was lost" in event and "\n" not in event for event in events)
 
-        fleet.calibrate(stream(tokens), {0, 3}, steps.append)
+        group.calibrate(stream(tokens), {0, 3}, steps.append)
         orders = [BlockTask(blocks=(0,)), BlockTask(blocks=(3,))]
-        reports = [report for reports in fleet.work(stream(tokens), orders) for report in reports]
+        reports = [report for reports in group.work(stream(tokens), orders) for report in reports]
         assert sorted(report["block"] for report in reports) == [0, 3], "only what was asked for"
 
         wrong = tokens.copy()
         wrong[3, 2] = 10_000  # no such row in the embedding: a bug, which is not retried for ever
         with pytest.raises(IndexError):
-            fleet.measure(stream(wrong), steps.append)
+            group.measure(stream(wrong), steps.append)
 
 
 def test_a_shard_that_cannot_be_brought_back_ends_the_run_in_one_line(
@@ -93,17 +95,17 @@ def test_a_shard_that_cannot_be_brought_back_ends_the_run_in_one_line(
 ) -> None:
     monkeypatch.setattr(module, "FRUITLESS_RECOVERIES", 0)  # not three: each is a process that imports torch
     events: list[str] = []
-    with ShardGroup(specs[:1], 1, None, events.append) as fleet:
-        pid = [fleet.open()[0].pid]
+    with ShardGroup(specs[:1], 1, None, events.append) as group:
+        pid = [group.open()[0].pid]
 
         def deadly(number: int) -> np.ndarray:
             if number == 2:
-                pid[0] = fleet.open()[0].pid
+                pid[0] = group.open()[0].pid
                 os.kill(pid[0], signal.SIGKILL)
             return tokens[number : number + 1]
 
         with pytest.raises(Refusal, match="a shard was lost 1 times with no block finished between") as caught:
-            fleet.calibrate(Stream(deadly, MICROBATCHES, 1), {0}, lambda _: None)
+            group.calibrate(Stream(deadly, MICROBATCHES, 1), {0}, lambda _: None)
         assert "\n" not in str(caught.value) and "out of memory" in str(caught.value)
         assert not events
 
@@ -111,10 +113,10 @@ def test_a_shard_that_cannot_be_brought_back_ends_the_run_in_one_line(
 def test_a_node_that_does_not_see_the_run_says_so(one_cluster: None, specs: list[ShardSpec], tmp_path: Path) -> None:
     run_file = str(tmp_path / "elsewhere" / "run.json")
     with (
-        ShardGroup(specs[:1], 1, run_file, lambda _: None) as fleet,
+        ShardGroup(specs[:1], 1, run_file, lambda _: None) as group,
         pytest.raises(Refusal, match=r"not visible on node .* storage that all of them share"),
     ):
-        fleet.open()
+        group.open()
 
 
 class Unlicensed:
@@ -134,10 +136,10 @@ def test_a_shard_that_dies_at_every_start_is_told_with_what_it_said_last(
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(module, "ShardActor", ray.remote(max_restarts=RESTARTS, max_task_retries=-1)(Unlicensed))
     with (
-        ShardGroup(specs[:1], 1, None, print) as fleet,
+        ShardGroup(specs[:1], 1, None, print) as group,
         pytest.raises(Refusal, match="died before it was open") as caught,
     ):
-        fleet.open()
+        group.open()
     assert f"{RESTARTS} more times" in str(caught.value) and "\n" not in str(caught.value)
     assert "no licence for this node" in str(caught.value)
 
@@ -161,11 +163,11 @@ def test_a_device_that_is_lost_again_and_again_ends_the_run_with_what_was_said_o
     monkeypatch.setattr(module, "ShardActor", ray.remote(max_restarts=RESTARTS, **OPTIONS)(Broken))
     monkeypatch.setattr(module, "FRUITLESS_RECOVERIES", 1)  # not three: each is a process that imports torch
     events: list[str] = []
-    with ShardGroup(specs[:1], 1, None, events.append) as fleet:
-        first = fleet.open()[0].pid
+    with ShardGroup(specs[:1], 1, None, events.append) as group:
+        first = group.open()[0].pid
         with pytest.raises(Refusal, match="a shard was lost 2 times with no block finished between") as caught:
-            fleet.calibrate(stream(tokens), {0}, lambda _: None)
-        assert fleet.open()[0].pid != first, "each time in a process of its own"
+            group.calibrate(stream(tokens), {0}, lambda _: None)
+        assert group.open()[0].pid != first, "each time in a process of its own"
     said = "CUDA error: an illegal memory access was encountered, on node "
     assert said in str(caught.value) and "resume" in str(caught.value) and "\n" not in str(caught.value)
     assert len(events) == 1 and said in events[0]
@@ -193,8 +195,8 @@ def taken(one_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_shards_and_ranks_without_room_say_what_they_ask_for_what_is_free_and_who_is_at_work(
     taken: None, specs: list[ShardSpec]
 ) -> None:
-    with ShardGroup(specs[:1], 1, None, print) as fleet, pytest.raises(Refusal) as shards:
-        fleet.open()
+    with ShardGroup(specs[:1], 1, None, print) as group, pytest.raises(Refusal) as shards:
+        group.open()
     with pytest.raises(Refusal) as placed, ranks.RankGroup(2):
         pass
     for caught, who in (shards, "of this run's processes"), (placed, "2 ranks"):
