@@ -8,7 +8,13 @@ one step size suits all channels. ADMM splits W̃ into B, which is free, and D, 
     B̂ = α B + (1 − α) D                              over-relaxed, α = 1.3
     D ← the largest of |B̂ + V/ρ|, the rest zero;     V ← V + ρ(B̂ − D)
 
-and conjugate gradients on what is kept end it. The paper's ρ grows with what the support still changes, over up to 300
+and conjugate gradients on what is kept end it.
+
+Where the layer reads other inputs X̃ than the dense one, X, a cross Gram matrix C = Σ x̃ xᵀ beside G = Σ x̃ x̃ᵀ lets it
+aim at the dense output: ‖X̃ W̃ᵀ − X Wᵀ‖². The damping still pulls to W, not to 0. All that changes is a constant added to
+the gradient: with S = W (C − G)ᵀ / d it is (B₀ − B) H + S, so ρ(D − B₀) − V becomes ρ(D − B₀) − V + S above.
+
+The paper's ρ grows with what the support still changes, over up to 300
 steps of one eigendecomposition. Here 16 steps with four values of ρ, a Cholesky factor each, end within 1 % of 20 steps
 with a ρ of their own, on layers of two trained models at 50 %, 70 % and 2:4.
 
@@ -40,11 +46,13 @@ def alps(
     pattern: tuple[int, int] | None = None,
     scope: Scope = "matrix",
     damping: float = 0.01,
+    cross: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The pruned weight (O, I) in its own dtype, with the best values for its mask, and that keep mask, bool (O, I).
 
     Give one of `sparsity` s, int(O · I · s) zeros in the matrix or int(I · s) in each row, by `scope`; and `pattern`
-    (N, M), N kept of every M inputs. `gram` is Σ x xᵀ (I, I) up to a factor, `damping` λ.
+    (N, M), N kept of every M inputs. `gram` is Σ x xᵀ (I, I) up to a factor, `damping` λ;
+    `cross` Σ x̃ xᵀ (I, I) up to the same factor, x̃ the inputs that `gram` is of and x those whose output is wanted.
     Columns that saw no input (G_jj = 0) go first; those that stay keep their values, which nothing can judge.
     Raises Refusal as `keep_mask` does, for a Gram matrix that is not finite, and if the values leave float32.
     """
@@ -59,7 +67,7 @@ def alps(
         return keep_mask(values_OI.abs(), sparsity, pattern, scope if pattern is None else "row")
 
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        problem = _Scaled(weight, gram, damping)
+        problem = _Scaled("ALPS", weight, gram, damping, cross)
         keep_OI = largest(problem.dense_OI) if problem.seen else largest(weight.float())
         if problem.seen:
             keep_OI, values_OI = _admm(problem, keep_OI, largest)
@@ -69,43 +77,70 @@ def alps(
         return problem.unscaled(values_OI, keep_OI), keep_OI
 
 
-def solve(weight: Tensor, keep: Tensor, gram: Tensor, damping: float = 0.01, steps: int = MOST_STEPS) -> Tensor:
+def solve(
+    weight: Tensor,
+    keep: Tensor,
+    gram: Tensor,
+    damping: float = 0.01,
+    steps: int = MOST_STEPS,
+    cross: Tensor | None = None,
+) -> Tensor:
     """The values (O, I), in the weight's dtype, that minimise ‖X (W̃ − W)ᵀ‖² among those that are zero where `keep` is
     False: least squares on each row's support, by conjugate gradients from the weight as it is, masked.
 
-    `gram` and `damping` as for `alps`. Its error, which counts the damping, is never above that of the masked weight.
+    `gram`, `damping` and `cross` as for `alps`. Its error, which counts the damping, is at most the masked weight's.
     Ends where the residual is a millionth of what it was, or after `steps` steps. Raises Refusal as `alps` does.
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        problem = _Scaled(weight, gram, damping)
+        problem = _Scaled("solve", weight, gram, damping, cross)
         values_OI = _conjugate_gradients(problem, problem.dense_OI * keep, keep, steps)
         return problem.unscaled(values_OI, keep)
 
 
 class _Scaled:
-    """The damped Hessian (I, I) with a unit diagonal, and the dense weight in its units, (O, I), both float32."""
+    """The damped Hessian (I, I) with a unit diagonal, and the dense weight in its units, (O, I), both float32.
 
-    def __init__(self, weight: Tensor, gram: Tensor, damping: float) -> None:
+    `asked` is what refusals name. `shift_OI` is what other targets than the dense weight's own add to the gradient."""
+
+    def __init__(self, asked: str, weight: Tensor, gram: Tensor, damping: float, cross: Tensor | None) -> None:
         check_damping(damping)
         diagonal_I = gram.diagonal()
         mean = float(diagonal_I.mean(dtype=torch.float64))
         if not 0 <= mean < float("inf"):  # also false of nan
-            raise Refusal(f"ALPS: the Gram matrix over {len(gram)} inputs holds NaN or infinity; check the calibration")
-        self.weight, self.seen = weight.detach(), mean > 0
+            raise Refusal(
+                f"{asked}: the Gram matrix over {len(gram)} inputs holds NaN or infinity; check the calibration data"
+            )
+        self.asked, self.weight, self.seen = asked, weight.detach(), mean > 0
         self.live_I = (diagonal_I > 0).to(weight.device)
         scale_I = torch.where(diagonal_I > 0, diagonal_I.double() + damping * mean, 1.0).sqrt()
         inverse_I = scale_I.reciprocal().float()
         self.hessian_II = (gram.float() * inverse_I[:, None]).mul_(inverse_I).to(weight.device)
         self.hessian_II.diagonal().fill_(1)
         self.scale_I = scale_I.float().to(weight.device)
-        self.dense_OI = weight.detach().float() * (self.scale_I * self.live_I)
+        self.dense_OI = self.weight.float() * (self.scale_I * self.live_I)
+        self.shift_OI: Tensor | None = None
+        if cross is not None:
+            apart_II = torch.sub(cross, gram).to(weight.device)
+            self.shift_OI = (self.weight.float() @ apart_II.T).div_(self.scale_I)
+            if not bool(self.shift_OI.sum().isfinite()):
+                raise Refusal(
+                    f"{asked}: the cross Gram matrix over {len(gram)} inputs holds NaN or infinity; check the "
+                    "calibration data"
+                )
+
+    def gradient(self, values_OI: Tensor) -> Tensor:
+        """Half of what the error falls by along each value: (B₀ − B) H + S, (O, I)."""
+        away_OI = self.dense_OI - values_OI
+        return away_OI @ self.hessian_II if self.shift_OI is None else self.shift_OI.addmm(away_OI, self.hessian_II)
 
     def unscaled(self, values_OI: Tensor, keep_OI: Tensor) -> Tensor:
         """Those values as weights: +0 where they are not kept, as they were in columns that saw no input."""
         found_OI = torch.where(self.live_I, values_OI / self.scale_I, self.weight.float())
         found_OI = torch.where(keep_OI, found_OI, 0.0).to(self.weight.dtype)
         if not bool(found_OI.sum(dtype=torch.float32).isfinite()):
-            raise Refusal("ALPS: the values found are not finite; the weights or the Gram matrix are out of range")
+            raise Refusal(
+                f"{self.asked}: the values found are not finite; the weights or the Gram matrix are out of range"
+            )
         return found_OI
 
 
@@ -118,6 +153,8 @@ def _admm(problem: _Scaled, keep_OI: Tensor, largest: Callable[[Tensor], Tensor]
         inverse_II = _inverse(hessian_II, rho)
         for _ in range(STEPS_A_RHO):
             pull_OI = torch.sub(values_OI, dense_OI).mul_(rho).sub_(dual_OI)
+            if problem.shift_OI is not None:
+                pull_OI += problem.shift_OI
             free_OI = torch.addmm(dense_OI, pull_OI, inverse_II)
             relaxed_OI = torch.lerp(values_OI, free_OI, RELAXATION)
             sought_OI = torch.add(relaxed_OI, dual_OI, alpha=1 / rho)
@@ -144,11 +181,11 @@ def _inverse(hessian_II: Tensor, rho: float) -> Tensor:
 
 
 def _conjugate_gradients(problem: _Scaled, values_OI: Tensor, keep_OI: Tensor, steps: int) -> Tensor:
-    """The minimum of tr((B − B₀) H (B − B₀)ᵀ) over what is kept, approached from `values_OI`; each row on its own."""
-    hessian_II, dense_OI = problem.hessian_II, problem.dense_OI
-    enough_O1 = (dense_OI @ hessian_II).mul_(keep_OI).square().sum(1, keepdim=True) * RESIDUAL**2
+    """The minimum of the error over what is kept, approached from `values_OI`; each row on its own."""
+    hessian_II = problem.hessian_II
+    enough_O1 = problem.gradient(torch.zeros_like(values_OI)).mul_(keep_OI).square().sum(1, keepdim=True) * RESIDUAL**2
     values_OI = values_OI * keep_OI
-    residual_OI = ((dense_OI - values_OI) @ hessian_II).mul_(keep_OI)
+    residual_OI = problem.gradient(values_OI).mul_(keep_OI)
     direction_OI = residual_OI.clone()
     left_O1 = residual_OI.square().sum(1, keepdim=True)
     for step in range(steps):

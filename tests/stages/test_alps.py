@@ -71,6 +71,64 @@ def test_solve_agrees_with_least_squares_to_a_millionth() -> None:
     assert abs(float(gap)) < 1e-6
 
 
+def other_inputs(tokens: int, inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A dense model's inputs and a pruned one's, (tokens, I): the second are the first, mixed and disturbed."""
+    x = correlated(tokens, inputs, seed)
+    generator = torch.Generator().manual_seed(seed + 50)
+    noise = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64)
+    return x, x @ (torch.eye(inputs) + 0.2 * torch.randn(inputs, inputs, generator=generator)).double() + 0.3 * noise
+
+
+def nearest(weight: Tensor, keep: Tensor, x: Tensor, read: Tensor, damping: float = 0.01) -> Tensor:
+    """argmin ‖X̃ W̃ᵀ − X Wᵀ‖² + λ mean(diag X̃ᵀX̃) ‖W̃ − W‖² on each row's support, by QR of the inputs, float64."""
+    pull = (damping * read.square().sum(0).mean()).sqrt()
+    inputs = torch.cat([read, pull * torch.eye(read.shape[1])])
+    targets = torch.cat([x @ weight.double().T, pull * weight.double().T])
+    best = torch.zeros(weight.shape, dtype=torch.float64)
+    for row, kept in enumerate(keep):
+        best[row, kept] = torch.linalg.lstsq(inputs[:, kept], targets[:, row : row + 1]).solution[:, 0]
+    return best
+
+
+@pytest.mark.parametrize("tokens", [25, 400], ids=["rank-deficient", "full-rank"])
+def test_with_a_cross_gram_the_values_aim_at_the_dense_output(tokens) -> None:
+    weight, (x, read) = weight_of(12, 40), other_inputs(tokens, 40)
+    gram, cross = (read.T @ read).float(), (read.T @ x).float()
+    keep = torch.rand(12, 40, generator=torch.Generator().manual_seed(3)) < 0.5
+    best = nearest(weight, keep, x, read)
+    torch.testing.assert_close(solve(weight, keep, gram, cross=cross).double(), best, rtol=1e-3, atol=1e-4)
+    pruned, chosen = alps(weight, gram, sparsity=0.5, cross=cross)
+    assert int((~chosen).sum()) == 240
+
+    def error(values: Tensor) -> float:
+        return float((read @ values.double().T - x @ weight.double().T).square().sum())
+
+    assert error(pruned) < 0.9 * error(alps(weight, gram, sparsity=0.5)[0])
+    assert error(pruned) < 0.9 * error(best)  # a random mask's
+
+
+def test_a_cross_gram_of_the_same_inputs_changes_nothing() -> None:
+    weight, x = weight_of(20, 48), correlated(200, 48)
+    gram = (x.T @ x).float()
+    pruned, keep = alps(weight, gram, sparsity=0.6)
+    with_cross, kept = alps(weight, gram, sparsity=0.6, cross=gram.clone())
+    assert torch.equal(keep, kept)
+    torch.testing.assert_close(with_cross, pruned, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(solve(weight, keep, gram, cross=gram), solve(weight, keep, gram), rtol=1e-5, atol=1e-5)
+
+
+def test_a_cross_gram_with_channels_that_only_the_dense_model_feeds() -> None:
+    """What the dense model sends through a channel that pruning silenced is taken over by those that depend on it."""
+    weight, x = weight_of(4, 12), correlated(300, 12)
+    read = x.clone()
+    read[:, 5] = 0
+    gram, cross = (read.T @ read).float(), (read.T @ x).float()
+    keep = torch.ones(4, 12, dtype=torch.bool)
+    keep[:, 5] = False
+    best = nearest(weight, keep, x, read)
+    torch.testing.assert_close(solve(weight, keep, gram, cross=cross).double(), best, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("tokens", [30, 600], ids=["rank-deficient", "full-rank"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_end_lowers_the_error_and_is_below_that_of_sparsegpt(target, tokens) -> None:
@@ -171,6 +229,13 @@ def test_refusals_name_what_is_wrong() -> None:
     weight, gram = weight_of(4, 8), torch.eye(8)
     with pytest.raises(Refusal, match="NaN or infinity"):
         alps(weight, gram * float("nan"), sparsity=0.5)
+    keep = torch.ones(4, 8, dtype=torch.bool)
+    with pytest.raises(Refusal, match=r"^solve: the Gram matrix over 8 inputs holds NaN or infinity"):
+        solve(weight, keep, gram * float("nan"))
+    with pytest.raises(Refusal, match=r"^solve: the values found are not finite"):
+        solve(weight * 3e38 * 10, keep, gram)
+    with pytest.raises(Refusal, match=r"^ALPS: the cross Gram matrix over 8 inputs"):
+        alps(weight, gram, sparsity=0.5, cross=gram * float("inf"))
     with pytest.raises(Refusal, match="damping 2"):
         alps(weight, gram, sparsity=0.5, damping=2)
     with pytest.raises(Refusal, match="groups of 3"):
