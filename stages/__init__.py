@@ -1,1 +1,1 @@
-"""A model's stream, scores, masks, refinements, solved and rebuilt weights, training. No Ray, no MLflow."""
+"""A model's stream, scores, masks, refinements, solved and reconstructed weights, training. No Ray, no MLflow."""

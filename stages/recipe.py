@@ -10,7 +10,7 @@ from espalier.stages.layer_rules import LayerRule, Override, layer_rule
 from espalier.stages.masks import Scope
 
 Refine = Literal["none", "dsnot", "r2-dsnot", "swaps"]
-Rebuild = Literal["none", "matrix", "component", "block", "window"]
+Reconstruct = Literal["none", "matrix", "component", "block", "window"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,13 +28,13 @@ class Recipe:
     allocation: Literal["uniform", "owl"] = "uniform"  # how a sparsity is spread over the blocks
     refine: Refine = "none"
     solve: bool = False  # the weights that stay get the values that are best for the mask, before any fit
-    reconstruct: Rebuild = "component"
-    blocks_per_unit: int = 1  # blocks rebuilt as one
+    reconstruct: Reconstruct = "component"
+    blocks_per_unit: int = 1  # blocks reconstructed as one
     inputs: Literal["dense", "pruned"] = "dense"
     epochs: int = 1
     batch: int = 2
     learning_rate: float = 0.4
-    sweeps: int = 0  # further times that every unit is rebuilt, after the pruned model's activations
+    sweeps: int = 0  # further times that every unit is reconstructed, after the pruned model's activations
     corrections: tuple[float, ...] = ()  # of each sweep: the share of the accumulated error that a unit takes back;
     # none: every unit is given the input that it would have if the units before it had taken back theirs, and takes
     # back all that is then left
@@ -85,7 +85,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockTask:
-    """One piece of work: consecutive blocks that are rebuilt together, in one sweep."""
+    """One piece of work: consecutive blocks that are reconstructed together, in one sweep."""
 
     blocks: tuple[int, ...]
     sweep: int = 0  # 0: from the dense blocks; then from what the sweep before left

@@ -101,7 +101,7 @@ def prune(
     as_json: Json = False,
     **values: Any,
 ) -> None:
-    """Prune a model: score, mask, refit attention and MLP, write a plain checkpoint with exact zeros.
+    """Prune a model: score, mask, reconstruct attention and MLP, write a plain checkpoint with exact zeros.
 
     Example: espalier prune ./llama --output ./llama-50 --calibration text.txt --eval held-out.txt --sparsity 0.5
     """

@@ -214,16 +214,16 @@ def _row(run: "Run") -> dict[str, Any]:
         value = metrics.get(name)  # MLflow's database has no infinity and keeps the largest float in its place
         return math.inf if value is not None and value >= sys.float_info.max else value
 
-    rebuilt = param("reconstruct")
+    reconstructed = param("reconstruct")
     sparsity, threshold = param("sparsity"), param("threshold")
     return {
         "run": run.info.run_name or run.info.run_id,
         "criterion": param("criterion") or run.data.tags.get("espalier.command"),  # training has none
         "target": param("pattern") or (f"{threshold} σ" if threshold else _share(sparsity) if sparsity else None),
         "refine": param("refine"),
-        "reconstruct": rebuilt,
-        "inputs": param("inputs") if rebuilt else None,
-        "epochs": param("epochs") if rebuilt else None,
+        "reconstruct": reconstructed,
+        "inputs": param("inputs") if reconstructed else None,
+        "epochs": param("epochs") if reconstructed else None,
         "compute": run.data.tags.get(COMPUTE_TAG),
         "perplexity": metric("perplexity"),
         "dense_perplexity": metric("dense_perplexity"),

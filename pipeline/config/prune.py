@@ -12,7 +12,7 @@ from espalier.stages.errors import Refusal
 from espalier.stages.layer_rules import Override, resolve_overrides
 from espalier.stages.masks import check_sparsity, check_threshold, parse_pattern
 from espalier.stages.model.families import Tower
-from espalier.stages.recipe import Rebuild, Recipe
+from espalier.stages.recipe import Recipe, Reconstruct
 from espalier.stages.text.openings import Bos
 
 
@@ -98,34 +98,36 @@ class PruneConfig(ClusterConfig):
     overrides: list[Any] = Field([], description="What is different in some layers, in YAML only.")
     refine: Literal["auto", "none", "dsnot", "r2-dsnot", "swaps"] = Field(
         "auto",
-        description="Exchange pruned for kept weights before refitting; auto: swaps where units are refitted and that "
-        "costs much more, else none.",
+        description="Exchange pruned for kept weights before reconstruction; auto: swaps where units are reconstructed "
+        "and that costs much more, else none.",
     )
     solve: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Give the weights that stay the values that are best for their mask, by least squares, before any "
-        "refitting; auto: where the inputs' Gram matrix is there anyway (swaps, sparsegpt, alps).",
+        "reconstruction; auto: where the inputs' Gram matrix is there anyway (swaps, sparsegpt, alps).",
     )
     reconstruct: str = Field(
         "component",
-        description="What is refitted to its dense output as one: matrix, component (attention and MLP apart), block, "
-        "window:N blocks, or none: the kept weights stay as they were.",
+        description="What is trained as one to give its dense output again: matrix, component (attention and MLP "
+        "apart), block, window:N blocks, or none: the kept weights stay as they were.",
     )
     inputs: Literal["dense", "pruned"] = Field(
         "dense",
-        description="What a unit reads while it is scored and refitted: the dense model's activations, all blocks at "
-        "once, or those of the blocks pruned so far, one after the other.",
+        description="What a unit reads while it is scored and reconstructed: the dense model's activations, all blocks "
+        "at once, or those of the blocks pruned so far, one after the other.",
     )
     sweeps: int = Field(
-        0, ge=0, description="Refit all blocks again, at once, this often: each time on what the pruned model gives."
+        0,
+        ge=0,
+        description="Reconstruct all blocks again, at once, this often: each time on what the pruned model gives.",
     )
     correction: Literal["auto", "foreseen"] | list[float] = Field(
         "auto",
         description="Share of the accumulated error that a unit takes back in a sweep, one for all or C,C,...; auto, "
-        "or foreseen: all that the units before it, refitted at the same time, are foreseen to leave.",
+        "or foreseen: all that the units before it, reconstructed at the same time, are foreseen to leave.",
     )
-    epochs: Count = Field(1, description="Passes over the calibration while refitting.")
-    batch: Count = Field(2, description="Samples in one refitting step.")
+    epochs: Count = Field(1, description="Passes over the calibration in a reconstruction.")
+    batch: Count = Field(2, description="Samples in one reconstruction step.")
     learning_rate: float = Field(
         0.4, gt=0, description="Peak, in units of the weights' RMS over the root of the hidden width."
     )
@@ -178,7 +180,7 @@ class PruneConfig(ClusterConfig):
     @field_validator("reconstruct")
     @classmethod
     def _reconstruct(cls, value: str) -> str:
-        parse_rebuild(value)
+        parse_reconstruct(value)
         return value
 
     @field_validator("correction", mode="before")
@@ -233,14 +235,14 @@ class PruneConfig(ClusterConfig):
             raise Refusal(f"scope row with threshold {self.threshold:g}: it is one for a matrix; leave --scope out")
 
     def _check_sweeps(self) -> None:
-        unit, _ = parse_rebuild(self.reconstruct)
+        unit, _ = parse_reconstruct(self.reconstruct)
         if self.sweeps and self.inputs == "pruned":
             raise Refusal(
                 f"sweeps {self.sweeps} with inputs pruned: sweeps make up for dense inputs; choose one of the two"
             )
         if self.sweeps and unit in ("none", "matrix"):
             raise Refusal(
-                f"sweeps {self.sweeps} with reconstruct {self.reconstruct}: a sweep refits component, block or window:N"
+                f"sweeps {self.sweeps} with reconstruct {self.reconstruct}: a sweep takes component, block or window:N"
             )
         if isinstance(self.correction, list) and len(self.correction) not in (1, self.sweeps):
             given = ",".join(f"{share:g}" for share in self.correction)
@@ -254,7 +256,7 @@ class PruneConfig(ClusterConfig):
     @property
     def recipe(self) -> Recipe:
         """What every shard does to its blocks; `refine: auto` counts as none until the model is known."""
-        unit, blocks_per_unit = parse_rebuild(self.reconstruct)
+        unit, blocks_per_unit = parse_reconstruct(self.reconstruct)
         recipe = Recipe(
             criterion=self.criterion,
             criterion_options=check_options(self.criterion, self.criterion_options),
@@ -313,11 +315,11 @@ class PruneConfig(ClusterConfig):
         return " + ".join(parts)
 
 
-def parse_rebuild(text: str) -> tuple[Rebuild, int]:
+def parse_reconstruct(text: str) -> tuple[Reconstruct, int]:
     """`window:4` as ("window", 4), `component` as ("component", 1). Raises Refusal for anything else."""
     name, colon, number = text.partition(":")
     if name == "window" and colon and number.isdigit() and int(number):
         return "window", int(number)
-    if not colon and name != "window" and name in get_args(Rebuild):
-        return cast(Rebuild, name), 1
+    if not colon and name != "window" and name in get_args(Reconstruct):
+        return cast(Reconstruct, name), 1
     raise Refusal(f"reconstruct {text!r}: choose matrix, component, block, window:N (N blocks as one) or none")

@@ -70,10 +70,10 @@ def run_demo(output: Path | None = None, address: str | None = None) -> dict[str
                     rows.append(_row(title, run, run["perplexity"], run["sparsity"], "stream", "work", "assemble"))
     finally:
         reporter.close()
-    dense, _, bare, rebuilt = (row["perplexity"] for row in rows)
+    dense, _, bare, reconstructed = (row["perplexity"] for row in rows)
     return {
         "rows": rows,
-        "recovered": math.log(bare / rebuilt) / math.log(bare / dense),
+        "recovered": math.log(bare / reconstructed) / math.log(bare / dense),
         "checkpoint": os.path.relpath(run["output"]),
         "report": os.path.relpath(Path(run["output"]) / "espalier" / "report.md"),
         "experiment": EXPERIMENT,

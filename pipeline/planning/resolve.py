@@ -17,8 +17,8 @@ SWAPS_FROM = 4  # tokens for each channel of the widest input
 def resolve_auto(config: PruneConfig, facts: ModelInfo) -> PruneConfig:
     """The configuration with `refine: auto` decided for this model.
 
-    Swaps take about O · I² operations a matrix, refitting O · I for each token: they are worth their time where the
-    tokens are several times the widest input.
+    Swaps take about O · I² operations a matrix, reconstruction O · I for each token: they are worth their time where
+    the tokens are several times the widest input.
     """
     if config.refine != "auto":
         return config

@@ -313,8 +313,8 @@ class PruneRun:
         run, layers = self.run, [layer for block in self.run["blocks"] for layer in block["layers"].values()]
         run["sparsity"] = sum(layer["zeros"] for layer in layers) / sum(layer["weights"] for layer in layers)
         run["peak_memory"] = {"driver": peak_bytes(), **run["peak_memory"]}
-        rebuilt = sum(unit["flops"] for block in run["blocks"] for unit in block["units"])
-        run |= self.spending.record(self.nodes, self._shapes(), self.length, {"work": rebuilt})
+        reconstructed = sum(unit["flops"] for block in run["blocks"] for unit in block["units"])
+        run |= self.spending.record(self.nodes, self._shapes(), self.length, {"work": reconstructed})
         run["versions"] = {name: version(name) for name in PACKAGES}
         run["status"], run["warnings"] = "finished", self.warnings
         run["tracking_uri"], run["mlflow_run_id"] = recorder.tracking_uri, recorder.wait_for_run_id(5)

@@ -29,7 +29,7 @@ def component_title(name: str) -> str:
 
 
 def unit_names(blocks: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The names of the rebuilt units, in the order in which they first appear."""
+    """The names of the reconstructed units, in the order in which they first appear."""
     return list(dict.fromkeys(unit["name"] for block in blocks for unit in block.get("units", ())))
 
 
@@ -71,14 +71,16 @@ def _draw_error_panel(axes: "Axes", blocks: Sequence[Mapping[str, Any]], name: s
     axes.set_title(component_title(name), fontsize=11)
     axes.plot(
         *_errors(blocks, name, "error_before"), "--o", color=GREY, markerfacecolor="white", markersize=size,
-        label="pruned, not rebuilt",
+        label="pruned, not reconstructed",
     )  # fmt: skip
-    axes.plot(*_errors(blocks, name, "error_after"), "-o", color=BLUE, markersize=size, label="pruned and rebuilt")
+    axes.plot(
+        *_errors(blocks, name, "error_after"), "-o", color=BLUE, markersize=size, label="pruned and reconstructed"
+    )
     kept = [block for block in blocks for unit in block["units"] if unit["name"] == name and not unit["improved"]]
     if kept:
         axes.plot(
             *_errors(kept, name, "error_after"), "x", color=VERMILLION, markersize=10, markeredgewidth=2,
-            label="rebuilding did not help: left as pruned",
+            label="reconstruction did not help: left as pruned",
         )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, which="major", alpha=0.3)

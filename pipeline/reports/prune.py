@@ -17,12 +17,12 @@ ESTIMATE_PARTS = {"weights": "weights", "spool_memory": "spool", "spool_disk": "
 def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
     """report.md, errors.png and timeline.png in `directory`, as the list of those written.
 
-    There is no errors.png where no unit was rebuilt, for then no error was measured.
+    There is no errors.png where no unit was reconstructed, for then no error was measured.
     """
     run = storable(run)
     directory.mkdir(parents=True, exist_ok=True)
     pictures = {
-        "Error of each rebuilt unit, by block": draw_errors(run["blocks"], directory / "errors.png"),
+        "Error of each reconstructed unit, by block": draw_errors(run["blocks"], directory / "errors.png"),
         "What each shard did, over time": draw_timeline(run.get("timeline", ()), directory / "timeline.png"),
     }
     drawn = {title: path for title, path in pictures.items() if path is not None}
@@ -50,7 +50,7 @@ def sentence(run: Mapping[str, Any]) -> str:
     target = config.get("pattern") or percent(config.get("sparsity", run.get("sparsity")))
     if config.get("threshold") is not None:
         target = f"what scores above {config['threshold']:g} σ of its matrix"
-    rebuilt = config.get("reconstruct") or "none"
+    reconstructed = config.get("reconstruct") or "none"
     refined = config.get("refine") or "none"
     shards = run.get("shards", ())
     text = (
@@ -60,8 +60,10 @@ def sentence(run: Mapping[str, Any]) -> str:
     )
     if refined != "none":
         text += f", its masks refined by {refined}"
-    if rebuilt != "none":
-        text += f" and rebuilt {_unit_of_reconstruction(rebuilt)} from {config.get('inputs', 'dense')} inputs"
+    if reconstructed != "none":
+        text += (
+            f" and reconstructed {_unit_of_reconstruction(reconstructed)} from {config.get('inputs', 'dense')} inputs"
+        )
     if run.get("compute"):
         text += f", computed in {run['compute']}"
     text += f", on {len(shards)} shard{'s' * (len(shards) != 1)}, in {duration(run.get('seconds', {}).get('total'))}"
@@ -76,10 +78,10 @@ def _what(model: Mapping[str, Any], name: str) -> str:
     return f"The vision tower of {name}" if model.get("tower") == "vision" else name
 
 
-def _unit_of_reconstruction(rebuilt: str) -> str:
-    kind, _, size = str(rebuilt).partition(":")
+def _unit_of_reconstruction(reconstructed: str) -> str:
+    kind, _, size = str(reconstructed).partition(":")
     named = {"component": "component by component", "matrix": "matrix by matrix", "block": "block by block"}
-    return named.get(kind, f"{size or 'some'} blocks at a time" if kind == "window" else str(rebuilt))
+    return named.get(kind, f"{size or 'some'} blocks at a time" if kind == "window" else str(reconstructed))
 
 
 def _results(run: Mapping[str, Any]) -> str:
@@ -126,10 +128,10 @@ def _blocks(run: Mapping[str, Any]) -> str:
     rows = [_block_row(block, names) for block in blocks]
     explained = (
         "Errors are relative squared errors against the dense unit, ‖f̃(x) − f(x)‖² / ‖f(x)‖², on the eighth of the "
-        "calibration held out from rebuilding: as pruned → as rebuilt. *Kept*: rebuilding did not lower the error, so "
-        "the weights stayed as pruned.\n\n"
+        "calibration held out from reconstruction: as pruned → as reconstructed. *Kept*: reconstruction did not "
+        "lower the error, so the weights stayed as pruned.\n\n"
     )
-    return (explained if names else "Nothing was rebuilt, so no errors were measured.\n\n") + table(header, rows)
+    return (explained if names else "Nothing was reconstructed, so no errors were measured.\n\n") + table(header, rows)
 
 
 def _block_row(block: Mapping[str, Any], names: Sequence[str]) -> list[str]:

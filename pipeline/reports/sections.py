@@ -15,7 +15,7 @@ PHASES = {
     "connect": "connect to Ray",
     "load": "start the shards and load their blocks",
     "stream": "stream the calibration through the shards",
-    "work": "score, mask and rebuild",
+    "work": "score, mask and reconstruct",
     "train": "train: the ranks' models, steps, evaluations, checkpoints",
     "steps": "of this, optimizer steps",
     "track": "of these, the shadow",

@@ -28,7 +28,7 @@ def solve_sparsegpt(
 ) -> tuple[Tensor, Tensor | None]:
     """SparseGPT whole: masks chosen in blocks of columns while the weights that stay make up for those that went.
 
-    With `update=False` its masks alone, over weights as they were: a start for refitting.
+    With `update=False` its masks alone, over weights as they were: a start for reconstruction.
     """
     moved, keep = sparsegpt(
         weight_OI,

@@ -1,15 +1,15 @@
-"""What a unit will read once those before it, rebuilt at the same time, have taken back their share of the error.
+"""What a unit will read once those before it, reconstructed at the same time, have taken back their share of the error.
 
-stages/README.md §6, sweeps. Blocks rebuilt one after the other see inputs in which those before have already undone
-part of the error. Rebuilt all at once on the inputs of the last sweep, each would undo the whole of it, ten times over.
-So what they read is foreseen: the pruned model runs as the last sweep left it, and at every unit the stream is drawn a
-share κ of the way to the dense one, as the unit, rebuilt, will draw it:
+stages/README.md §6, sweeps. Blocks reconstructed one after the other see inputs in which those before have already
+undone part of the error. Reconstructed all at once on the inputs of the last sweep, each would undo the whole of it,
+ten times over. So what they read is foreseen: the pruned model runs as the last sweep left it, and at every unit the
+stream is drawn a share κ of the way to the dense one, as the unit, reconstructed, will draw it:
 
     x̂_1 = x_1,    x̂_{u+1} = x̂_u + f̃_u(x̂_u) + κ (x_u − x̂_u)
 
 with x_u what unit u read in the dense model and f̃_u what it adds to the stream now that it is pruned. Unit u is fitted
 with x̂_u as its input, to the dense output and all of x_u − x̂_u. Inside a block nothing need be foreseen: its units are
-rebuilt one after the other, so an MLP reads what the attention before it, rebuilt, makes of the block's x̂.
+reconstructed one after the other, so an MLP reads what the attention before it, reconstructed, makes of the block's x̂.
 """
 
 from torch import Tensor

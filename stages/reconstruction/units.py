@@ -1,4 +1,4 @@
-"""What is pruned together and what is rebuilt together: matrices, components, whole blocks, windows of blocks.
+"""What is pruned together and what is reconstructed together: matrices, components, whole blocks, windows of blocks.
 
 stages/README.md §6. A unit reads one tensor and gives one, so it can be fitted to what it gave when it was dense.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from espalier.stages.errors import Refusal
 from espalier.stages.model.anatomy import Anatomy, Weight
 from espalier.stages.model.calls import Call
-from espalier.stages.recipe import Rebuild
+from espalier.stages.recipe import Reconstruct
 
 PLAIN = Call((), {}, None)  # a module that takes its hidden states and nothing else
 
@@ -27,7 +27,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class FitUnit:
-    """What is rebuilt as one."""
+    """What is reconstructed as one."""
 
     name: str
     source: str  # the name under which its input is kept: units that read one tensor share it
@@ -50,27 +50,27 @@ class FitUnit:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What is scored and masked at once (`whole`), then rebuilt in one fit or several."""
+    """What is scored and masked at once (`whole`), then reconstructed in one fit or several."""
 
     whole: FitUnit
     fits: tuple[FitUnit, ...]
 
 
-def groups_of(anatomies: Mapping[int, Anatomy], calls: Mapping[int, Call], rebuild: Rebuild) -> list[Group]:
+def groups_of(anatomies: Mapping[int, Anatomy], calls: Mapping[int, Call], reconstruct: Reconstruct) -> list[Group]:
     """The groups of some consecutive blocks, in the order data passes them.
 
-    Raises Refusal where single matrices are to be rebuilt that lie in one tensor with others (experts).
+    Raises Refusal where single matrices are to be reconstructed that lie in one tensor with others (experts).
     """
-    if rebuild in ("block", "window"):
+    if reconstruct in ("block", "window"):
         steps = tuple(Step(block, "", calls[block]) for block in anatomies)
         weights = tuple((block, weight) for block, anatomy in anatomies.items() for weight in anatomy.weights)
         frozen = tuple(name for anatomy in anatomies.values() for unit in anatomy.units for name in unit.frozen)
-        whole = FitUnit(rebuild, rebuild, steps, weights, tuple(dict.fromkeys(frozen)), residual=True)
+        whole = FitUnit(reconstruct, reconstruct, steps, weights, tuple(dict.fromkeys(frozen)), residual=True)
         return [Group(whole, (whole,))]
     groups = []
     for block, anatomy in anatomies.items():
         components = _components(block, anatomy)
-        groups += [Group(unit, _matrices(unit, anatomy) if rebuild == "matrix" else (unit,)) for unit in components]
+        groups += [Group(unit, _matrices(unit, anatomy) if reconstruct == "matrix" else (unit,)) for unit in components]
     return groups
 
 

@@ -1,4 +1,4 @@
-"""The work on one block, or on a window of blocks: mask and rebuild one unit after the other, then count.
+"""The work on one block, or on a window of blocks: mask and reconstruct one unit after the other, then count.
 
 What goes in is dense (or, in a later sweep, what the sweep before left), what comes out is pruned.
 """
@@ -68,7 +68,7 @@ class BlockPruner:
         self.skeleton, self.timeline, self._spool, self._carried = skeleton, timeline, spool, carried
         if (
             recipe.predicts_inputs and order.sweep
-        ):  # a unit after the first reads what those before it, rebuilt, make of it
+        ):  # a unit after the first reads what those before it, reconstructed, make of it
             self._carried = next(iter(calibrations[order.blocks[0]].drifted.values()))
         self._importances = importances
         self.modules = {index: skeleton.assembled(index, dict(block.state_dict())) for index, block in blocks.items()}
@@ -112,7 +112,7 @@ class BlockPruner:
         self.modules[block].requires_grad_(False)
 
     def run(self) -> None:
-        """Mask and rebuild all units, each against its dense outputs."""
+        """Mask and reconstruct all units, each against its dense outputs."""
         for group in self.groups:
             with ExitStack() as held:
                 captured: dict[str, Spool] = {}

@@ -27,7 +27,8 @@ class BlockCalibration:
     `statistics`: weight name -> the statistics of its input, one object for all weights that read the same tensor.
     `inputs`, `outputs`: name of a source, or of a unit -> its dense inputs, its dense outputs, one record a sample.
     `drifted`: source -> its inputs in the pruned model, as the last sweep left it.
-    What of these the recipe has no use for is not there. `piece` is the blocks that are rebuilt together with this one.
+    What of these the recipe has no use for is not there. `piece` is the blocks that are reconstructed together with
+    this one.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Whether a family that nobody has tried works here: a small random model of its own config class goes all the way.
 
 Width and depth are cut, what blocks consist of is kept. The model is streamed block by block against the whole, its
-components are found, masked and refitted, and what is written is loaded back by transformers. All must be exact.
+components are found, masked and reconstructed, and what is written is loaded back by transformers. All must be exact.
 """
 
 import functools
@@ -190,7 +190,7 @@ def _go(family: str, config: PreTrainedConfig, folder: Path) -> int:
         _all_accounted(shard.skeleton)
         step = "looking at how it calls its components"
         _all_given(shard)
-        step = "pruning and refitting"
+        step = "pruning and reconstruction"
         for index in range(config.num_hidden_layers):
             order = BlockTask(blocks=(index,))
             shard.work(order)
@@ -239,7 +239,7 @@ def _all_accounted(skeleton: Skeleton) -> None:
 
 def _all_given(shard: Shard) -> None:
     """Raises _Differs for a component that is given, beside its input, something that hangs on the tokens: on its own
-    it could not be refitted."""
+    it could not be reconstructed."""
     generator = torch.Generator().manual_seed(1)
     for index in range(shard.spec.first, shard.spec.last):
         call, block = shard.skeleton.calls(1, LENGTH)[index], shard.blocks.hold([index])[index]

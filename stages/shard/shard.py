@@ -4,7 +4,7 @@
     shard.begin(microbatches, collect=...)      then for each microbatch, in order:
     hidden = shard.forward(m, hidden)           resident "all": every block is in memory
     shard.receive(m, hidden); shard.advance(); hidden = shard.emit(m)      resident "one": one block at a time
-    shard.work(order)                           score, mask, refine, rebuild one block (or window of blocks)
+    shard.work(order)                           score, mask, refine, reconstruct one block (or window of blocks)
     reports = shard.committed(order)            once it is on disk: written meanwhile, while the next is worked on
 
 With dense inputs all shards work at once. With pruned inputs a shard receives the pruned model's activations, works
@@ -252,7 +252,7 @@ class Shard:
         return outlier_share(scores)
 
     def work(self, order: BlockTask) -> None:
-        """Prune and rebuild the blocks of `order` (see `BlockPruner`), and hand them over to be written: see
+        """Prune and reconstruct the blocks of `order` (see `BlockPruner`), and hand them over to be written: see
         `committed`.
 
         With pruned inputs the blocks then carry what was received on, so they are worked on in order.

@@ -37,7 +37,7 @@ class ShardSpec:
 
     @property
     def block_windows(self) -> list[tuple[int, ...]]:
-        """Its blocks, those together that are rebuilt together."""
+        """Its blocks, those together that are reconstructed together."""
         return block_windows(range(self.first, self.last), self.recipe.blocks_per_unit if self.recipe else 1)
 
 

@@ -57,7 +57,7 @@ KINDS = {  # of refusals, by what they say
     "streaming block by block": "streaming block by block",
     "looking for its matrices": "matrices that are no linear, expert or router",
     "looking at how it calls": "components given more than their input",
-    "pruning and refitting": "pruning and refitting",
+    "pruning and reconstruction": "pruning and reconstruction",
     "loading what was written": "loading what was written",
 }
 

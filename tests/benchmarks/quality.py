@@ -75,10 +75,10 @@ def _recipes() -> dict[str, dict[str, Any]]:
         options["solve"] = "off"  # as the table's rows were read, and as the papers have them
     for name, more in {"alps": bare, "alps, pruned inputs": bare | {"inputs": "pruned"}}.items():
         recipes[name] = more | {"criterion": "alps"}
-    rebuilt = {"criterion": "alps", "refine": "none", "epochs": 2}
+    reconstructed = {"criterion": "alps", "refine": "none", "epochs": 2}
     for unit in ("component", "block", "window:2"):
-        recipes[f"alps + {unit}, 2 epochs"] = rebuilt | {"reconstruct": unit}
-    recipes["alps + component + 1 sweep: 4 epochs in all"] = rebuilt | {"reconstruct": "component", "sweeps": 1}
+        recipes[f"alps + {unit}, 2 epochs"] = reconstructed | {"reconstruct": unit}
+    recipes["alps + component + 1 sweep: 4 epochs in all"] = reconstructed | {"reconstruct": "component", "sweeps": 1}
     return recipes
 
 

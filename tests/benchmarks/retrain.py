@@ -2,8 +2,8 @@
 
     python tests/benchmarks/retrain.py [--model DIR] [--scratch DIR] [--zero-stage 1] [--rates 3e-5 1e-4 3e-4]
 
-A model is pruned by Wanda at 50 % and 2:4; once left so, once rebuilt (component by component, one epoch, with and
-without swaps before it), on two shards of one thread. Each bare pruned model is then retrained under ZeRO with its
+A model is pruned by Wanda at 50 % and 2:4; once left so, once reconstructed (component by component, one epoch, with
+and without swaps before it), on two shards of one thread. Each bare pruned model is then retrained under ZeRO with its
 zeros held, on two ranks of one thread, on as many tokens as reconstruction saw and on ten times as many, at each of the
 learning rates (cosine, a tenth of the steps to warm up): the best of them is what the table shows, in favour of
 retraining. Every run is one of the MLflow experiment `retrain` in SCRATCH/mlflow.db. Seconds are those of the work

@@ -20,7 +20,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude", "perplexity": 300.0, "sparsity": 0.5},
     "wanda 30": {"criterion": "wanda", "perplexity": 4.1, "sparsity": 0.3},
     "wanda 50": {"criterion": "wanda", "perplexity": 18.1, "sparsity": 0.5},
-    "rebuilt": {"criterion": "wanda", "reconstruct": "component", "epochs": 3, "perplexity": 6.2, "sparsity": 0.5},
+    "reconstructed": {
+        "criterion": "wanda",
+        "reconstruct": "component",
+        "epochs": 3,
+        "perplexity": 6.2,
+        "sparsity": 0.5,
+    },
     "2:4": {"criterion": "wanda", "pattern": "2:4", "perplexity": 25.0, "sparsity": 0.5},
 }
 
@@ -58,7 +64,14 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, s
 
 def test_runs_are_sorted_by_perplexity_with_those_that_have_none_last(recorded: tuple[str, dict[str, str]]) -> None:
     comparison = compare([], tracking_uri=recorded[0])  # the newest experiment
-    assert [row["run"] for row in comparison.rows] == ["wanda 30", "rebuilt", "wanda 50", "2:4", "magnitude", "broken"]
+    assert [row["run"] for row in comparison.rows] == [
+        "wanda 30",
+        "reconstructed",
+        "wanda 50",
+        "2:4",
+        "magnitude",
+        "broken",
+    ]
     assert comparison.rows[-1]["status"] == "FAILED"
     assert comparison.files == []
     best = comparison.rows[1]
@@ -75,8 +88,8 @@ def test_runs_are_sorted_by_perplexity_with_those_that_have_none_last(recorded: 
 def test_an_experiment_by_name_and_runs_by_either_id(recorded: tuple[str, dict[str, str]]) -> None:
     uri, ids = recorded
     assert len(compare(["recipes"], tracking_uri=uri).rows) == len(RUNS) + 1
-    chosen = compare([ids["magnitude"], "id-of-rebuilt", ids["rebuilt"]], tracking_uri=uri)
-    assert [row["run"] for row in chosen.rows] == ["rebuilt", "magnitude"]
+    chosen = compare([ids["magnitude"], "id-of-reconstructed", ids["reconstructed"]], tracking_uri=uri)
+    assert [row["run"] for row in chosen.rows] == ["reconstructed", "magnitude"]
 
 
 def test_the_table_shows_every_run_whole_on_eighty_columns(recorded: tuple[str, dict[str, str]]) -> None:
@@ -151,7 +164,7 @@ def test_a_recipe_is_named_by_what_was_done_and_not_by_how_much(recorded: tuple[
     names = {row["run"]: recipe(row) for row in compare(["recipes"], tracking_uri=recorded[0]).rows}
     assert names["wanda 30"] == names["wanda 50"] == "wanda"
     assert names["2:4"] == "wanda 2:4"
-    assert names["rebuilt"] == "wanda + component reconstruction (dense inputs, 3 epochs)"
+    assert names["reconstructed"] == "wanda + component reconstruction (dense inputs, 3 epochs)"
 
 
 @pytest.mark.parametrize("name", ["recipies", "recipe"])
@@ -164,8 +177,8 @@ def test_an_unknown_experiment_is_refused_with_the_nearest_name(
 
 def test_an_unknown_run_is_refused_with_the_nearest_id(recorded: tuple[str, dict[str, str]]) -> None:
     uri, ids = recorded
-    wrong = ids["rebuilt"][:-1] + ("0" if ids["rebuilt"][-1] != "0" else "1")
-    with pytest.raises(Refusal, match=f"{wrong}.*{ids['rebuilt']}"):
+    wrong = ids["reconstructed"][:-1] + ("0" if ids["reconstructed"][-1] != "0" else "1")
+    with pytest.raises(Refusal, match=f"{wrong}.*{ids['reconstructed']}"):
         compare([ids["magnitude"], wrong], tracking_uri=uri)
     with pytest.raises(Refusal, match=r"the experiments are .*'recipes'"):
         compare(["qqqq'; drop"], tracking_uri=uri)

@@ -35,9 +35,11 @@ def test_a_small_demo_prunes_three_ways_and_shows_one_table(
     result: dict[str, Any] = demo.run_demo(tmp_path / "demo")
     recipes = [row["recipe"] for row in result["rows"]]
     assert recipes == ["dense", "magnitude 50%", "wanda 50%", "wanda 50% + reconstruction"]
-    dense, magnitude, wanda, rebuilt = result["rows"]
-    assert dense["perplexity"] < rebuilt["perplexity"] < wanda["perplexity"] < magnitude["perplexity"]
-    assert dense["sparsity"] == 0 and all(abs(row["sparsity"] - 0.5) < 1e-3 for row in (magnitude, wanda, rebuilt))
+    dense, magnitude, wanda, reconstructed = result["rows"]
+    assert dense["perplexity"] < reconstructed["perplexity"] < wanda["perplexity"] < magnitude["perplexity"]
+    assert dense["sparsity"] == 0 and all(
+        abs(row["sparsity"] - 0.5) < 1e-3 for row in (magnitude, wanda, reconstructed)
+    )
     assert all(row["seconds"] > 0 and row["peak_memory"] > 50e6 for row in result["rows"])
     assert 0 < result["recovered"] < 1
     assert result["checkpoint"] == "demo/wanda-reconstruction" and (tmp_path / result["report"]).is_file()

@@ -140,7 +140,7 @@ def test_a_plan_says_what_blocks_are_computed_in(
     )
 
 
-def test_swaps_are_the_default_where_refitting_costs_much_more(facts: ModelInfo) -> None:
+def test_swaps_are_the_default_where_reconstruction_costs_much_more(facts: ModelInfo) -> None:
     def refine(**asked: Any) -> str:
         return resolve_auto(PruneConfig(model="m", output="o", calibration="c", length=32, **asked), facts).refine
 

@@ -71,7 +71,7 @@ def wanda(
     database: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> PruneResult:
-    """Half of each row by Wanda, rebuilt, evaluated, on two shards: the run that most tests here look at."""
+    """Half of each row by Wanda, reconstructed, evaluated, on two shards: the run that most tests here look at."""
     config = PruneConfig(
         model=str(tiny_model()),
         output=str(tmp_path_factory.mktemp("wanda") / "out"),
@@ -82,7 +82,7 @@ def wanda(
         microbatch=MICROBATCH,
         shards=2,
         experiment=EXPERIMENT,
-        run_name="rebuilt",
+        run_name="reconstructed",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", database)
@@ -195,7 +195,7 @@ def test_the_mlflow_run_is_complete(wanda: PruneResult, recorded: str) -> None:
 
     client = MlflowClient(tracking_uri=recorded)
     run = client.get_run(wanda.run["mlflow_run_id"])
-    assert run.info.status == "FINISHED" and run.info.run_name == "rebuilt"
+    assert run.info.status == "FINISHED" and run.info.run_name == "reconstructed"
     assert client.get_experiment(run.info.experiment_id).name == EXPERIMENT
     expected = {"criterion": "wanda", "sparsity": "0.5", "shards": "2", "blocks": "4", "length": str(LENGTH)}
     assert expected.items() <= run.data.params.items()
@@ -247,7 +247,7 @@ def test_compare_puts_the_finished_runs_of_the_experiment_side_by_side(
 ) -> None:
     assert main(["compare", EXPERIMENT, "--out", "comparison", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    (row,) = [row for row in result["runs"] if row["run"] == "rebuilt"]
+    (row,) = [row for row in result["runs"] if row["run"] == "reconstructed"]
     assert row["compute"] == wanda.run["compute"] == "fp32"
     assert row["perplexity"] == wanda.perplexity and row["sparsity"] == 0.5 and row["status"] == "FINISHED"
     assert {Path(file).name for file in result["files"]} == {"compare.md", "compare.csv", "perplexity.png"}

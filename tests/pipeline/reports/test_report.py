@@ -183,9 +183,9 @@ def test_quantities_read_well() -> None:
 def test_energy_and_operations_stand_beside_each_phase_and_what_was_not_measured_is_said(tmp_path: Path) -> None:
     run = a_run()
     write_report(run, tmp_path)
-    assert "| score, mask and rebuild | 12.0 s | not measured |  |" in (tmp_path / "report.md").read_text()
+    assert "| score, mask and reconstruct | 12.0 s | not measured |  |" in (tmp_path / "report.md").read_text()
     run |= {"energy": {"work": {"cpu": 1234.0, "gpu": None}}, "flops": {"work": 5.6e12}}
     write_report(run, tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "| score, mask and rebuild | 12.0 s | CPU 1.23 kJ | 5.6 TFLOP |" in text
+    assert "| score, mask and reconstruct | 12.0 s | CPU 1.23 kJ | 5.6 TFLOP |" in text
     assert total_metrics(run) | {"joules/work/cpu": 1234.0, "flops/work": 5.6e12} == total_metrics(run)

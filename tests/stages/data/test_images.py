@@ -141,7 +141,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", SEEING)
-def test_a_model_is_pruned_exactly_on_images_and_refitted(seeing, folder, tmp_path, name, recipe) -> None:
+def test_a_model_is_pruned_exactly_on_images_and_reconstructed(seeing, folder, tmp_path, name, recipe) -> None:
     directory = seeing(name)
     table = table_of(directory, folder, tmp_path / "images.arrow")
     reports = pruned(directory, tmp_path, table, RECIPES[recipe])

@@ -117,7 +117,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", SEEING)
-def test_the_tower_alone_is_pruned_exactly_and_refitted(seeing, table, tmp_path, name, recipe) -> None:
+def test_the_tower_alone_is_pruned_exactly_and_reconstructed(seeing, table, tmp_path, name, recipe) -> None:
     directory = seeing(name)
     reports = pruned(directory, tmp_path, name, table(name), RECIPES[recipe])
     assert [report["sparsity"] for report in reports] == [0.5] * VISION_LAYERS

@@ -1,4 +1,5 @@
-"""Every family, with a row or not, against transformers: streamed, pruned to the exact ratio, rebuilt, loaded back."""
+"""Every family, with a row or not, against transformers: streamed, pruned to the exact ratio, reconstructed, loaded
+back."""
 
 import json
 import shutil
@@ -151,7 +152,7 @@ def zeros_of_rows(name: str, family: str, tensor: Tensor, group: int) -> Tensor:
     ids=["50 %", "2:4"],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_a_family_is_pruned_exactly_rebuilt_and_loaded_back(
+def test_a_family_is_pruned_exactly_reconstructed_and_loaded_back(
     checkpoint_of, tiny_tokens, tmp_path, name, dtype, ratio
 ) -> None:
     directory, tokens = checkpoint_of(name, dtype), tiny_tokens(16, LENGTH)

@@ -137,7 +137,7 @@ def test_masks_and_solved_values_are_the_cpus(
 
 
 @pytest.mark.parametrize("name", some_always(FITTED, ALWAYS))
-def test_units_are_refitted_as_on_the_cpu(
+def test_units_are_reconstructed_as_on_the_cpu(
     tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., Tensor], shadow: Path, tmp_path: Path, name: str
 ) -> None:
     recipe = shadowed(replace(FITTED[name], learning_rate=GENTLE), shadow)

@@ -1,4 +1,5 @@
-"""Every way to prune and rebuild, on plain shards: exact, the same bytes however the work is cut, and better for it."""
+"""Every way to prune and reconstruct, on plain shards: exact, the same bytes however the work is cut, and better for
+it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -85,7 +86,7 @@ def test_the_same_bytes_for_any_cut_and_exact_zeros(
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
-def test_solved_values_leave_less_to_refit_on_the_same_masks(
+def test_solved_values_leave_less_to_reconstruct_on_the_same_masks(
     tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., torch.Tensor], tmp_path: Path, criterion: str
 ) -> None:
     errors, zeros = [], []
@@ -167,7 +168,7 @@ def test_work_out_of_order_is_out_of_step(
         other.work(BlockTask(blocks=(0,), sweep=1))
 
 
-def test_matrices_stored_with_other_experts_are_not_rebuilt_alone(tmp_path: Path) -> None:
+def test_matrices_stored_with_other_experts_are_not_reconstructed_alone(tmp_path: Path) -> None:
     from espalier.stages.model.anatomy import Anatomy, Unit, Weight
     from espalier.stages.model.calls import Call
     from espalier.stages.reconstruction.units import groups_of
