@@ -25,7 +25,7 @@ def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
         "Error of each reconstructed unit, by block": draw_errors(run["blocks"], directory / "errors.png"),
         "What each shard did, over time": draw_timeline(run.get("timeline", ()), directory / "timeline.png"),
     }
-    drawn = {title: path for title, path in pictures.items() if path is not None}
+    made = {title: path for title, path in pictures.items() if path is not None}
     report = directory / "report.md"
     sections = [
         f"# {_what(run['model'], run['model'].get('family', 'model'))} pruned to {percent(run.get('sparsity'))} zeros",
@@ -35,13 +35,13 @@ def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
         "## Time\n\n" + times(run),
         "## Memory: estimate and actual\n\n" + _memory(run),
         "## Blocks\n\n" + _blocks(run),
-        *(f"![{title}]({path.name})" for title, path in drawn.items()),
+        *(f"![{title}]({path.name})" for title, path in made.items()),
         "## Load it\n\n" + loading(run),
         "## Do it again\n\n" + recipe(run),
         "## Where it ran\n\n" + surroundings(run),
     ]
     write_text(report, "\n\n".join(section for section in sections if section) + "\n")
-    return [report, *drawn.values()]
+    return [report, *made.values()]
 
 
 def sentence(run: Mapping[str, Any]) -> str:

@@ -87,7 +87,7 @@ class Skeleton:
         beside = [name for name in self.outer if not name.startswith(f"{tower}.") and name not in head]
         self.vision = frozenset(beside if self.layout.images else [])
         self.ends = frozenset(self.outer)  # of what lies outside the blocks, all that is ever loaded
-        self.sees = False  # whether `vision` is loaded
+        self.vision_loaded = False  # whether `vision` is loaded
         self._fill_outer(self.outer, {})
         for name, buffer in list(self.model.named_buffers()):
             holder, _, attribute = name.rpartition(".")
@@ -187,13 +187,13 @@ class Skeleton:
     def load_vision(self, checkpoint: Checkpoint) -> None:
         """Load what looks at images: the vision tower and what projects its features to the blocks' width."""
         self._fill_outer(self.vision, self._load_outer(checkpoint, self.vision))
-        self.sees = True
+        self.vision_loaded = True
 
     def unload_vision(self) -> None:
         """Let go of what `load_vision` loaded, if it did."""
-        if self.sees:
+        if self.vision_loaded:
             self._fill_outer(self.vision, {})
-            self.sees = False
+            self.vision_loaded = False
 
     def calls(self, samples: int, length: int, varying: Mapping[str, Tensor] | None = None) -> list[Call]:
         """How the model calls each layer for a microbatch of (samples, length) tokens.

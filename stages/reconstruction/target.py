@@ -3,7 +3,7 @@
 stages/README.md §6, sweeps. Blocks reconstructed one after the other see inputs in which those before have already
 undone part of the error. Reconstructed all at once on the inputs of the last sweep, each would undo the whole of it,
 ten times over. So what they read is foreseen: the pruned model runs as the last sweep left it, and at every unit the
-stream is drawn a share κ of the way to the dense one, as the unit, reconstructed, will draw it:
+stream is moved a share κ of the way to the dense one, as the unit, reconstructed, will move it:
 
     x̂_1 = x_1,    x̂_{u+1} = x̂_u + f̃_u(x̂_u) + κ (x_u − x̂_u)
 
@@ -43,8 +43,8 @@ class Target:
 SHARE = 0.5  # κ of an attention or an MLP, the best of 0.25 to 0.6 on a trained model from two masks
 
 
-def drawn(output: Tensor, given: Tensor, dense: Tensor, units: int) -> Tensor:
-    """`output`, a unit's, drawn towards what the dense model would give, by the error in its input: what it was
+def corrected_output(output: Tensor, given: Tensor, dense: Tensor, units: int) -> Tensor:
+    """`output`, a unit's, moved towards what the dense model would give, by the error in its input: what it was
     `given` and what the dense model gave it, (S, L, D). It stands for so many attentions and MLPs."""
     share = 1 - (1 - SHARE) ** units
     error = (dense.float() - given.float()).reshape(output.shape)

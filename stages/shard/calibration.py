@@ -14,7 +14,7 @@ from espalier.stages.model.calls import Call, first
 from espalier.stages.model.hooks import activation_hooks
 from espalier.stages.recipe import Recipe
 from espalier.stages.reconstruction.fit import weight_rms
-from espalier.stages.reconstruction.target import drawn
+from espalier.stages.reconstruction.target import corrected_output
 from espalier.stages.reconstruction.units import groups_of
 from espalier.stages.statistics import Check, InputStatistics, first_not_finite
 from espalier.stages.storage.spool import Spool, SpoolBudget
@@ -86,13 +86,13 @@ class BlockCalibration:
         share of the error; see `espalier.stages.reconstruction.target`.
         """
         keepers = _appending(self._sources, self.drifted)
-        with ExitStack() as drawing:
+        with ExitStack() as hooked:
             for names in self._reading_alike() if foresee else ():
-                keep, draw = self._drawing(names[-1])
+                keep, correct = self._correcting(names[-1])
                 keepers[self._sources[names[-1]]].append(keep)
                 last = next((unit.modules[-1] for unit in self.anatomy.units if unit.name == names[-1]), "")
-                drawing.callback(block.get_submodule(last).register_forward_hook(draw).remove)
-            drawing.enter_context(activation_hooks(block, self.anatomy, None, keepers))
+                hooked.callback(block.get_submodule(last).register_forward_hook(correct).remove)
+            hooked.enter_context(activation_hooks(block, self.anatomy, None, keepers))
             yield
 
     def _reading_alike(self) -> list[list[str]]:
@@ -100,18 +100,18 @@ class BlockCalibration:
         parallel = [unit.name for unit in self.anatomy.units if unit.parallel and unit.name in self._sources]
         return [*([parallel] if parallel else []), *([name] for name in self._sources if name not in parallel)]
 
-    def _drawing(self, name: str) -> tuple[Callable[[Tensor], None], Callable[..., Any]]:
-        """What sees the input of the unit of that name, and the hook that then draws its output."""
+    def _correcting(self, name: str) -> tuple[Callable[[Tensor], None], Callable[..., Any]]:
+        """What sees the input of the unit of that name, and the hook that then corrects its output."""
         seen: list[Tensor] = []
         drifted, dense = self.drifted[name], self.inputs[name]
 
-        def draw(module: nn.Module, args: Any, output: Any) -> Any:
+        def correct(module: nn.Module, args: Any, output: Any) -> Any:
             given, end = seen.pop(), len(drifted)
             read = upload(dense.batch(list(range(end - len(given), end))), given.device)
-            moved = drawn(first(output), given, read, self._components_in_unit)
-            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+            corrected = corrected_output(first(output), given, read, self._components_in_unit)
+            return (corrected, *output[1:]) if isinstance(output, tuple) else corrected
 
-        return seen.append, draw
+        return seen.append, correct
 
     @property
     def _all(self) -> list[Spool]:

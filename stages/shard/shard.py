@@ -119,7 +119,7 @@ class Shard:
 
         What looks at images is in memory until the pass has embedded its last microbatch."""
         inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
-        if "pixel_values" in inputs and not self.skeleton.sees:
+        if "pixel_values" in inputs and not self.skeleton.vision_loaded:
             with self.timeline.phase("load"), torch.no_grad():
                 self.skeleton.load_vision(self.checkpoint)
         return self.skeleton.embed(inputs)
