@@ -30,8 +30,8 @@ def ending_with_its_device() -> Iterator[None]:
 
 def cause_of(error: Exception) -> str:
     """One line: how the process ended, and the last line that it wrote on stderr."""
-    told = re.search(r"Worker exit type: (.*?)\.(?= |$)", " ".join(str(error).split()))
-    return "; ".join([told[1] if told else first_line(error), *_last_said(error)])
+    ended = re.search(r"Worker exit type: (.*?)\.(?= |$)", " ".join(str(error).split()))
+    return "; ".join([ended[1] if ended else first_line(error), *_last_said(error)])
 
 
 def given_up(times: int, last: Exception) -> str:

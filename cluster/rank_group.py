@@ -53,11 +53,11 @@ class RankWorker:
         join("nccl" if self._device == "cuda" else "gloo", address, rank, ranks)
 
     def train(self, spec: RetrainSpec) -> Iterator[Event]:
-        from espalier.stages.device_errors import memory_told
+        from espalier.stages.device_errors import out_of_memory_refused
         from espalier.stages.training.rank import train
 
         less = "use a smaller --microbatch, --activation-checkpointing, a higher --zero-stage, --offload or more ranks"
-        with ending_with_its_device(), memory_told(f"training on {self._device}", less):
+        with ending_with_its_device(), out_of_memory_refused(f"training on {self._device}", less):
             yield from train(spec, self._device)
 
 

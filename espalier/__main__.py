@@ -4,7 +4,7 @@ imported."""
 import os
 import sys
 
-from espalier.pipeline.run.stopping import exit_code, heard
+from espalier.pipeline.run.stopping import exit_code, raising_on_signals
 
 
 def main() -> int:
@@ -13,7 +13,7 @@ def main() -> int:
     Python takes seconds to take itself apart after all that a run imports, and hears nothing meanwhile.
     """
     try:
-        with heard():
+        with raising_on_signals():
             from espalier.pipeline.cli.main import main as run
 
             code = run()

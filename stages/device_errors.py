@@ -29,7 +29,7 @@ def context_lost(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_told(doing: str, remedy: str) -> Iterator[None]:
+def out_of_memory_refused(doing: str, remedy: str) -> Iterator[None]:
     """Where memory runs out within it, a Refusal that names what was done, what was asked for, and `remedy`."""
     try:
         yield

@@ -12,12 +12,12 @@ from espalier.stages.errors import Refusal
 from espalier.stages.metrics.perplexity import perplexity_of
 from espalier.stages.training.spec import RetrainSpec
 
-TOLD_SECONDS = 5.0  # between two lines about steps
+REPORT_SECONDS = 5.0  # between two lines about steps
 HELD = ("parameters", "optimizer", "shadow")  # what a rank says how many bytes it keeps of
 
 
 class RunEvents:
-    """All that was told so far, and what an earlier process of the run journalled of its evaluations."""
+    """All that was reported so far, and what an earlier process of the run journalled of its evaluations."""
 
     def __init__(self, directory: RunDirectory, reporter: Reporter) -> None:
         self.directory, self.reporter = directory, reporter
@@ -26,9 +26,9 @@ class RunEvents:
         self.evaluations: dict[int, float] = {entry["step"]: entry["loss"] for entry in directory.noted("evaluated")}
         self.memory: dict[int, dict[str, int]] = {}
         self.peaks: dict[int, int] = {}
-        self.seconds = self.tracking = 0.0  # of the steps that were told, and of these what the shadow took
+        self.seconds = self.tracking = 0.0  # of the steps that were reported, and of these what the shadow took
         self.tokens = self.snapshots = 0
-        self.told = 0.0
+        self.reported = 0.0
 
     @property
     def losses_in_order(self) -> list[float]:
@@ -52,7 +52,7 @@ class RunEvents:
                 if step:
                     self.reporter.note(f"going on after step {step}")
             case "steps":
-                self._steps_told(event, spec, recorder)
+                self._take_steps(event, spec, recorder)
             case "evaluated":
                 loss = self.evaluations[step] = event["loss"]
                 self.directory.note("evaluated", step=step, loss=loss)
@@ -63,7 +63,7 @@ class RunEvents:
             case "saved":
                 self.directory.note("checkpoint", step=step)
 
-    def _steps_told(self, event: dict[str, Any], spec: RetrainSpec, recorder: Recorder) -> None:
+    def _take_steps(self, event: dict[str, Any], spec: RetrainSpec, recorder: Recorder) -> None:
         losses, rates, first = event["losses"], event["rates"], event["first"]
         for step, (loss, rate) in enumerate(zip(losses, rates, strict=True), first + 1):
             recorder.metrics({"train/loss": loss, "train/learning_rate": rate}, step)
@@ -78,8 +78,8 @@ class RunEvents:
             self.snapshots += done // spec.shadow.every - first // spec.shadow.every
         if not all(math.isfinite(loss) for loss in losses):
             raise Refusal(f"step {done}: the loss is not finite; lower --learning-rate, or set --clip")
-        if time.monotonic() - self.told > TOLD_SECONDS or done == spec.steps:
-            self.told = time.monotonic()
+        if time.monotonic() - self.reported > REPORT_SECONDS or done == spec.steps:
+            self.reported = time.monotonic()
             left = event["seconds"] / max(1, len(losses)) * (spec.steps - done)
             self.reporter.note(
                 f"step {done}/{spec.steps}   loss {losses[-1]:.4f}   rate {rates[-1]:.1e}   "

@@ -77,7 +77,7 @@ def check_ranks_fit(estimate: RankEstimate, spec: RetrainSpec, ranks: int, membe
     if estimate.peak <= room:
         return
     parts = {name: value for name, value in asdict(estimate).items() if name != "peak" and value}
-    told = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in parts.items())
+    parts_named = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in parts.items())
     remedies = [
         "a higher --zero-stage" if spec.zero_stage < 3 and ranks > 1 else "",
         "--offload" if device == "cuda" and not spec.offload else "",
@@ -87,6 +87,6 @@ def check_ranks_fit(estimate: RankEstimate, spec: RetrainSpec, ranks: int, membe
         "more nodes",
     ]
     raise Refusal(
-        f"ranks {ranks}: each would need {estimate.peak / 1e9:.1f} GB and has {room / 1e9:.1f} GB ({told}); use "
+        f"ranks {ranks}: each would need {estimate.peak / 1e9:.1f} GB and has {room / 1e9:.1f} GB ({parts_named}); use "
         f"{', '.join(remedy for remedy in remedies if remedy)}"
     )

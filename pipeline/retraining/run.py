@@ -91,7 +91,7 @@ def retrain(
         Path(config.output), "retrain", asked, model=facts.summary(), fingerprint=fingerprint
     )
     single = _Run(config, facts, place, directory, run, reporter, ranks, sources)
-    with directory.at_work(lambda: single.heard.begun):
+    with directory.at_work(lambda: single.events.begun):
         return single.go()
 
 
@@ -135,7 +135,7 @@ class _Run:
         self.length = window_length(facts, config.length)
         self.device, self.ranks = place
         self.warnings: list[str] = []
-        self.heard = RunEvents(directory, self.reporter)
+        self.events = RunEvents(directory, self.reporter)
         self.spending = CostMeter()
         self.nodes = 1
 
@@ -163,13 +163,13 @@ class _Run:
             except BaseException as failure:
                 recorder.abandon(failure)
                 raise
-        heard, run = self.heard, self.run
+        events, run = self.events, self.run
         return RetrainResult(
             Path(run["output"]),
             run["loss"],
-            heard.losses_in_order,
+            events.losses_in_order,
             run["evaluations"],
-            heard.seconds,
+            events.seconds,
             run["mlflow_run_id"],
             run,
         )
@@ -218,7 +218,7 @@ class _Run:
             self.reporter.note(f"warning: {remark}")
         with closing(ranks.train(spec)) as events:
             for event in events:
-                self.heard.take(event, spec, recorder)
+                self.events.take(event, spec, recorder)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -238,21 +238,21 @@ class _Run:
             os.replace(self.directory.home / "shadow", output / "shadow")
 
     def _finish(self, spec: RetrainSpec, recorder: Recorder) -> None:
-        run, heard = self.run, self.heard
-        last = max(heard.evaluations, default=None)
-        loss = None if last is None else heard.evaluations[last]
+        run, events = self.run, self.events
+        last = max(events.evaluations, default=None)
+        loss = None if last is None else events.evaluations[last]
         run |= {
             "config": self.config.model_dump(mode="json"),
             "loss": loss,
             "perplexity": None if loss is None else perplexity_of(loss),
-            "evaluations": sorted(heard.evaluations.items()),
+            "evaluations": sorted(events.evaluations.items()),
             "steps": spec.steps,
             "tokens": spec.steps * spec.batch * self.length,
             "sparsity": sparsity_of(self.directory.output),
-            "tokens_per_second": heard.tokens / heard.seconds if heard.seconds else None,
+            "tokens_per_second": events.tokens / events.seconds if events.seconds else None,
             "ranks": self.ranks,
-            "memory": [heard.memory[rank] for rank in sorted(heard.memory)],
-            "peak_memory": {"driver": peak_bytes(), "ranks": [heard.peaks[rank] for rank in sorted(heard.peaks)]},
+            "memory": [events.memory[rank] for rank in sorted(events.memory)],
+            "peak_memory": {"driver": peak_bytes(), "ranks": [events.peaks[rank] for rank in sorted(events.peaks)]},
             "status": "finished",
             "warnings": self.warnings,
             "tracking_uri": recorder.tracking_uri,
@@ -261,9 +261,9 @@ class _Run:
         }
         run |= self._spent(spec)
         totals = total_metrics(run) | ({} if loss is None else {"loss": loss})
-        recorder.metrics(totals | {f"peak_memory_mb/rank{rank}": peak / 1e6 for rank, peak in heard.peaks.items()})
+        recorder.metrics(totals | {f"peak_memory_mb/rank{rank}": peak / 1e6 for rank, peak in events.peaks.items()})
         self.directory.write(run)
-        for path in [self.directory.run_file, *write_report(run, heard.losses_in_order, self.directory.home)]:
+        for path in [self.directory.run_file, *write_report(run, events.losses_in_order, self.directory.home)]:
             recorder.artifact(path)
         recorder.close()
         if recorder.warning:
@@ -278,11 +278,11 @@ class _Run:
 
     def _spent(self, spec: RetrainSpec) -> dict[str, Any]:
         """seconds, energy and flops by phase, since the run was last resumed."""
-        heard = self.heard
+        events = self.events
         shapes = shapes_of(self.facts.linears, read_config(resolve(self.config.model), self.config.trust_remote_code))
-        flops, seconds = {"steps": training_flops(shapes, heard.tokens, self.length)}, {"steps": heard.seconds}
+        flops, seconds = {"steps": training_flops(shapes, events.tokens, self.length)}, {"steps": events.seconds}
         if spec.shadow is not None:
-            flops["track"], seconds["track"] = tracking_flops(self.facts.parameters, heard.snapshots), heard.tracking
+            flops["track"], seconds["track"] = tracking_flops(self.facts.parameters, events.snapshots), events.tracking
         spent = self.spending.record(self.nodes, shapes, self.length, flops)
         return spent | {"seconds": seconds | spent["seconds"]}
 

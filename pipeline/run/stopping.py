@@ -47,7 +47,7 @@ def interruption(error: BaseException | None) -> KeyboardInterrupt | None:
 
 
 def exit_code() -> int:
-    """What a shell reports for a process ended by the signal that was heard; 130, that of Ctrl-C, if none was."""
+    """What a shell reports for a process ended by the signal that came; 130, that of Ctrl-C, if none did."""
     return 128 + (_received[0] if _received else signal.SIGINT)
 
 
@@ -57,7 +57,7 @@ def how_to_go_on(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[None]:
+def raising_on_signals() -> Iterator[None]:
     """Within it SIGTERM and SIGHUP raise Stopped in this thread, which must be the main one, wherever it is.
 
     Those that this process was started deaf to (nohup) stay unheard. While it ends no signal interrupts it any more,

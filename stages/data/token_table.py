@@ -130,8 +130,8 @@ def build_token_table(
             windows = np.memmap(spool, dtype=ID, mode="r+", shape=(found, length))
             kept = found if samples is None else _keep_sample(windows, samples, seed)
             metadata = {"length": str(length), "samples": str(kept), "purpose": purpose, "source": str(_label(source))}
-            told = {"read": reading.account(name, opening), "warnings": json.dumps(reading.warnings)}
-            _write(path, windows[:kept], metadata | told)
+            facts = {"read": reading.account(name, opening), "warnings": json.dumps(reading.warnings)}
+            _write(path, windows[:kept], metadata | facts)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Refusal(f"{path}: the disk is full; free some space or put the output elsewhere") from error

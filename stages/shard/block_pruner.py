@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.stages.device_errors import memory_told
+from espalier.stages.device_errors import out_of_memory_refused
 from espalier.stages.loading.skeleton import Skeleton
 from espalier.stages.masks import count_zeros, masked
 from espalier.stages.metrics.profile import Timeline, release_memory
@@ -132,8 +132,10 @@ class BlockPruner:
     @contextmanager
     def _timed(self, unit: FitUnit, what: str) -> Iterator[None]:
         started = time.perf_counter()
-        told = memory_told(f"block {unit.first}, {what} of {unit.name} on {self.skeleton.device}", LESS_MEMORY[what])
-        with self.timeline.phase("score" if what == "mask" else what, unit.first), told:
+        refused = out_of_memory_refused(
+            f"block {unit.first}, {what} of {unit.name} on {self.skeleton.device}", LESS_MEMORY[what]
+        )
+        with self.timeline.phase("score" if what == "mask" else what, unit.first), refused:
             yield
         self.seconds[unit.first][what] += time.perf_counter() - started
 

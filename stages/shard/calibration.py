@@ -188,7 +188,7 @@ class Counting:
             if check is not None:
                 self._unchecked.append((name, check))
             return
-        with self._told(name):
+        with self._naming(name):
             sums.update(x, y)
 
     def settle(self) -> None:
@@ -196,11 +196,11 @@ class Counting:
         unchecked, self._unchecked = self._unchecked, []
         bad = first_not_finite([check for _, check in unchecked])
         if bad is not None:
-            with self._told(next(name for name, check in unchecked if check is bad)):
+            with self._naming(next(name for name, check in unchecked if check is bad)):
                 bad.refuse()
 
     @contextmanager
-    def _told(self, name: str) -> Iterator[None]:
+    def _naming(self, name: str) -> Iterator[None]:
         try:
             yield
         except Refusal as refusal:

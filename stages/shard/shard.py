@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from espalier.stages.allocation import outlier_share
 from espalier.stages.criteria.scoring import score_rows
-from espalier.stages.device_errors import memory_told
+from espalier.stages.device_errors import out_of_memory_refused
 from espalier.stages.errors import OutOfStep
 from espalier.stages.loading.ends import copy_ends
 from espalier.stages.loading.skeleton import Skeleton, read_config
@@ -183,10 +183,10 @@ class Shard:
 
     def _run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         hidden = upload(hidden, self.spec.device)
-        told = memory_told(
+        refused = out_of_memory_refused(
             f"block {index}, {hidden.shape[0]} x {hidden.shape[1]} tokens on {self.spec.device}", LESS_MEMORY
         )
-        with told, torch.no_grad(), computing(block):
+        with refused, torch.no_grad(), computing(block):
             return self._calls.following(index, *hidden.shape[:2]).run(block, hidden)
 
     def _through(self, index: int, hidden: Tensor) -> Tensor:

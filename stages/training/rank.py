@@ -40,7 +40,7 @@ from espalier.stages.training.model import Mask, checkpoint_activations, hold_ze
 from espalier.stages.training.partition import held, owned, slices, state_bytes
 from espalier.stages.training.spec import DTYPES, RetrainSpec
 
-TOLD_EVERY = 10  # steps whose losses are told together: reading one makes a GPU wait
+REPORT_EVERY = 10  # steps whose losses are reported together: reading one makes a GPU wait
 Event = dict[str, Any]
 
 
@@ -74,8 +74,8 @@ class Rank:
         self.step = 0  # optimizer steps done
         self.tracker: ShadowTracker | None = None
         self.engine: Any = self._open()
-        self.pending: list[tuple[Tensor, float]] = []  # losses not told yet, and their learning rates
-        self.tokens, self.seconds, self.tracking = 0, 0.0, 0.0  # since they were last told
+        self.pending: list[tuple[Tensor, float]] = []  # losses not reported yet, and their learning rates
+        self.tokens, self.seconds, self.tracking = 0, 0.0, 0.0  # since they were last reported
 
     def _open(self) -> Any:
         """The engine, its state that of the newest checkpoint where there is one."""
@@ -145,8 +145,8 @@ class Rank:
             last = self.step == spec.steps
             evaluates = self.eval is not None and _due(self.step, spec.eval_every, last)
             saves = _due(self.step, spec.checkpoint_every, last)
-            if evaluates or saves or self.step % TOLD_EVERY == 0:
-                yield self._told()
+            if evaluates or saves or self.step % REPORT_EVERY == 0:
+                yield self._steps_event()
             if self.step == first + 1:  # from the first step on, Adam's state is there
                 yield self._event("holds", **self._bytes())
             if evaluates:
@@ -205,8 +205,8 @@ class Rank:
     def _batch(self, source: Source, examples: Any) -> dict[str, Tensor]:
         return {name: tensor.to(self.device) for name, tensor in source.batch(examples).items()}
 
-    def _told(self) -> Event:
-        """The steps since this was last told."""
+    def _steps_event(self) -> Event:
+        """The steps since they were last reported."""
         losses = [float(loss) for loss, _ in self.pending]
         rates = [rate for _, rate in self.pending]
         first = self.step - len(losses)

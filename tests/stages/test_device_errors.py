@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from espalier.stages.device_errors import context_lost, memory_ran_out, memory_told
+from espalier.stages.device_errors import context_lost, memory_ran_out, out_of_memory_refused
 from espalier.stages.errors import Refusal
 
 NO_MEMORY = [
@@ -35,7 +35,7 @@ def test_memory_that_ran_out_is_one_line_with_the_need_and_the_remedy() -> None:
     )
     with (
         pytest.raises(Refusal) as told,
-        memory_told("block 3, reconstruct of mlp on cuda", "use a smaller --batch"),
+        out_of_memory_refused("block 3, reconstruct of mlp on cuda", "use a smaller --batch"),
     ):
         raise torch.OutOfMemoryError(said)
     assert str(told.value) == (
@@ -46,10 +46,10 @@ def test_memory_that_ran_out_is_one_line_with_the_need_and_the_remedy() -> None:
 
 def test_what_the_cpu_could_not_give_is_told_too() -> None:
     line = r"^block 0: DefaultCPUAllocator: can't allocate memory.*; use less; then resume$"
-    with pytest.raises(Refusal, match=line), memory_told("block 0", "use less"):
+    with pytest.raises(Refusal, match=line), out_of_memory_refused("block 0", "use less"):
         torch.empty(1 << 62, dtype=torch.uint8)
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), memory_told("block 0", "use less"):
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_refused("block 0", "use less"):
         raise RuntimeError("shapes")

@@ -32,16 +32,16 @@ def pictures(config: TrackConfig, home: Path) -> ExperimentData:
         raise Refusal(f"data-option {unknown[0]}: unknown for pictures; there are {', '.join(OPTIONS)}")
     checkpoint = config.model if isinstance(config.model, str) else None
     model = write_model(config.model, home / "begin") if isinstance(config.model, dict) else resolve(config.model)
-    told: dict[str, Any] = {
+    options: dict[str, Any] = {
         "folder": str(_folder(config, home)),
         "processor": str(model),
         "question": config.data_options.get("question", ASKED if checkpoint else QUESTION),
     }
-    everything = Pictures(**told)
+    everything = Pictures(**options)
     cut = round(len(everything) * (1 - config.held_out))
     if not 0 < cut < len(everything):
         raise Refusal(
-            f"data {told['folder']}: {len(everything)} pictures, too few to hold {config.held_out:.0%} of them out; "
+            f"data {options['folder']}: {len(everything)} pictures, too few to hold {config.held_out:.0%} of them out; "
             "add some"
         )
     true = [label.quantity for label in everything.labels]
@@ -49,11 +49,11 @@ def pictures(config: TrackConfig, home: Path) -> ExperimentData:
     digits = everything.tokenizer("0123456789", add_special_tokens=False)["input_ids"]
 
     def measure(checkpoint: Path) -> Mapping[str, float]:
-        return _read(checkpoint, Pictures(**told, first=cut), config.seed)
+        return _read(checkpoint, Pictures(**options, first=cut), config.seed)
 
     return ExperimentData(
         model=str(model),
-        sources=Sources(data=_source(told | {"last": cut}), eval=_source(told | {"first": cut})),
+        sources=Sources(data=_source(options | {"last": cut}), eval=_source(options | {"first": cut})),
         epoch=cut,
         calibration=[(digits * -(-config.length // len(digits)))[: config.length]],
         metric=METRIC,
@@ -81,8 +81,8 @@ def _whole(options: Mapping[str, Any], name: str, least: int) -> int:
     return value
 
 
-def _source(told: Mapping[str, Any]) -> SourceSpec:
-    return SourceSpec(factory="espalier.stages.data.labelled_images:Pictures", options=dict(told))
+def _source(options: Mapping[str, Any]) -> SourceSpec:
+    return SourceSpec(factory="espalier.stages.data.labelled_images:Pictures", options=dict(options))
 
 
 def _read(checkpoint: Path, held_out: Pictures, seed: int) -> dict[str, float]:

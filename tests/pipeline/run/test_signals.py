@@ -154,7 +154,7 @@ stopping.WAKE_SECONDS = 0.1
 def leave():
     return "`espalier resume out` goes on"
 
-with stopping.heard(), stopping.at_the_last(leave):
+with stopping.raising_on_signals(), stopping.at_the_last(leave):
     swallowed = -1  # from here on an interruption is swallowed, so it is ready in the loop
     while swallowed < int(sys.argv[1]):
         try:
