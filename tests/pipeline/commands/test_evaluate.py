@@ -1,5 +1,5 @@
 """KL and top-1 agreement of a whole run, against whole models in transformers; those of two models that have heads of
-their own are in tests/stages/metrics/test_measure.py."""
+their own are in tests/stages/metrics/test_perplexity.py."""
 
 import shutil
 from pathlib import Path
