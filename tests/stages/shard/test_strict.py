@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_reconstruct import Problem, reconstruct
+from test_fit import Problem, reconstruct
 
 from espalier.cluster.shard_actor import ShardWorker
 from espalier.stages import devices
