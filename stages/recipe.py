@@ -8,8 +8,8 @@ from typing import Any, Literal
 from espalier.stages.criteria.scoring import find_criterion
 from espalier.stages.layer_rules import LayerRule, Override, layer_rule
 from espalier.stages.masks import Scope
+from espalier.stages.refine import find_refinement
 
-Refine = Literal["none", "dsnot", "r2-dsnot", "swaps"]
 Reconstruct = Literal["none", "matrix", "component", "block", "window"]
 
 
@@ -26,7 +26,7 @@ class Recipe:
     scope: Scope | None = None  # None: rows, or what the criterion chooses among by itself
     overrides: tuple[Override, ...] = ()
     allocation: Literal["uniform", "owl"] = "uniform"  # how a sparsity is spread over the blocks
-    refine: Refine = "none"
+    refine: str = "none"  # a name of REFINEMENTS, in espalier.stages.refine
     solve: bool = False  # the weights that stay get the values that are best for the mask, before any fit
     reconstruct: Reconstruct = "component"
     blocks_per_unit: int = 1  # blocks reconstructed as one
@@ -57,8 +57,9 @@ class Recipe:
         """What its criteria and its refinement need beyond sums over the inputs: see `Criterion.needs`."""
         overridden = (override.changes.get("criterion", self.criterion) for override in self.overrides)
         names = {self.criterion, *overridden}
-        needs = frozenset[str]().union(*(find_criterion(name).needs for name in names))
-        return needs | {"hessian"} if self.solve or self.refine == "swaps" else needs
+        refinement = find_refinement(self.refine)
+        needs = frozenset[str](refinement.needs if refinement else ()).union(*(find_criterion(n).needs for n in names))
+        return needs | {"hessian"} if self.solve else needs
 
     @property
     def gathers(self) -> bool:

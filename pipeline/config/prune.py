@@ -1,7 +1,7 @@
 """What a run was asked for: one frozen, typed object, the same names on the command line, in YAML and in Python."""
 
 from dataclasses import replace
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
@@ -13,7 +13,13 @@ from espalier.stages.layer_rules import Override, resolve_overrides
 from espalier.stages.masks import check_sparsity, check_threshold, parse_pattern
 from espalier.stages.model.families import Tower
 from espalier.stages.recipe import Recipe, Reconstruct
+from espalier.stages.refine import REFINEMENTS
 from espalier.stages.text.openings import Bos
+
+if TYPE_CHECKING:
+    Refine = str
+else:
+    Refine = Literal["auto", "none", *REFINEMENTS]
 
 
 class ClusterConfig(BaseModel):
@@ -96,7 +102,7 @@ class PruneConfig(ClusterConfig):
         "uniform", description="The same sparsity in every block, or less in those with more outliers."
     )
     overrides: list[Any] = Field([], description="What is different in some layers, in YAML only.")
-    refine: Literal["auto", "none", "dsnot", "r2-dsnot", "swaps"] = Field(
+    refine: Refine = Field(
         "auto",
         description="Exchange pruned for kept weights before reconstruction; auto: swaps where units are reconstructed "
         "and that costs much more, else none.",

@@ -10,22 +10,24 @@ from espalier.stages.errors import Refusal
 from espalier.stages.layer_rules import LayerRule, check_matches
 from espalier.stages.masks import check_divisible
 from espalier.stages.recipe import Recipe
-
-SWAPS_FROM = 4  # tokens for each channel of the widest input
+from espalier.stages.refine import REFINEMENTS
 
 
 def resolve_auto(config: PruneConfig, facts: ModelInfo) -> PruneConfig:
     """The configuration with `refine: auto` decided for this model.
 
-    Swaps take about O · I² operations a matrix, reconstruction O · I for each token: they are worth their time where
-    the tokens are several times the widest input.
+    A refinement is worth its time where reconstruction costs much more: `Refinement.auto_from` says from how many
+    tokens for each channel of the widest input. Of several the last in the table is chosen.
     """
     if config.refine != "auto":
         return config
     widest = max(into for layers in facts.layers for _, _, into in layers)
     tokens = config.samples * window_length(facts, config.length)
-    swaps = config.reconstruct != "none" and tokens >= SWAPS_FROM * widest
-    return config.model_copy(update={"refine": "swaps" if swaps else "none"})
+    worth = ["none"]
+    if config.reconstruct != "none":
+        starts = {name: each.auto_from for name, each in REFINEMENTS.items() if each.auto_from is not None}
+        worth += [name for name, start in starts.items() if tokens >= start * widest]
+    return config.model_copy(update={"refine": worth[-1]})
 
 
 def check_recipe_fits(facts: ModelInfo, recipe: Recipe) -> None:

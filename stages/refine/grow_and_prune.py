@@ -1,5 +1,4 @@
-"""Masks refined without training: DSnoT, R²-DSnoT, and (from espalier.stages.refine.sparse_swaps) SparseSwaps. Methods
-§4.
+"""Masks refined by a row's expected error: DSnoT and R²-DSnoT. stages/README.md §4.
 
 Each takes a keep mask and gives another with exactly as many zeros in every row, or in every group of N:M.
 Letters: O = output rows, R = rows worked on at a time, I = input columns, K = candidates of a row, M = a group.
@@ -15,11 +14,8 @@ from torch import Tensor
 from espalier.stages.criteria.scoring import score
 from espalier.stages.errors import Refusal
 from espalier.stages.masks import check_divisible, check_pattern
-from espalier.stages.refine.sparse_swaps import swaps
 from espalier.stages.refine.top_k import TopK
 from espalier.stages.statistics import InputStatistics
-
-__all__ = ["dsnot", "r2_dsnot", "swaps"]
 
 CHUNK_ELEMENTS = 1 << 17  # weights worked on at a time, so that the copies stay in the cache
 FIRST_CYCLES = 24  # candidates looked for at first: 1 to 3 cycles on average where 256 wide, 10 where 11008 wide

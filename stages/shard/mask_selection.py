@@ -12,7 +12,7 @@ from espalier.stages.layer_rules import LayerRule
 from espalier.stages.masks import keep_mask
 from espalier.stages.model.anatomy import Weight
 from espalier.stages.recipe import Recipe, derived_seed
-from espalier.stages.refine.grow_and_prune import dsnot, r2_dsnot, swaps
+from espalier.stages.refine import find_refinement
 from espalier.stages.statistics import InputStatistics
 
 EXPERT_TOKENS = 32  # an expert that got fewer is pruned by magnitude: a channel's norm over n tokens is off by about
@@ -77,16 +77,14 @@ class MaskSelector:
         options: dict[str, Any] | None = None,
     ) -> Tensor:
         """The mask after the recipe's refinement, with as many weights kept in each row, or group, as before."""
-        refine = self.recipe.refine
-        if refine == "none":
+        refinement = find_refinement(self.recipe.refine)
+        if refinement is None:
             return keep
-        if refine == "swaps":
-            return swaps(matrix, keep, statistics, rule.pattern)
-        if refine == "r2-dsnot":
-            return r2_dsnot(matrix, keep, statistics, rule.pattern)
-        # In groups DSnoT prunes by the scores that the mask was made with.
-        scores = score(name, matrix, statistics, **(options or {})) if rule.pattern and name != "wanda" else None
-        return dsnot(matrix, keep, statistics, rule.pattern, scores=scores)
+
+        def scores() -> Tensor | None:
+            return None if name == "wanda" else score(name, matrix, statistics, **(options or {}))
+
+        return refinement(matrix, keep, statistics, rule.pattern, scores)
 
 
 def _mask(matrix: Tensor, statistics: InputStatistics, rule: LayerRule, name: str, options: dict[str, Any]) -> Tensor:

@@ -15,7 +15,7 @@ from bench_model import report
 
 from espalier.stages.criteria.scoring import score
 from espalier.stages.masks import keep_mask
-from espalier.stages.refine.grow_and_prune import dsnot, r2_dsnot, swaps
+from espalier.stages.refine import dsnot, r2_dsnot, swaps
 from espalier.stages.statistics import InputStatistics
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))

@@ -23,6 +23,7 @@ from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import read_config
 from espalier.stages.precision import Compute
 from espalier.stages.recipe import Recipe
+from espalier.stages.refine import REFINEMENTS, Refinement
 from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 costs_and_shards = st.lists(st.integers(1, 1000), min_size=1, max_size=40).flatmap(
@@ -148,6 +149,15 @@ def test_swaps_are_the_default_where_reconstruction_costs_much_more(facts: Model
     assert refine(samples=5) == "none"
     assert refine(samples=100, reconstruct="none") == "none"
     assert refine(samples=1, refine="swaps", reconstruct="none") == "swaps" and refine(refine="dsnot") == "dsnot"
+
+
+def test_auto_chooses_among_the_lines_of_the_table(facts: ModelInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = PruneConfig(model="m", output="o", calibration="c", length=32, samples=9)
+    chosen = [resolve_auto(asked, facts).refine]
+    for start in (7, 6, None):  # 9 × 32 tokens are six times the widest input
+        monkeypatch.setitem(REFINEMENTS, "slow", Refinement(function=lambda *_: None, auto_from=start))
+        chosen.append(resolve_auto(asked, facts).refine)
+    assert chosen == ["swaps", "swaps", "slow", "swaps"]
 
 
 def test_activations_beyond_the_budget_go_to_disk(facts: ModelInfo) -> None:

@@ -9,8 +9,8 @@ from trained import BUNDLED, error, layers
 from espalier.stages.criteria.scoring import score
 from espalier.stages.errors import Refusal
 from espalier.stages.masks import keep_mask
+from espalier.stages.refine import dsnot, swaps
 from espalier.stages.refine import sparse_swaps as module
-from espalier.stages.refine.grow_and_prune import dsnot, swaps
 from espalier.stages.statistics import InputStatistics
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

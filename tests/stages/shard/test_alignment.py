@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from espalier.stages.alps import alps, solve
 from espalier.stages.masks import keep_mask
 from espalier.stages.recipe import Recipe
-from espalier.stages.refine.grow_and_prune import swaps
+from espalier.stages.refine import swaps
 from espalier.stages.shard.shard import Shard
 from espalier.stages.sparsegpt import sparsegpt
 from espalier.stages.statistics import InputStatistics
