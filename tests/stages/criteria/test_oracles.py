@@ -1,43 +1,17 @@
 """Masks against what the reference implementations gave, where the fixtures are at hand (shared/oracles)."""
 
-import numpy as np
 import pytest
 import torch
+from reference_masks import ALLOWED, LINEARS, PATTERNS, part_of, reference_keep
 from safetensors.torch import load_file
 
 from espalier.stages.criteria.scoring import score
 from espalier.stages.masks import keep_mask
-from espalier.stages.statistics import InputStatistics
-
-PATTERNS = {
-    "unstructured50": {"sparsity": 0.5},
-    "unstructured60": {"sparsity": 0.6},
-    "2of4": {"pattern": (2, 4)},
-    "4of8": {"pattern": (4, 8)},
-}
-LINEARS = {"q_proj": "self_attn.q_proj", "fc": "mlp.fc"}
-ALLOWED = 1e-4  # near-ties, whose order hangs on the order of summation
 
 
 @pytest.fixture(scope="module")
 def oracle(shared_folder) -> dict[str, torch.Tensor]:
     return load_file(shared_folder("oracles", "reference_masks.safetensors"))
-
-
-def part_of(oracle, linear: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, InputStatistics]:
-    """The dense weight and its statistics, gathered three samples at a time."""
-    weight = next(tensor for name, tensor in oracle.items() if name in (f"dense.{linear}", f"dense.{LINEARS[linear]}"))
-    x = oracle[f"x.{linear}"]
-    statistics = InputStatistics(x.shape[-1])
-    for part in x.split(3):
-        statistics.update(part.to(dtype))
-    return weight, statistics
-
-
-def reference_keep(oracle, method: str, pattern: str, linear: str) -> torch.Tensor:
-    names = [f"{method}.{pattern}.{name}.keep_bits" for name in (linear, LINEARS[linear])]
-    bits = next(oracle[name] for name in names if name in oracle)
-    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1).astype(bool))
 
 
 @pytest.mark.parametrize("linear", LINEARS)

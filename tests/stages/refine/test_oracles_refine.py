@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from reference_masks import ALLOWED, LINEARS, PATTERNS, part_of, reference_keep
 from safetensors.torch import load_file
-from test_oracles import ALLOWED, LINEARS, PATTERNS, part_of, reference_keep
 
 from espalier.stages.criteria.scoring import score
 from espalier.stages.masks import keep_mask
