@@ -85,7 +85,8 @@ def plan_table(result: Mapping[str, Any]) -> Group:
             *(megabytes(shard[name]) for name in ("weights", "training", "spool_memory", "spool_disk", "peak")),
             f"{shard['peak'] / max(result['memory_per_shard'], 1):.0%}",
         )
-    return Group(head, "", table, "", f"resident: {result['resident']}   scratch disk: {megabytes(result['disk'])}")
+    last = f"resident: {result['resident']}   scratch disk: {megabytes(result['disk'])}"
+    return Group(head, *(f"warning: {remark}" for remark in result["remarks"]), "", table, "", last)
 
 
 def demo_tables(result: Mapping[str, Any]) -> Group:

@@ -13,12 +13,12 @@ from espalier.cluster.connection.connect import connect
 from espalier.cluster.connection.folders import own_folder
 from espalier.cluster.shard_group import ShardGroup
 from espalier.pipeline.config.prune import EvalConfig
-from espalier.pipeline.planning.model_info import check_headers, model_facts
+from espalier.pipeline.planning.model_info import check_headers
 from espalier.pipeline.planning.placement import Layout, Load, arrange
 from espalier.pipeline.planning.windows import microbatch_size
 from espalier.pipeline.run.export import sparsity_of
 from espalier.pipeline.run.inputs import bos_for, load_tokenizer, stream_of, tell
-from espalier.pipeline.run.new_family import tried
+from espalier.pipeline.run.new_family import tried_facts
 from espalier.pipeline.run.progress import Reporter, reporter_for
 from espalier.stages.data.token_table import TokenTable, build_token_table
 from espalier.stages.errors import Refusal
@@ -59,6 +59,8 @@ def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, 
             text_column=config.text_column,
         )
         tell(table, reporter.note)
+        for remark in dict.fromkeys(remark for layout in layouts for remark in layout.facts.remarks):
+            reporter.note(f"warning: {remark}")
         held.enter_context(
             connect(
                 config.address,
@@ -98,8 +100,7 @@ def _layout(config: EvalConfig, model: str) -> Layout:
     directory = resolve(model)
     checkpoint = Checkpoint(directory)
     settings = read_config(directory, config.trust_remote_code)
-    facts = model_facts(settings, model, config.dtype, checkpoint)
-    tried(settings)
+    facts = tried_facts(settings, model, config.dtype, checkpoint)
     check_headers(facts, checkpoint)
     return arrange(config.model_copy(update={"model": model}), facts, Load())
 

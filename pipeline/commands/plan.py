@@ -9,9 +9,10 @@ from espalier.pipeline.config.options import build_config
 from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.planning.hardware import cores, memory_available
 from espalier.pipeline.planning.memory import choose_resident, split_blocks
-from espalier.pipeline.planning.model_info import ModelInfo, model_facts
+from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.pipeline.planning.placement import DRIVER_BYTES, Load, estimates_by_resident
 from espalier.pipeline.planning.windows import window_length
+from espalier.pipeline.run.new_family import tried_facts
 from espalier.stages.devices import has_units
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import read_config
@@ -37,7 +38,8 @@ def forecast(
 ) -> dict[str, Any]:
     """What each shard would hold, and whether blocks stay resident. Reads config.json and headers only.
 
-    Raises Refusal if the model cannot be read, or does not fit even one block at a time (with the figures).
+    A family that nobody has tried is tried small, as `prune` does. Raises Refusal if the model cannot be read, cannot
+    be pruned, or does not fit even one block at a time (with the figures).
     """
     path = Path(model)
     directory = path.parent if path.name == "config.json" and path.is_file() else resolve(model)
@@ -56,7 +58,7 @@ def forecast(
         },
         PruneConfig,
     )
-    facts = model_facts(read_config(directory), model, config.dtype, _checkpoint(directory), config.tower)
+    facts = tried_facts(read_config(directory), model, config.dtype, _checkpoint(directory), config.tower)
     chosen_in = _compute(config, facts, gpus_per_node > 0)
     places = nodes * gpus_per_node or shards or min(facts.blocks, cores())
     count = shards or min(places, facts.blocks)
@@ -72,6 +74,7 @@ def forecast(
     chosen = estimates[resident]
     return {
         "model": facts.summary() | {"bytes": facts.total_bytes},
+        "remarks": list(facts.remarks),
         "compute": chosen_in,
         "tokens": samples * tokens_per_window,
         "resident": resident,

@@ -1,18 +1,18 @@
 """A pruning run begun, or gone on with: what it is asked for is looked at before anything is written."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from espalier.pipeline.config.options import build_config, located
 from espalier.pipeline.config.prune import PruneConfig
-from espalier.pipeline.planning.model_info import ModelInfo, check_headers, model_facts
+from espalier.pipeline.planning.model_info import ModelInfo, check_headers
 from espalier.pipeline.planning.placement import Load, arrange, check_disk
 from espalier.pipeline.planning.resolve import check_recipe_fits, resolve_auto
 from espalier.pipeline.pruning.run import PRUNED_MEASURES, PruneRun
 from espalier.pipeline.run.directory import RunDirectory, check_free, check_same_model
 from espalier.pipeline.run.inputs import check_calibration
-from espalier.pipeline.run.new_family import tried
+from espalier.pipeline.run.new_family import tried_facts
 from espalier.pipeline.run.progress import Reporter
 from espalier.stages.layer_rules import AMOUNTS
 from espalier.stages.loading.skeleton import read_config
@@ -102,8 +102,7 @@ def _request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
 def _inspect(config: PruneConfig) -> tuple[ModelInfo, str]:
     model = resolve(config.model)
     checkpoint, settings = Checkpoint(model), read_config(model, config.trust_remote_code)
-    facts = model_facts(settings, config.model, config.dtype, checkpoint, config.tower)
-    facts = replace(facts, remarks=(*facts.remarks, *tried(settings)))
+    facts = tried_facts(settings, config.model, config.dtype, checkpoint, config.tower)
     check_recipe_fits(facts, config.recipe)
     check_calibration(config, facts)
     fingerprint = check_headers(facts, checkpoint)

@@ -10,8 +10,9 @@ import torch
 from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.retrain import RetrainConfig
 from espalier.pipeline.planning.hardware import cores
-from espalier.pipeline.planning.model_info import ModelInfo, check_headers, model_facts
+from espalier.pipeline.planning.model_info import ModelInfo, check_headers
 from espalier.pipeline.planning.windows import window_length
+from espalier.pipeline.run.new_family import tried_facts
 from espalier.stages.data.training_batches import Sources, open_source
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import read_config
@@ -32,7 +33,7 @@ def inspect(config: RetrainConfig) -> tuple[ModelInfo, str]:
     model = resolve(config.model)
     settings = read_config(model, config.trust_remote_code)
     checkpoint = Checkpoint(model) if has_weights(model) else None
-    facts = model_facts(settings, config.model, config.dtype, checkpoint)
+    facts = tried_facts(settings, config.model, config.dtype, checkpoint, use="train")
     window_length(facts, config.length)
     if config.mask is not None:
         check_mask(model, resolve(config.mask), config.trust_remote_code)

@@ -27,6 +27,7 @@ from espalier.pipeline.record.recorder import Recorder, recorded_run
 from espalier.pipeline.reports.track import write_report
 from espalier.pipeline.retraining import run as retrain
 from espalier.pipeline.run.directory import RunDirectory, disk_full_refused, recorded
+from espalier.pipeline.run.new_family import tried
 from espalier.pipeline.run.progress import Reporter, reporter_for
 from espalier.pipeline.run.stopping import at_the_last
 from espalier.pipeline.weight_tracking.cost import cost_of, cost_of_tracking, summed
@@ -35,7 +36,7 @@ from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import read_config
 from espalier.stages.masks import thresholds_for_sparsity
 from espalier.stages.metrics.perplexity import perplexity_of
-from espalier.stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.storage.hf_checkpoint import Checkpoint, resolve
 
 STORE_BYTES = 256 << 20  # of Ray's object store: a prune of one window passes through it
 SHARED = (  # what an experiment and its training runs are asked for under one name
@@ -103,6 +104,8 @@ class Experiment:
             held.enter_context(disk_full_refused(self.output))
             held.callback(self.reporter.close)
             self.material = prepare(self.config, self.directory.home)
+            for line in tried(read_config(resolve(self.material.model))):  # to be pruned, so before it is trained
+                self.reporter.note(f"warning: {line}")
             self.recorder = self._recorder()
             held.enter_context(at_the_last(self.recorder.cut_short))
             try:

@@ -39,10 +39,9 @@ def remarks(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
     """A line for the tensors that the model does not read, and one for the files that are not read; none if none."""
     found = []
     if unread := list(skeleton.storage.unread):
-        many = len(unread) > 1
         found.append(
-            f"{len(unread)} tensor{'s' * many} that {type(skeleton.model).__name__} does not read "
-            f"{'are' if many else 'is'} copied unchanged: {_some(unread)}"
+            f"{len(unread)} tensor{'s' * (len(unread) > 1)} that {type(skeleton.model).__name__} does not read (copied "
+            f"unchanged where something is written): {_some(unread)}"
         )
     if files := checkpoint.unread_files():
         found.append(f"not read, as transformers does not read it beside the model's own files: {_some(files)}")

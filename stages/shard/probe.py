@@ -1,7 +1,9 @@
 """Whether a family that nobody has tried works here: a small random model of its own config class goes all the way.
 
-Width and depth are cut, what blocks consist of is kept. The model is streamed block by block against the whole, its
-components are found, masked and reconstructed, and what is written is loaded back by transformers. All must be exact.
+Width and depth are cut, what blocks consist of is kept. For pruning the model is streamed block by block against the
+whole, its components are found, masked and reconstructed, and what is written is loaded back by transformers. All must
+be exact. Training runs the whole model, so it needs less: a loss that is the next token's, all matrices found, and each
+tensor loaded by itself.
 """
 
 import functools
@@ -11,12 +13,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig
 
 from espalier.stages.errors import Refusal, first_line
@@ -29,7 +32,11 @@ from espalier.stages.recipe import BlockTask, Recipe
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec
 from espalier.stages.storage.files import write_text
+from espalier.stages.storage.hf_checkpoint import Checkpoint
+from espalier.stages.training.arriving import hollow_model
+from espalier.stages.training.model import without_bars
 
+Use = Literal["prune", "train"]  # what a model of the family is wanted for
 # By tests/stages/model/test_families.py, with every change.
 # fmt: off
 TRIED = frozenset((
@@ -77,9 +84,10 @@ GROUPS = ("num_key_value_heads", "kv_n_heads")  # heads of keys and values: as m
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def probe(skeleton: Skeleton, home: Path, memory: Path | None) -> str | None:
+def probe(skeleton: Skeleton, home: Path, memory: Path | None, use: Use = "prune") -> str | None:
     """Try the family of the model that `skeleton` stands for, in a folder of its own under `home`; the line to be told,
-    or None where it has passed before. `memory` is a file that keeps what passed; it need not be writable.
+    or None where it has passed before. `memory` is a file that keeps what passed; it need not be writable. What can be
+    pruned can be trained.
 
     Raises Refusal that says what differed.
     """
@@ -88,22 +96,22 @@ def probe(skeleton: Skeleton, home: Path, memory: Path | None) -> str | None:
         small = small_config(skeleton.config, skeleton.layers)
     except Exception as error:
         raise _refusal(family, "cutting its config", error) from error
-    key = _key(family, small)
-    if memory is not None and key in _remembered(memory):
+    whole = _key(family, small)
+    key = whole if use == "prune" else f"{whole} {use}"
+    if memory is not None and not {whole, key}.isdisjoint(_remembered(memory)):
         return None
     folder = home / "family-probe"
     folder.mkdir(parents=True)
     try:
-        blocks = _go(family, small, folder)
+        blocks = _go(family, small, folder, use)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if memory is not None:
         with suppress(OSError):
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_text(memory, json.dumps(sorted({*_remembered(memory), key})))
-    return (
-        f"{family}: new here; a small random model of it, {blocks} blocks, was streamed, pruned and loaded back exactly"
-    )
+    passed = "streamed, pruned and loaded back exactly" if use == "prune" else "trained, and loaded tensor by tensor"
+    return f"{family}: new here; a small random model of it, {blocks} blocks, was {passed}"
 
 
 def _key(family: str, small: PreTrainedConfig) -> str:
@@ -171,18 +179,27 @@ def _smaller(settings: Mapping[str, Any], names: Mapping[str, str], heads: Any) 
     return changes
 
 
-def _go(family: str, config: PreTrainedConfig, folder: Path) -> int:
+def _go(family: str, config: PreTrainedConfig, folder: Path, use: Use) -> int:
     """All the way once; how many blocks it was. Raises Refusal that says how far it came and what differed."""
     step = "building a small model of it"
     try:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(3, VOCABULARY, (SAMPLES, LENGTH), generator=generator)
         model = _random_model(config, generator)
-        model.save_pretrained(folder / "model")
+        with without_bars():
+            model.save_pretrained(folder / "model")
         dense = _loaded(config, folder / "model")
         whole = _states(dense, tokens)
         step = "predicting the next token"
         _looks_back(dense, tokens, whole["logits"])
+        if use == "train":
+            step = "training it"
+            _learns(dense, tokens, whole["logits"])
+            step = "looking for its matrices"
+            _all_accounted(Skeleton(config, torch.float32, checkpoint=Checkpoint(folder / "model")))
+            step = "loading it tensor by tensor"
+            _arrives(dense, folder / "model")
+            return int(config.num_hidden_layers)
         step = "streaming block by block"
         shard = _shard(folder, config.num_hidden_layers)
         _streamed(shard, tokens, whole, range(config.num_hidden_layers))
@@ -224,6 +241,29 @@ def _looks_back(model: Any, tokens: Tensor, logits: Tensor) -> None:
     moved = _states(model, others)["logits"]
     if not torch.allclose(moved[:, :-1], logits[:, :-1], rtol=1e-3, atol=1e-4):
         raise _Differs("each token sees those after it, as in an encoder")
+
+
+def _learns(model: Any, tokens: Tensor, logits: Tensor) -> None:
+    """Raises _Differs where the loss is not the next token's alone, or a gradient not finite."""
+    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    plain = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    if not torch.allclose(loss, plain, rtol=1e-5):
+        raise _Differs(f"its loss is {loss.item():.6g}, and that of the next token {float(plain):.6g}")
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            raise _Differs(f"the gradient of {name} is not finite")
+
+
+def _arrives(model: Any, directory: Path) -> None:
+    """Raises _Differs for a tensor that is another where each is read by itself, as ranks do that share a model."""
+    hollow = hollow_model(directory, torch.float32)
+    if hollow is None:  # then ranks take the whole model
+        return
+    _, values = hollow
+    for name, parameter in model.named_parameters():
+        if not torch.equal(values(name), parameter):
+            raise _Differs(f"{name} is another than in the whole model")
 
 
 def _all_accounted(skeleton: Skeleton) -> None:
@@ -270,7 +310,8 @@ def _random_model(config: PreTrainedConfig, generator: torch.Generator) -> Any:
 
 
 def _loaded(config: PreTrainedConfig, directory: Path) -> Any:
-    model, notes = auto_class(config).from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    with without_bars():
+        model, notes = auto_class(config).from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if notes[what]:
             raise _Differs(f"{what.replace('_', ' ')}: {sorted(map(str, notes[what]))[0]}")

@@ -39,7 +39,7 @@ def load_model(directory: Path, dtype: torch.dtype, seed: int, trust_remote_code
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         return model.to(dtype).train()
     Checkpoint(directory)
-    with _without_bars():
+    with without_bars():
         model, notes = auto.from_pretrained(
             directory,
             config=config,
@@ -58,7 +58,7 @@ def load_model(directory: Path, dtype: torch.dtype, seed: int, trust_remote_code
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Within it transformers draws no progress bar over the lines of a run."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

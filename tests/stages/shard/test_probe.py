@@ -33,6 +33,39 @@ def test_a_family_at_its_published_size_is_tried_small_and_told_once(family: str
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
+@pytest.mark.parametrize("family", ["granitemoe", "bloom", "mpt"])
+def test_one_that_is_only_to_be_trained_needs_less(family: str, tmp_path: Path) -> None:
+    skeleton, memory = skeleton_of(family), tmp_path / "families.json"
+    line = probe(skeleton, tmp_path, memory, "train")
+    assert line is not None and line.endswith("2 blocks, was trained, and loaded tensor by tensor")
+    assert probe(skeleton, tmp_path, memory, "train") is None
+    if family == "granitemoe":  # what was only trained has not passed for pruning, and the other way about it has
+        assert (probe(skeleton, tmp_path, memory) or "").endswith("streamed, pruned and loaded back exactly")
+        memory.write_text(memory.read_text().replace(" train", " else"))
+        assert probe(skeleton, tmp_path, memory, "train") is None
+
+
+@pytest.mark.parametrize(
+    ("broken", "where"),
+    [
+        ("cross_entropy", "training it failed .*its loss is .*, and that of the next token"),
+        ("prunable", "looking for its matrices failed"),
+        ("hollow_model", "loading it tensor by tensor failed .*embed_tokens.weight is another than in the whole model"),
+    ],
+)
+def test_what_training_needs_and_is_not_so_is_a_difference(
+    broken: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: dict[str, Any] = {
+        "cross_entropy": lambda *_: torch.tensor(1.0),
+        "prunable": lambda *_: {},
+        "hollow_model": lambda *_: (None, lambda name: torch.zeros(())),
+    }
+    monkeypatch.setattr(probing, broken, others[broken])
+    with pytest.raises(Refusal, match=f"model family 'helium' is not supported: {where}"):
+        probe(skeleton_of("helium"), tmp_path, None, "train")
+
+
 @pytest.mark.parametrize(
     ("family", "where"),
     [
