@@ -1,4 +1,4 @@
-"""Products whose bits depend on their factors alone: asked of the CPU's library before a process's first product.
+"""Reproducible matrix products on CPUs: MKL's setting for them, made before a process's first product.
 
 MKL chooses, for a product of few rows, among kernels that add up in different orders, and chooses by how its operands
 lie in memory. Seen over 16 alignments (30 shapes, float32, AMD Zen 4): matrix-vector products differed in all shapes,

@@ -1,5 +1,5 @@
-"""Why an actor died: what Ray says of it, and the last that its process said, where that was on this machine; and one
-that had better die, as its device is lost to it."""
+"""Why a Ray actor died: Ray's own reason, and the last line of the process's log where that is on this machine. And how
+an actor ends itself when its device is lost."""
 
 import os
 import re

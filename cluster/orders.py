@@ -1,4 +1,4 @@
-"""What shards are asked for, a piece of work at a time each: to be done, worked on, or on its way to disk."""
+"""The queue of blocks to prune: which a shard has still to do, which it works on, which it writes to disk."""
 
 from collections import deque
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""What a run is: its request, plan, driver and record, and the commands."""
+"""A run from its request to its report: configuration, plan, driver, record, and the commands."""

@@ -1,4 +1,4 @@
-"""This project as Ray ships it: the code that runs on every node is the code of the one who asked."""
+"""The package that Ray ships to every node: the driver's own code, and the user's modules that a run needs."""
 
 import contextlib
 import shutil

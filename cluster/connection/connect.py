@@ -1,4 +1,5 @@
-"""One open Ray connection: to a private cluster on this machine, or to somebody's cluster or a refusal in seconds.
+"""The Ray connection of a command: a private cluster on this machine, or an existing one, refused within seconds if it
+cannot be used.
 
 Where Ray waits, retries or aborts (a wrong token: 22 s; no Ray node on this machine: 60 s), one cheap authenticated
 call to the cluster's control service (GCS) is made first and its answer turned into a sentence.

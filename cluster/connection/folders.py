@@ -1,4 +1,4 @@
-"""Temporary folders that go with their owner, and where it is killed with the next run on the machine."""
+"""Temporary folders, removed when their process ends; if it was killed, by the next run on the machine."""
 
 import contextlib
 import fcntl

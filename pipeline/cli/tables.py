@@ -1,4 +1,4 @@
-"""What commands print for a person: rich tables."""
+"""The tables that commands print, with rich."""
 
 from collections.abc import Mapping
 from pathlib import Path

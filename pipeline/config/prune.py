@@ -1,4 +1,4 @@
-"""What a run was asked for: one frozen, typed object, the same names on the command line, in YAML and in Python."""
+"""The configuration of `espalier prune`: one frozen, typed object, the same names as flags, in YAML and in Python."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args

@@ -1,4 +1,4 @@
-"""What a training run was asked for: the same names on the command line, in YAML and in Python."""
+"""The configuration of `espalier retrain`: the same names as flags, in YAML and in Python."""
 
 from dataclasses import fields
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a tracking experiment was asked for: a recipe's YAML, the same names as flags, one frozen object."""
+"""The configuration of `espalier track`: a recipe's YAML, the same names as flags, one frozen object."""
 
 from difflib import get_close_matches
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory inside a container's limit, the speed of a matrix product."""
+"""The hardware of this machine: cores, memory inside a container's limit, the speed of a matrix product."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""What is known of a model before a weight is read: sizes, and what its tensors are called.
+"""Sizes of a model and the names of its tensors, from config and headers: no weight is read.
 
 Sizes come from the model built on the meta device, checked against the checkpoint's headers.
 """

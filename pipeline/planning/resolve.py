@@ -1,4 +1,4 @@
-"""A request held against one model: what it left open is settled, what does not fit the model is refused."""
+"""A configuration held against one model: what is `auto` is decided, what does not fit the model is refused."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A pruning run begun, or gone on with: what it is asked for is looked at before anything is written."""
+"""`espalier prune` and its resume: the request is checked before anything is written, then the run is made."""
 
 from dataclasses import dataclass
 from pathlib import Path

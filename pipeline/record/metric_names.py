@@ -1,4 +1,4 @@
-"""What of run.json MLflow is told, and under what names."""
+"""The metrics of run.json that are logged to MLflow, and their names."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the ranks of a training run tell while they train: kept, and passed on to the record, journal and user."""
+"""Events that the ranks of a training run report: kept, and passed on to the recorder, the journal and the terminal."""
 
 import math
 import time

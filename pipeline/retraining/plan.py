@@ -1,4 +1,4 @@
-"""What a training run comes to before it starts: where its ranks are, how many steps, which micro-batches."""
+"""The plan of a training run before it starts: where its ranks are, how many steps, which micro-batches."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""A training run: tokens, ranks, what they tell, the record, and a plain checkpoint at the end."""
+"""A training run: tokens, ranks, their events, the record, and a plain checkpoint at the end."""
 
 import os
 import shutil

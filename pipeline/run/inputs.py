@@ -1,4 +1,4 @@
-"""What streams through a run: windows of text, or images with captions, in tables in the run's own directory."""
+"""The samples of a run: windows of text, or images with captions, in tables in the run's own directory."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is known of a model before anything is begun; one of a family that nobody has tried is tried small, once."""
+"""What is known of a model before a run begins; a family that is not among those tested is tried small, once."""
 
 import tempfile
 from dataclasses import replace

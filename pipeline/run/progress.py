@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: bars with an ETA on a terminal, plain lines elsewhere. All on stderr."""
+"""Progress of a run, on stderr: bars with an ETA on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What the kinds of work in a tracking experiment took, from the run.json of its parts: seconds, joules, operations."""
+"""Costs of a tracking experiment by kind of work, from the run.json of its parts: seconds, joules, operations."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""What a tracking experiment trains and evaluates on, by kind of data: one function a kind, see `Prepare`.
+"""The data of a tracking experiment, training and evaluation: one function for each kind, see `Prepare`.
 
 Another kind is one more such function, and one more line in `espalier.pipeline.config.track.DATA_KINDS`.
 """

@@ -1,4 +1,4 @@
-"""Criteria that also move the weights that stay, as the work calls them: SparseGPT and ALPS.
+"""Criteria that choose the mask and also change the weights that stay: SparseGPT and ALPS, as a criterion is called.
 
 Letters: O = output rows, I = input columns.
 """

@@ -1,4 +1,4 @@
-"""Which sequences a training step sees, on which rank: decided by the seed and the step, not by the number of ranks."""
+"""The order of training examples: which a step takes, on which rank, by seed and step whatever the number of ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

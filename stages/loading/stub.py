@@ -1,4 +1,4 @@
-"""What stands for the decoder layers while the model's own code runs: called as they are, it answers as they do."""
+"""A stand-in for the decoder layers, so that the model's own code runs around blocks that lie elsewhere."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a model's predictions are worth: how likely it finds a text, and how far it is from its dense self.
+"""Perplexity of a model on a text, and its KL divergence from the dense model and top-1 agreement with it.
 
 Both are sums over the predicted tokens: every token but each window's first. Hidden states become logits a few
 positions at a time, so that a large vocabulary costs no memory to speak of.

@@ -1,4 +1,4 @@
-"""What a process spent: peak memory, and when each phase ran; and giving freed memory back."""
+"""Peak memory of a process and the times of its phases; and freed memory given back to the system."""
 
 import ctypes
 import resource

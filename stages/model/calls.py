@@ -1,4 +1,4 @@
-"""Calls that differ from sample to sample: rotary tables of images, masks in which an image sees all of itself.
+"""The arguments that blocks are called with (positions, masks), where they differ from sample to sample too.
 
 Most models call a block in the same way for all windows of one length. One that places image tokens on a grid
 (Qwen2-VL) or lets them see one another (Gemma 3) does not: its calls depend on inputs of each sample, kept here.

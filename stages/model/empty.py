@@ -1,4 +1,4 @@
-"""The model that transformers makes of a config, without memory for its weights."""
+"""The model that transformers builds from a config, on the meta device: no memory for its weights."""
 
 from collections.abc import Mapping
 from math import prod

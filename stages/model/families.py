@@ -1,4 +1,4 @@
-"""What families have of their own, and the anatomy of one decoder block found by running it once.
+"""The table of model families: what is particular to one and cannot be found in the model itself.
 
 Where blocks are and what their components are called is found in the model (`espalier.stages.model.structure`); a row
 says what is not. How a block calls its components, which norm belongs to which, and which linears read the same tensor

@@ -1,4 +1,4 @@
-"""Watching a block's forward passes: what its weights read, what its units read and gave.
+"""Forward hooks on a block: what its weights read, what its units read and gave.
 
 The passes compute what they always do. Whatever the block does inside (OPT flattens samples, experts gather tokens),
 activations are handed on as (samples, tokens, channels).

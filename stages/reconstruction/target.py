@@ -1,9 +1,9 @@
-"""What a unit will read once those before it, reconstructed at the same time, have taken back their share of the error.
+"""Targets of a reconstruction, and the inputs that a unit is foreseen to read once those before it are reconstructed.
 
-stages/README.md §6, sweeps. Blocks reconstructed one after the other see inputs in which those before have already
-undone part of the error. Reconstructed all at once on the inputs of the last sweep, each would undo the whole of it,
-ten times over. So what they read is foreseen: the pruned model runs as the last sweep left it, and at every unit the
-stream is moved a share κ of the way to the dense one, as the unit, reconstructed, will move it:
+stages/README.md §6, inputs and targets; sweeps. Blocks reconstructed one after the other see inputs in which those
+before have already undone part of the error. Reconstructed all at once on the inputs of the last sweep, each would undo
+the whole of it, ten times over. So what they read is foreseen: the pruned model runs as the last sweep left it, and at
+every unit the stream is moved a share κ of the way to the dense one, as the unit, reconstructed, will move it:
 
     x̂_1 = x_1,    x̂_{u+1} = x̂_u + f̃_u(x̂_u) + κ (x_u − x̂_u)
 

@@ -1,4 +1,4 @@
-"""Masks that swap weights for the exact error of their layer: SparseSwaps (2512.10922). stages/README.md §4.
+"""SparseSwaps: masks refined by exchanging weights, by their layer's exact error (2512.10922). stages/README.md §4.
 
 Letters: O = output rows, R = rows worked on at a time, I = input columns, K = a row's shortlist of each kind,
 F = 2K, the flips on it, N = groups of M neighbours.

@@ -1,4 +1,4 @@
-"""The first few of each row in some order, where a sort of the row or a selection of half of it would be a waste.
+"""The k smallest keys of each row, for a k much smaller than the row: faster than a sort or a selection.
 
 Letters: R = rows, I = columns, K = how many are taken of a row.
 """

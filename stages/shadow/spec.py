@@ -1,4 +1,5 @@
-"""How a shadow averages the weights of a training run: the options, and what each snapshot weighs; README §8."""
+"""How a shadow averages the weights of a training run: the options, and what each snapshot weighs.
+stages/README.md §8."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A shard's blocks in memory, as they were loaded: all of them, or one (or a window) at a time."""
+"""A cache of a shard's blocks in memory, as they were loaded: all of them, or one (those of one unit) at a time."""
 
 from collections.abc import Iterable
 from pathlib import Path

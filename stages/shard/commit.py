@@ -1,4 +1,4 @@
-"""Finished blocks on their way to disk, while the next are worked on.
+"""Finished blocks written to disk in a thread of their own, while the next are worked on.
 
 One piece of work is on its way at a time, so that its blocks and those being worked on are all the pruned copies that
 there are. It is done when its files are: written, synced, read back, under their names.

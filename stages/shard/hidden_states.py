@@ -1,4 +1,4 @@
-"""A whole pass of hidden states between two blocks, where blocks are taken one at a time."""
+"""The hidden states of a whole pass, kept between two blocks where a shard takes its blocks one at a time."""
 
 import functools
 import shutil

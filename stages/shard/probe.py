@@ -1,4 +1,5 @@
-"""Whether a family that nobody has tried works here: a small random model of its own config class goes all the way.
+"""The trial of a model family that is not among those tested: a small random model of its config class is pruned, and
+loaded back.
 
 Width and depth are cut, what blocks consist of is kept. For pruning the model is streamed block by block against the
 whole, its components are found, masked and reconstructed, and what is written is loaded back by transformers. All must

@@ -1,4 +1,4 @@
-"""Checkpoints whose numbers are not the model's: packed or scaled weights, told by configs or by headers alone."""
+"""Quantised checkpoints (packed or scaled weights): recognised by config or headers alone, and refused."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Which part of a record is its text: the column that one names, or that its name or what it holds makes out."""
+"""Which column of a record holds the text: the one that is named, else the one that names and contents point to."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

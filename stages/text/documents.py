@@ -1,4 +1,4 @@
-"""What is calibrated on, document by document, and how it was read, in words for the person who asked for it."""
+"""The documents of a calibration text, and the sentence that says how they were read."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Where a text's beginning is marked: a BOS as the tokenizer's own rule has it, before documents or in each window."""
+"""Beginning-of-sequence tokens: where the tokenizer's own rule puts a BOS, before documents or in each window."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""A model whose weights come one tensor at a time, so that a rank of ZeRO's stage 3 never holds it whole.
+"""Loading a model one tensor at a time, so that a rank of ZeRO's stage 3 never holds all of it.
 
 Its parameters have their shapes and no memory (one zero, seen everywhere) until they are given their values; stage 3
 takes them one by one, cuts each among the ranks, and lets the rest of it go before the next.

@@ -1,4 +1,4 @@
-"""What one ZeRO rank owns: of each parameter the stretch that it updates, as views into DeepSpeed's own state.
+"""The ZeRO partition of one rank: of each parameter the slice that it updates, as views into DeepSpeed's own state.
 
 DeepSpeed lays a rank's share out differently in each stage: stages 1 and 2 cut one flat buffer of all parameters,
 stage 3 cuts every parameter by itself and pads, stage 0 cuts nothing. Here all of them are lists of (name, start,

@@ -1,4 +1,4 @@
-"""What every rank of a training run is told: plain values, made by the driver, the same on all ranks."""
+"""The specification of a training run for its ranks: plain values, made by the driver, the same on all ranks."""
 
 from dataclasses import dataclass
 from typing import Literal

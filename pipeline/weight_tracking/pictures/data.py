@@ -1,4 +1,4 @@
-"""What `espalier track` trains and evaluates on where the data is pictures of quantities: a `track_data.Prepare`.
+"""The data of `espalier track` for pictures of quantities: a `Prepare` of espalier.pipeline.weight_tracking.data.
 
 The pictures are a folder with a CSV (file,quantity,unit), or, for `data: rendered`, product labels made here. The model
 is a small one that begins at random, or a multimodal checkpoint.
