@@ -55,7 +55,7 @@ def evaluate(config: EvalConfig, reporter: Reporter | None = None) -> dict[str, 
             path=scratch / "tokens.arrow",
             vocab_size=layouts[0].facts.vocabulary,
             purpose="evaluation",
-            bos=bos_for(config.bos, layouts[0].facts),
+            bos=bos_for(config.bos, layouts[0].facts.family),
             text_column=config.text_column,
         )
         tell(table, reporter.note)

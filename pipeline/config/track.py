@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from espalier.pipeline.config.options import Count, build_config, read_yaml
+from espalier.pipeline.config.options import BOS_HELP, Count, build_config, read_yaml
 from espalier.stages.errors import Refusal
+from espalier.stages.text.openings import Bos
 
 RECIPES = Path(__file__).parent / "recipes"
 # What data there is to track on: a name -> "module:function", a `espalier.pipeline.weight_tracking.data.Prepare`.
@@ -32,6 +33,7 @@ class TrackConfig(BaseModel):
     data_options: dict[str, Any] = Field({}, description="An option of the kind of data; may be given again.")
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of the data, at its end, that is evaluated on.")
     length: int = Field(256, ge=2, description="Tokens in a window.")
+    bos: Bos = Field("auto", description=BOS_HELP)
 
     steps: Count = Field(5000, description="Optimizer steps of the training that is tracked.")
     batch: Count = Field(64, description="Windows in an optimizer step, over all ranks.")

@@ -88,7 +88,7 @@ def token_table(
         seed=config.seed,
         vocab_size=facts.vocabulary,
         purpose=purpose,
-        bos=bos_for(config.bos, facts),
+        bos=bos_for(config.bos, facts.family),
         text_column=config.text_column,
         column_required=purpose != "evaluation",  # which may well be another kind of file
     )
@@ -104,9 +104,9 @@ def _tokenizer_for(source: Any, config: PruneConfig | RetrainConfig) -> Any:
         raise
 
 
-def bos_for(bos: Bos, facts: ModelInfo) -> Bos:
+def bos_for(bos: Bos, family: str) -> Bos:
     """`bos`, but that auto is window for a model that is lost in a window without one."""
-    return "window" if bos == "auto" and facts.family.startswith(LOST_WITHOUT_BOS) else bos
+    return "window" if bos == "auto" and family.startswith(LOST_WITHOUT_BOS) else bos
 
 
 def tell(table: TokenTable, note: Callable[[str], None], warn: Callable[[str], None] | None = None) -> None:

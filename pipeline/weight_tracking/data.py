@@ -11,12 +11,13 @@ from typing import Any, Protocol
 
 from espalier.pipeline.config.track import DATA_KINDS, TrackConfig
 from espalier.pipeline.retraining.run import Sources
-from espalier.pipeline.run.inputs import kept_table, load_tokenizer
+from espalier.pipeline.run.inputs import bos_for, kept_table, load_tokenizer
 from espalier.stages.data.characters import character_tokenizer, split_text
 from espalier.stages.data.training_batches import SourceSpec
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import read_config
 from espalier.stages.storage.hf_checkpoint import resolve
+from espalier.stages.text.openings import opening_of
 
 Curve = Sequence[tuple[float, float]]  # (sparsity, metric)
 Measure = Callable[[Path], Mapping[str, float]]  # a checkpoint's directory -> figures of it
@@ -77,7 +78,10 @@ def text(config: TrackConfig, home: Path) -> ExperimentData:
 def _text_material(
     config: TrackConfig, home: Path, model: str, tokenizer: Any, training: str, evaluation: str
 ) -> ExperimentData:
-    vocabulary = read_config(resolve(model)).get_text_config().vocab_size
+    settings = read_config(resolve(model))
+    bos = bos_for(config.bos, settings.model_type)
+    # Training windows begin anywhere: those with a BOS at their head are given it as they are cut.
+    head = opening_of(tokenizer, bos, f"training text {config.data}").ids.tolist() if bos == "window" else []
     tables = [
         kept_table(
             home / f"tokens-{purpose}.arrow",
@@ -86,17 +90,18 @@ def _text_material(
             length=config.length,
             samples=None,
             seed=config.seed,
-            vocab_size=vocabulary,
+            vocab_size=settings.get_text_config().vocab_size,
             purpose=purpose,
+            bos=marked,
         )
-        for part, purpose in ((training, "training"), (evaluation, "evaluation"))
+        for part, purpose, marked in ((training, "training", "none" if head else bos), (evaluation, "evaluation", bos))
     ]
     learned, held_out = tables
     file = home / "evaluation.txt"
     file.write_bytes(evaluation.encode())
     sliding = SourceSpec(
         factory="espalier.stages.data.characters:SlidingWindows",
-        options={"path": str(learned.path), "length": config.length},
+        options={"path": str(learned.path), "length": config.length, "head": head},
     )
     windows = SourceSpec(
         factory="espalier.stages.data.training_batches:TokenWindows", options={"path": str(held_out.path)}

@@ -40,7 +40,7 @@ from espalier.stages.storage.hf_checkpoint import Checkpoint, resolve
 
 STORE_BYTES = 256 << 20  # of Ray's object store: a prune of one window passes through it
 SHARED = (  # what an experiment and its training runs are asked for under one name
-    *("batch", "microbatch", "length", "schedule", "weight_decay", "beta2", "clip", "seed"),
+    *("batch", "microbatch", "length", "bos", "schedule", "weight_decay", "beta2", "clip", "seed"),
     *("zero_stage", "offload", "dtype", "experiment"),
 )
 TRAINING = ("steps", "learning_rate", "warmup", "eval_every", "checkpoint_every")
@@ -244,6 +244,7 @@ class Experiment:
             "reconstruct": "none",
             "samples": 1,
             "length": self.config.length,
+            "bos": self.config.bos,
             "shards": 1,
             "threads": self.shard_threads,
             "device": "cpu",  # the GPUs, if there are any, are the ranks'

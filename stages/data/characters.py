@@ -50,18 +50,22 @@ def split_text(path: Path, held_out: float) -> tuple[str, str]:
 
 class SlidingWindows:
     """Every window of `length` tokens of a token table read as one text, wherever it begins: as many as there are
-    tokens, where consecutive windows would give a `length`-th of that. What nanoGPT draws its batches from."""
+    tokens, where consecutive windows would give a `length`-th of that. What nanoGPT draws its batches from.
 
-    def __init__(self, path: str, length: int) -> None:
+    The ids `head`, a BOS say, are the first of each window; the text then has so many fewer."""
+
+    def __init__(self, path: str, length: int, head: Sequence[int] = ()) -> None:
         table = TokenTable.open(Path(path))
         self._ids = table.rows(0, len(table)).reshape(-1)  # a view of the file: rows lie one behind the other
-        self._length = length
+        self._head = np.array(head, dtype=np.int64)
+        self._text = length - len(head)  # ids of the text in a window
 
     def __len__(self) -> int:
-        return len(self._ids) - self._length + 1
+        return len(self._ids) - self._text + 1
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """input_ids and labels, the same int64 (windows, length); the model shifts the labels itself."""
-        starts = np.asarray(indices)[:, None] + np.arange(self._length)
-        ids = torch.from_numpy(self._ids[starts].astype(np.int64))
+        starts = np.asarray(indices)[:, None] + np.arange(self._text)
+        heads = np.broadcast_to(self._head, (len(starts), len(self._head)))
+        ids = torch.from_numpy(np.concatenate([heads, self._ids[starts]], axis=1))
         return {"input_ids": ids, "labels": ids}

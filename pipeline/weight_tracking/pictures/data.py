@@ -30,6 +30,8 @@ def pictures(config: TrackConfig, home: Path) -> ExperimentData:
     """The pictures: the first to train on, the last `held_out` of them to be read."""
     if unknown := sorted(config.data_options.keys() - set(OPTIONS)):
         raise Refusal(f"data-option {unknown[0]}: unknown for pictures; there are {', '.join(OPTIONS)}")
+    if config.bos != "auto":
+        raise Refusal(f"bos {config.bos}: pictures are no text that could begin with one; leave --bos out")
     checkpoint = config.model if isinstance(config.model, str) else None
     model = write_model(config.model, home / "begin") if isinstance(config.model, dict) else resolve(config.model)
     options: dict[str, Any] = {

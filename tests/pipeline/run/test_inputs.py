@@ -7,14 +7,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, processors
 from whole_runs import add_tokenizer
 
 from espalier.pipeline.commands import evaluate
 from espalier.pipeline.config.prune import EvalConfig, PruneConfig
 from espalier.pipeline.config.retrain import RetrainConfig
+from espalier.pipeline.config.track import TrackConfig
 from espalier.pipeline.run.inputs import bos_for, tell, token_table
+from espalier.pipeline.weight_tracking.data import prepare
 from espalier.stages.data.token_table import TokenTable
+from espalier.stages.data.training_batches import open_source
 from espalier.stages.errors import Refusal
 
 BOS, LENGTH = 128, 16
@@ -68,8 +72,8 @@ def test_the_options_of_a_command_reach_its_tokens(
 
 def test_auto_is_window_for_gemma_alone_and_what_is_asked_for_is_done() -> None:
     families = ("gemma", "gemma2", "gemma3_text", "llama")
-    assert [bos_for("auto", SimpleNamespace(family=name)) for name in families] == [*["window"] * 3, "auto"]  # type: ignore[arg-type]
-    assert bos_for("none", SimpleNamespace(family="gemma")) == "none"  # type: ignore[arg-type]
+    assert [bos_for("auto", family) for family in families] == [*["window"] * 3, "auto"]
+    assert bos_for("none", "gemma") == "none"
 
 
 def test_a_resumed_run_says_what_was_read_though_the_text_is_gone(
@@ -111,3 +115,35 @@ def test_eval_reads_its_text_by_the_same_options(spoken: Path, records: Path, mo
     config = EvalConfig(model=str(spoken), data=str(records), bos="window", text_column="data.body", shards=1)
     with pytest.raises(Enough):
         evaluate.evaluate(config)
+
+
+@pytest.mark.parametrize("bos", ["auto", "document", "window", "none"])
+def test_track_marks_beginnings_by_the_same_option(bos: str, spoken: Path, tmp_path: Path) -> None:
+    config = json.loads((spoken / "config.json").read_text())
+    (spoken / "config.json").write_text(json.dumps(config | {"vocab_size": BOS + 1}))
+    (file := tmp_path / "text.txt").write_text("abcdefgh" * 40)
+    asked: dict[str, Any] = {"model": str(spoken), "data": str(file), "data_kind": "text", "length": LENGTH}
+    material = prepare(TrackConfig(**asked, bos=bos, held_out=0.5, rates=[1], finetune_steps=1), tmp_path / "home")
+    training, evaluation = (open_source(source) for source in (material.sources.data, material.sources.eval) if source)
+    rows = torch.cat([source.batch(range(len(source)))["input_ids"] for source in (training, evaluation)])
+    held_out = rows[len(training) :]
+    marked = {"auto": "document"}.get(bos, bos)
+    assert (marked == "window") == bool((rows[:, 0] == BOS).all())
+    assert (marked != "none") == (int(rows[0, 0]) == BOS) == (int(held_out[0, 0]) == BOS)
+    assert int((rows == BOS).sum()) == {"none": 0, "document": 2, "window": len(rows)}[marked]
+    text = LENGTH - (marked == "window")
+    shift = int(marked == "document")  # the one that begins the text is among the ids that windows slide over
+    assert len(training) == 160 - text + 1  # whole windows lie in the table
+    assert bytes(training.batch([3])["input_ids"][0, -text:].tolist()).decode() == ("abcdefgh" * 3)[3 - shift :][:text]
+
+
+def test_pictures_have_no_beginning_to_mark(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {
+        "model": {},
+        "data": "rendered",
+        "data_kind": "pictures",
+        "rates": [1],
+        "finetune_steps": 1,
+    }
+    with pytest.raises(Refusal, match="bos window: pictures are no text"):
+        prepare(TrackConfig(**asked, bos="window"), tmp_path)

@@ -217,7 +217,7 @@ def test_an_interrupted_experiment_goes_on_from_what_is_finished(
     from espalier.pipeline.weight_tracking.experiment import Experiment
     from espalier.pipeline.weight_tracking.track import track
 
-    config, client = TrackConfig(**small), mlflow.MlflowClient(recorded)
+    config, client = TrackConfig(**small, bos="none"), mlflow.MlflowClient(recorded)
     points: list[str] = []
     one_point = Experiment._pruned_and_tuned
 
@@ -253,6 +253,8 @@ def test_an_interrupted_experiment_goes_on_from_what_is_finished(
     cost = json.loads((out / "espalier" / "run.json").read_text())["cost"]
     assert list(cost) == ["dense training", "tracking", "fine-tuning", "pruning"]
     assert all(spent["flops"] > 0 and spent["seconds"] > 0 for kind, spent in cost.items() if kind != "pruning")
+    for part in ("trained", "sparsity-50/pruned", "sparsity-50/tuned"):
+        assert json.loads((out / part / "espalier" / "run.json").read_text())["config"]["bos"] == "none"
     assert (out / "curve.png").exists() and "50" in (out / "report.md").read_text()
 
     runs = mlflow_runs()
