@@ -10,8 +10,6 @@ from espalier.stages.layer_rules import LayerRule, Override, layer_rule
 from espalier.stages.masks import Scope
 from espalier.stages.refine import find_refinement
 
-Reconstruct = Literal["none", "matrix", "component", "block", "window"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
@@ -26,9 +24,9 @@ class Recipe:
     scope: Scope | None = None  # None: rows, or what the criterion chooses among by itself
     overrides: tuple[Override, ...] = ()
     allocation: Literal["uniform", "owl"] = "uniform"  # how a sparsity is spread over the blocks
-    refine: str = "none"  # a name of REFINEMENTS, in espalier.stages.refine
+    refine: str = "none"  # a name of REFINEMENTS, in espalier.stages.refine, or "none"
     solve: bool = False  # the weights that stay get the values that are best for the mask, before any fit
-    reconstruct: Reconstruct = "component"
+    reconstruct: str = "component"  # a name of UNITS, in espalier.stages.reconstruction.units, or "none"
     blocks_per_unit: int = 1  # blocks reconstructed as one
     inputs: Literal["dense", "pruned"] = "dense"
     epochs: int = 1

@@ -23,7 +23,7 @@ ROOMS = [
     ),
     *("stages/loading", "stages/sparsegpt", "stages/alps", "stages/statistics", "stages/text", "stages/data"),
     *("stages/shadow", "stages/criteria", "stages/allocation", "stages/metrics", "stages/refine"),
-    *("stages/layer_rules", "stages/recipe", "stages/training", "stages/reconstruction", "stages/shard"),
+    *("stages/layer_rules", "stages/reconstruction", "stages/recipe", "stages/training", "stages/shard"),
     *("cluster/connection", "cluster"),
     *("pipeline/config", "pipeline/record", "pipeline/planning", "pipeline/reports", "pipeline/run"),
     *("pipeline/pruning", "pipeline/retraining", "pipeline/commands", "pipeline/weight_tracking", "pipeline/demo"),

@@ -1,7 +1,7 @@
 """The configuration of `espalier prune`: one frozen, typed object, the same names as flags, in YAML and in Python."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
@@ -12,7 +12,8 @@ from espalier.stages.errors import Refusal
 from espalier.stages.layer_rules import Override, resolve_overrides
 from espalier.stages.masks import check_sparsity, check_threshold, parse_pattern
 from espalier.stages.model.families import Tower
-from espalier.stages.recipe import Recipe, Reconstruct
+from espalier.stages.recipe import Recipe
+from espalier.stages.reconstruction.units import UNITS, find_unit
 from espalier.stages.refine import REFINEMENTS
 from espalier.stages.text.openings import Bos
 
@@ -114,8 +115,8 @@ class PruneConfig(ClusterConfig):
     )
     reconstruct: str = Field(
         "component",
-        description="What is trained as one to give its dense output again: matrix, component (attention and MLP "
-        "apart), block, window:N blocks, or none: the kept weights stay as they were.",
+        description="What is trained as one to give its dense output again: "
+        f"{', '.join(unit.written for unit in UNITS.values())}, or none: the kept weights stay as they were.",
     )
     inputs: Literal["dense", "pruned"] = Field(
         "dense",
@@ -241,14 +242,16 @@ class PruneConfig(ClusterConfig):
             raise Refusal(f"scope row with threshold {self.threshold:g}: it is one for a matrix; leave --scope out")
 
     def _check_sweeps(self) -> None:
-        unit, _ = parse_reconstruct(self.reconstruct)
+        unit = find_unit(parse_reconstruct(self.reconstruct)[0])
         if self.sweeps and self.inputs == "pruned":
             raise Refusal(
                 f"sweeps {self.sweeps} with inputs pruned: sweeps make up for dense inputs; choose one of the two"
             )
-        if self.sweeps and unit in ("none", "matrix"):
+        if self.sweeps and (unit is None or unit.sweep_streams is None):
+            able = [f"{name}:N" if each.numbered else name for name, each in UNITS.items() if each.sweep_streams]
             raise Refusal(
-                f"sweeps {self.sweeps} with reconstruct {self.reconstruct}: a sweep takes component, block or window:N"
+                f"sweeps {self.sweeps} with reconstruct {self.reconstruct}: a sweep takes "
+                f"{', '.join(able[:-1])} or {able[-1]}"
             )
         if isinstance(self.correction, list) and len(self.correction) not in (1, self.sweeps):
             given = ",".join(f"{share:g}" for share in self.correction)
@@ -321,11 +324,12 @@ class PruneConfig(ClusterConfig):
         return " + ".join(parts)
 
 
-def parse_reconstruct(text: str) -> tuple[Reconstruct, int]:
+def parse_reconstruct(text: str) -> tuple[str, int]:
     """`window:4` as ("window", 4), `component` as ("component", 1). Raises Refusal for anything else."""
     name, colon, number = text.partition(":")
-    if name == "window" and colon and number.isdigit() and int(number):
-        return "window", int(number)
-    if not colon and name != "window" and name in get_args(Reconstruct):
-        return cast(Reconstruct, name), 1
-    raise Refusal(f"reconstruct {text!r}: choose matrix, component, block, window:N (N blocks as one) or none")
+    if name in UNITS and UNITS[name].numbered:
+        if number.isdigit() and int(number):
+            return name, int(number)
+    elif not colon and (name in UNITS or name == "none"):
+        return name, 1
+    raise Refusal(f"reconstruct {text!r}: choose {', '.join(unit.written for unit in UNITS.values())} or none")

@@ -8,6 +8,7 @@ from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.stages.errors import Refusal
 from espalier.stages.precision import COMPUTED, Compute, fitted_in
 from espalier.stages.recipe import Recipe, block_windows
+from espalier.stages.reconstruction.units import find_unit
 
 PROCESS_BYTES = 600 << 20  # a shard's process with torch, transformers and Ray loaded and nothing else
 
@@ -102,14 +103,10 @@ def estimate_shard(
 def _fit_bytes(facts: ModelInfo, first: int, last: int, step_tokens: int, recipe: Recipe, compute: Compute) -> int:
     """Memory that fitting the largest unit takes: working copy, fp32 master, two moments; the largest gradient twice;
     a step's activations."""
-    if recipe.reconstruct == "none":
+    kind = find_unit(recipe.reconstruct)
+    if kind is None:
         return 0
-    if recipe.reconstruct == "matrix":
-        unit = facts.largest_matrix
-    elif recipe.reconstruct == "component":
-        unit = max(max(units) for units in facts.unit_parameters[first:last])
-    else:
-        unit = recipe.blocks_per_unit * max(sum(units) for units in facts.unit_parameters[first:last])
+    unit = recipe.blocks_per_unit * kind.parameters(facts.unit_parameters[first:last], facts.largest_matrix)
     return (
         (12 + fitted_in(COMPUTED[compute]).itemsize) * unit
         + 6 * facts.largest_matrix
@@ -127,15 +124,10 @@ def _hessian_bytes(facts: ModelInfo, recipe: Recipe) -> int:
 
 def _kept_streams(recipe: Recipe) -> float:
     """How often a block's tokens × hidden states are set aside: inputs and dense outputs of its units."""
-    if recipe.reconstruct == "none":
+    kind = find_unit(recipe.reconstruct)
+    if kind is None:
         return 2 if recipe.gathers and not recipe.sequential else 0
-    if recipe.reconstruct == "window":
-        return (3 if recipe.sweeps else 2) / recipe.blocks_per_unit
-    if recipe.reconstruct == "block":
-        return 3 if recipe.sweeps else 2
-    if recipe.reconstruct == "matrix":
-        return 16  # what each reads and gives, some of it as wide as the MLP
-    return 6 if recipe.sweeps else 4
+    return (kind.streams + (kind.sweep_streams or 0 if recipe.sweeps else 0)) / recipe.blocks_per_unit
 
 
 def choose_resident(

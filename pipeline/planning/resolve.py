@@ -36,7 +36,8 @@ def check_recipe_fits(facts: ModelInfo, recipe: Recipe) -> None:
     such layer; for a shadow that is missing, or that no criterion reads."""
     if recipe.blocks_per_unit > facts.blocks:
         raise Refusal(
-            f"reconstruct window:{recipe.blocks_per_unit}: the model has {facts.blocks} blocks; give at most that many"
+            f"reconstruct {recipe.reconstruct}:{recipe.blocks_per_unit}: the model has {facts.blocks} blocks; give at "
+            "most that many"
         )
     names = [(block, layer, into) for block, layers in enumerate(facts.layers) for layer, _, into in layers]
     check_matches(recipe.overrides, [f"{block}.{layer}" for block, layer, _ in names])

@@ -9,6 +9,7 @@ from espalier.cluster.connection.redact import storable
 from espalier.pipeline.reports.figures import component_title, draw_errors, draw_timeline, unit_names
 from espalier.pipeline.reports.format import count, duration, number, percent, size, table
 from espalier.pipeline.reports.sections import loading, recipe, surroundings, times, warnings
+from espalier.stages.reconstruction.units import UNITS
 from espalier.stages.storage.files import write_text
 
 ESTIMATE_PARTS = {"weights": "weights", "spool_memory": "spool", "spool_disk": "spool on disk", "training": "training"}
@@ -80,8 +81,7 @@ def _what(model: Mapping[str, Any], name: str) -> str:
 
 def _unit_of_reconstruction(reconstructed: str) -> str:
     kind, _, size = str(reconstructed).partition(":")
-    named = {"component": "component by component", "matrix": "matrix by matrix", "block": "block by block"}
-    return named.get(kind, f"{size or 'some'} blocks at a time" if kind == "window" else str(reconstructed))
+    return UNITS[kind].title.format(blocks=size) if kind in UNITS else str(reconstructed)
 
 
 def _results(run: Mapping[str, Any]) -> str:

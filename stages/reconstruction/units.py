@@ -3,7 +3,7 @@
 stages/README.md §6. A unit reads one tensor and gives one, so it can be fitted to what it gave when it was dense.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from espalier.stages.errors import Refusal
 from espalier.stages.model.anatomy import Anatomy, Weight
 from espalier.stages.model.calls import Call
-from espalier.stages.recipe import Reconstruct
 
 PLAIN = Call((), {}, None)  # a module that takes its hidden states and nothing else
 
@@ -56,22 +55,32 @@ class Group:
     fits: tuple[FitUnit, ...]
 
 
-def groups_of(anatomies: Mapping[int, Anatomy], calls: Mapping[int, Call], reconstruct: Reconstruct) -> list[Group]:
-    """The groups of some consecutive blocks, in the order data passes them.
+Anatomies = Mapping[int, Anatomy]
+Calls = Mapping[int, Call]
 
-    Raises Refusal where single matrices are to be reconstructed that lie in one tensor with others (experts).
-    """
-    if reconstruct in ("block", "window"):
-        steps = tuple(Step(block, "", calls[block]) for block in anatomies)
-        weights = tuple((block, weight) for block, anatomy in anatomies.items() for weight in anatomy.weights)
-        frozen = tuple(name for anatomy in anatomies.values() for unit in anatomy.units for name in unit.frozen)
-        whole = FitUnit(reconstruct, reconstruct, steps, weights, tuple(dict.fromkeys(frozen)), residual=True)
-        return [Group(whole, (whole,))]
-    groups = []
-    for block, anatomy in anatomies.items():
-        components = _components(block, anatomy)
-        groups += [Group(unit, _matrices(unit, anatomy) if reconstruct == "matrix" else (unit,)) for unit in components]
-    return groups
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitKind:
+    """A way to cut blocks into what is reconstructed as one, and what the work must know about it."""
+
+    groups: Callable[[Anatomies, Calls], list[Group]]
+    """Anatomies and calls of some consecutive blocks -> their groups, in the order data passes them."""
+    parameters: Callable[[Sequence[Sequence[int]], int], int]
+    """Parameters of each component of each block, those of the model's largest matrix -> those of the largest unit, or
+    of its largest block."""
+    streams: int
+    """How often the activations of all tokens are set aside for a unit, as wide as the hidden states: what its fits
+    read and what they gave when dense."""
+    sweep_streams: int | None
+    """How many more with sweeps, for what the fits then read; None: a sweep cannot reconstruct it."""
+    written: str
+    """How it is written and what it is, for the flag's help."""
+    title: str
+    """How a report says it, of `blocks` blocks as one."""
+    whole_blocks: bool = False
+    """A unit is all components of its blocks."""
+    numbered: bool = False
+    """It is of as many blocks as NAME:N says; they lie on one shard."""
 
 
 def _components(block: int, anatomy: Anatomy) -> list[FitUnit]:
@@ -102,6 +111,91 @@ def _matrices(unit: FitUnit, anatomy: Anatomy) -> tuple[FitUnit, ...]:
         FitUnit(weight.name, readers[weight.name], (Step(block, weight.module, PLAIN),), ((block, weight),), share=0.0)
         for block, weight in unit.weights
     )
+
+
+def _by_component(anatomies: Anatomies, calls: Calls) -> list[Group]:
+    return [Group(unit, (unit,)) for block, anatomy in anatomies.items() for unit in _components(block, anatomy)]
+
+
+def _by_matrix(anatomies: Anatomies, calls: Calls) -> list[Group]:
+    """Raises Refusal for matrices that lie in one tensor with others (experts)."""
+    return [
+        Group(unit, _matrices(unit, anatomy))
+        for block, anatomy in anatomies.items()
+        for unit in _components(block, anatomy)
+    ]
+
+
+def _whole(name: str) -> Callable[[Anatomies, Calls], list[Group]]:
+    """All of the blocks as one unit of this name."""
+
+    def group(anatomies: Anatomies, calls: Calls) -> list[Group]:
+        steps = tuple(Step(block, "", calls[block]) for block in anatomies)
+        weights = tuple((block, weight) for block, anatomy in anatomies.items() for weight in anatomy.weights)
+        frozen = tuple(name for anatomy in anatomies.values() for unit in anatomy.units for name in unit.frozen)
+        whole = FitUnit(name, name, steps, weights, tuple(dict.fromkeys(frozen)), residual=True)
+        return [Group(whole, (whole,))]
+
+    return group
+
+
+def _largest_block(components: Sequence[Sequence[int]], matrix: int) -> int:
+    return max(sum(block) for block in components)
+
+
+UNITS = {
+    "matrix": UnitKind(
+        groups=_by_matrix,
+        parameters=lambda components, matrix: matrix,
+        streams=16,  # what each reads and gives, some of it as wide as the MLP
+        sweep_streams=None,
+        written="matrix",
+        title="matrix by matrix",
+    ),
+    "component": UnitKind(
+        groups=_by_component,
+        parameters=lambda components, matrix: max(max(block) for block in components),
+        streams=4,
+        sweep_streams=2,
+        written="component (attention and MLP apart)",
+        title="component by component",
+    ),
+    "block": UnitKind(
+        groups=_whole("block"),
+        parameters=_largest_block,
+        streams=2,
+        sweep_streams=1,
+        written="block",
+        title="block by block",
+        whole_blocks=True,
+    ),
+    "window": UnitKind(
+        groups=_whole("window"),
+        parameters=_largest_block,
+        streams=2,
+        sweep_streams=1,
+        written="window:N (N blocks as one)",
+        title="{blocks} blocks at a time",
+        whole_blocks=True,
+        numbered=True,
+    ),
+}
+
+
+def find_unit(name: str) -> UnitKind | None:
+    """The unit of this name; None for "none". Raises Refusal for a name that the table does not have."""
+    if name != "none" and name not in UNITS:
+        raise Refusal(f"reconstruct {name!r} is unknown; there are: {', '.join(UNITS)}, none")
+    return UNITS.get(name)
+
+
+def groups_of(anatomies: Anatomies, calls: Calls, reconstruct: str) -> list[Group]:
+    """The groups of some consecutive blocks, in the order data passes them; components where nothing is
+    reconstructed.
+
+    Raises Refusal where single matrices are to be reconstructed that lie in one tensor with others (experts).
+    """
+    return (find_unit(reconstruct) or UNITS["component"]).groups(anatomies, calls)
 
 
 class UnitModules(nn.Module):

@@ -15,7 +15,7 @@ from espalier.stages.model.hooks import activation_hooks
 from espalier.stages.recipe import Recipe
 from espalier.stages.reconstruction.fit import weight_rms
 from espalier.stages.reconstruction.target import corrected_output
-from espalier.stages.reconstruction.units import groups_of
+from espalier.stages.reconstruction.units import find_unit, groups_of
 from espalier.stages.statistics import Check, InputStatistics, first_not_finite
 from espalier.stages.storage.spool import Spool, SpoolBudget
 from espalier.stages.storage.staging import upload
@@ -52,8 +52,8 @@ class BlockCalibration:
             self.statistics = new_statistics(anatomy, block, frozenset())
         self.rms = {name: weight_rms(tensor) for name, tensor in block.state_dict().items() if tensor.ndim > 1}
         self._sources, self._results = _kept(index, anatomy, call, recipe, piece)
-        whole = recipe.reconstruct in ("block", "window")
-        self._components_in_unit = len(anatomy.units) * len(piece) if whole else 1
+        unit = find_unit(recipe.reconstruct)
+        self._components_in_unit = len(anatomy.units) * len(piece) if unit and unit.whole_blocks else 1
         self._stem, self._budget = directory / f"block-{index:05d}", budget
         self.inputs = self._spools(self._sources, "inputs")
         self.outputs = self._spools(self._results, "outputs")
