@@ -26,6 +26,8 @@ class Recipe:
     allocation: Literal["uniform", "owl"] = "uniform"  # how a sparsity is spread over the blocks
     refine: str = "none"  # a name of REFINEMENTS, in espalier.stages.refine, or "none"
     solve: bool = False  # the weights that stay get the values that are best for the mask, before any fit
+    targets: Literal["plain", "corrected"] = "plain"  # of those values, and of ALPS': what the layer gave on what it
+    # reads now, or what it gave in the dense model, so that it also takes back what those before it lost
     reconstruct: str = "component"  # a name of UNITS, in espalier.stages.reconstruction.units, or "none"
     blocks_per_unit: int = 1  # blocks reconstructed as one
     inputs: Literal["dense", "pruned"] = "dense"
@@ -57,7 +59,25 @@ class Recipe:
         names = {self.criterion, *overridden}
         refinement = find_refinement(self.refine)
         needs = frozenset[str](refinement.needs if refinement else ()).union(*(find_criterion(n).needs for n in names))
-        return needs | {"hessian"} if self.solve else needs
+        return needs | {"hessian"} if self.solve or self.corrected else needs
+
+    @property
+    def solves(self) -> bool:
+        """Whether layers are given values that are the best for their mask, by `solve` or by their criterion."""
+        overridden = (override.changes.get("criterion", self.criterion) for override in self.overrides)
+        moves = self.criterion_options.get("update", True)
+        return self.solve or any(find_criterion(name).exact and moves for name in (self.criterion, *overridden))
+
+    @property
+    def corrected(self) -> bool:
+        """Whether layers take back what those before them lost: then they are pruned in the order data passes them."""
+        return self.targets == "corrected"
+
+    @property
+    def pruned_together(self) -> str:
+        """What is scored and masked as one: the units that are reconstructed; where none is, components, or with
+        corrected targets blocks, through which losses then travel no further than to the end."""
+        return "block" if self.corrected and self.reconstruct == "none" else self.reconstruct
 
     @property
     def gathers(self) -> bool:
@@ -68,7 +88,7 @@ class Recipe:
     @property
     def streams_dense(self) -> bool:
         """Whether the dense model's activations are needed: not where only the pruned model's are, to score with."""
-        return not self.sequential or self.reconstruct != "none" or self.allocation == "owl"
+        return not self.sequential or self.reconstruct != "none" or self.allocation == "owl" or self.corrected
 
     @property
     def predicts_inputs(self) -> bool:

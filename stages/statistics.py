@@ -53,8 +53,9 @@ class InputStatistics:
 
     Attributes (all float64, shape (I,)): `sum` Σx, `sum_sq` Σx², `weighted_variance` Σ over samples of
     tokens · the biased variance within that sample. Counts: `tokens`, `samples` (sequences).
-    `gram` Σ x xᵀ (I, I) float32, only with `hessian=True`. `output_sum_sq` Σy² (O,) float64 of the outputs of one
-    linear that reads the input, only with `out_features`.
+    `gram` Σ x xᵀ (I, I) float32, only with `hessian=True`. `cross` Σ x̃ xᵀ (I, I) float32, only after `update_cross`:
+    x̃ the inputs counted, x what the dense model has in their place. `output_sum_sq` Σy² (O,) float64 of the outputs
+    of one linear that reads the input, only with `out_features`.
 
     Sums add: two disjoint sets of samples, merged, equal one pass over both up to rounding. How samples are cut into
     updates changes no bit.
@@ -77,6 +78,7 @@ class InputStatistics:
         if out_features is not None:
             self.output_sum_sq = torch.zeros(out_features, dtype=torch.float64, device=device)
         self._gram = torch.zeros(in_features, in_features, device=device) if hessian else None
+        self.cross: Tensor | None = None
         self._factors: dict[float, Tensor] = {}  # by damping, until another sample is added
         self._mirrored = True  # False: only the lower triangle of _gram holds the sums
 
@@ -152,6 +154,16 @@ class InputStatistics:
     def update_unchecked(self, x: Tensor, y: Tensor | None = None) -> Check | None:
         """The same, but that the host does not wait: a check comes back, to be asked before the sums are used."""
         return self._add(x, y, at_once=False)
+
+    def update_cross(self, x: Tensor, dense: Tensor) -> None:
+        """Add Σ x̃ xᵀ of inputs x̃, which `update` is given too, and `dense`, x, the dense model's in the same places."""
+        x_STI, dense_STI = (each.detach().reshape(-1, *each.shape[-2:]) for each in (x, dense))
+        if x_STI.shape != dense_STI.shape or x_STI.shape[-1] != self.in_features:
+            raise ValueError(f"inputs {tuple(x.shape)} beside the dense model's {tuple(dense.shape)}")
+        if self.cross is None:
+            self.cross = torch.zeros(self.in_features, self.in_features, device=x.device)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            _add_cross_gram(self.cross, x_STI, dense_STI)
 
     def _add(self, x: Tensor, y: Tensor | None, at_once: bool) -> Check | None:
         self._factors.clear()
@@ -231,7 +243,7 @@ class InputStatistics:
         """Add the sums of `other`, gathered over other samples of the same input."""
         if self._keeps() != other._keeps():
             raise ValueError(
-                f"cannot merge statistics of {other._keeps()} into {self._keeps()} (inputs, hessian, outputs)"
+                f"cannot merge statistics of {other._keeps()} into {self._keeps()} (inputs, hessian, outputs, cross)"
             )
         self.tokens += other.tokens
         self.samples += other.samples
@@ -243,10 +255,12 @@ class InputStatistics:
         if self._gram is not None and other._gram is not None:
             self._gram += other._gram.to(self._gram.device)
             self._mirrored = False
+        if self.cross is not None and other.cross is not None:
+            self.cross += other.cross.to(self.cross.device)
 
-    def _keeps(self) -> tuple[int, bool, int | None]:
+    def _keeps(self) -> tuple[int, bool, int | None, bool]:
         outputs = None if self.output_sum_sq is None else len(self.output_sum_sq)
-        return self.in_features, self._gram is not None, outputs
+        return self.in_features, self._gram is not None, outputs, self.cross is not None
 
 
 def _chunk_tokens(x_STC: Tensor) -> int:
@@ -285,6 +299,17 @@ def _add_lower_gram(gram_II: Tensor, x_STI: Tensor) -> None:
                 for start in range(0, len(gram_II), GRAM_ROWS):
                     end = start + GRAM_ROWS
                     gram_II[start:end, :end].addmm_(x_TI[:, start:end].T, x_TI[:, :end])
+
+
+def _add_cross_gram(cross_II: Tensor, x_STI: Tensor, dense_STI: Tensor) -> None:
+    """Add Σ x̃ xᵀ to `cross_II`, in the same parts and arithmetic as `_add_lower_gram`."""
+    with bfloat16_factors(x_STI.device, x_STI.dtype == dense_STI.dtype == torch.bfloat16):
+        for pair in zip(x_STI, dense_STI, strict=True):
+            for parts in zip(*(each_TI.split(GRAM_TOKENS) for each_TI in pair), strict=True):
+                x_TI, dense_TI = (
+                    part_TI.to(torch.float32, memory_format=torch.contiguous_format, copy=True) for part_TI in parts
+                )
+                cross_II.addmm_(x_TI.T, dense_TI)
 
 
 def _mirror_lower(gram_II: Tensor) -> None:

@@ -23,7 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 PANELS = {
     "tower": "What",
     **dict.fromkeys(("sparsity", "pattern", "threshold", "criterion", "criterion_options"), "Masks"),
-    **dict.fromkeys(("scope", "allocation", "refine", "solve"), "Masks"),
+    **dict.fromkeys(("scope", "allocation", "refine", "solve", "targets"), "Masks"),
     **dict.fromkeys(("reconstruct", "inputs", "sweeps", "correction"), "Reconstruction"),
     **dict.fromkeys(("epochs", "batch", "learning_rate"), "Reconstruction"),
     **dict.fromkeys(("samples", "length", "bos", "text_column", "eval", "seed"), "Text"),

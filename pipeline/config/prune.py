@@ -113,6 +113,12 @@ class PruneConfig(ClusterConfig):
         description="Give the weights that stay the values that are best for their mask, by least squares, before any "
         "reconstruction; auto: where the inputs' Gram matrix is there anyway (swaps, sparsegpt, alps).",
     )
+    targets: Literal["auto", "plain", "corrected"] = Field(
+        "auto",
+        description="What solved values aim at: what the layer makes of what it reads (plain), or what it gave in the "
+        "dense model, so that it also takes back what the layers before it lost (corrected); auto: corrected where "
+        "values are solved.",
+    )
     reconstruct: str = Field(
         "component",
         description="What is trained as one to give its dense output again: "
@@ -225,6 +231,11 @@ class PruneConfig(ClusterConfig):
         check_options(self.criterion, self.criterion_options)
         self._check_sweeps()
         self.rules  # noqa: B018 refuses entries that are wrong in themselves
+        if self.targets == "corrected" and not self.recipe.solves:
+            raise Refusal(
+                "targets corrected: they are for values that are solved, and none are; use --solve on or "
+                "--criterion alps"
+            )
         return self
 
     def _check_threshold(self) -> None:
@@ -288,7 +299,8 @@ class PruneConfig(ClusterConfig):
             seed=self.seed,
         )
         there = self.solve == "auto" and "hessian" in recipe.needs and self.criterion_options.get("update") is None
-        return replace(recipe, solve=True) if there or self.solve == "on" else recipe
+        recipe = replace(recipe, solve=there or self.solve == "on")
+        return replace(recipe, targets="corrected" if self.targets != "plain" and recipe.solves else "plain")
 
     @property
     def _corrections(self) -> tuple[float, ...]:

@@ -126,6 +126,8 @@ def _kept_streams(recipe: Recipe) -> float:
     """How often a block's tokens × hidden states are set aside: inputs and dense outputs of its units."""
     kind = find_unit(recipe.reconstruct)
     if kind is None:
+        if recipe.corrected:
+            return 1
         return 2 if recipe.gathers and not recipe.sequential else 0
     return (kind.streams + (kind.sweep_streams or 0 if recipe.sweeps else 0)) / recipe.blocks_per_unit
 

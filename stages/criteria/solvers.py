@@ -59,7 +59,7 @@ def solve_alps(
     gram = statistics.gram
     assert gram is not None
     if keep_OI is not None:
-        return keep_OI, solve(weight_OI, keep_OI, gram, damping) if update else None
+        return keep_OI, solve(weight_OI, keep_OI, gram, damping, cross=statistics.cross) if update else None
     amount = target.sparsity if target.pattern is None else None
-    moved, keep = alps(weight_OI, gram, amount, target.pattern, target.scope, damping)
+    moved, keep = alps(weight_OI, gram, amount, target.pattern, target.scope, damping, statistics.cross)
     return keep, moved if update else None

@@ -64,7 +64,7 @@ class Anatomy:
     """What `trace` found in one block."""
 
     units: list[Unit]
-    shared_inputs: list[tuple[Weight, ...]]  # weights that read the very same tensor
+    shared_inputs: list[tuple[Weight, ...]]  # weights that read the very same tensor; experts', then as data passes
     calls: dict[str, Call]  # how the block called each component
 
     @property
@@ -156,4 +156,6 @@ def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> A
     groups: dict[object, list[Weight]] = {}
     for weight in (weight for unit in units for weight in unit.weights):
         groups.setdefault(id(inputs[weight.module]) if weight.expert is None else weight.name, []).append(weight)
-    return Anatomy(units, [tuple(group) for group in groups.values()], {u.name: calls[u.parts[0]] for u in units})
+    order = {name: place for place, name in enumerate(passed)}
+    shared = sorted(groups.values(), key=lambda group: order.get(group[0].module, -1))
+    return Anatomy(units, [tuple(group) for group in shared], {u.name: calls[u.parts[0]] for u in units})

@@ -3,7 +3,6 @@
 What goes in is dense (or, in a later sweep, what the sweep before left), what comes out is pruned.
 """
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,22 +17,19 @@ from espalier.stages.device_errors import out_of_memory_refused
 from espalier.stages.loading.skeleton import Skeleton
 from espalier.stages.masks import count_zeros, masked
 from espalier.stages.metrics.profile import Timeline, release_memory
-from espalier.stages.model.anatomy import Anatomy, Weight
 from espalier.stages.model.hooks import activation_hooks
 from espalier.stages.precision import computing, fitted_in
 from espalier.stages.recipe import BlockTask, Recipe, derived_seed
 from espalier.stages.reconstruction.fit import FitSettings, fit, rate_unit
 from espalier.stages.reconstruction.target import Target
 from espalier.stages.reconstruction.units import FitUnit, Group, UnitModules, groups_of
-from espalier.stages.shard.calibration import BlockCalibration, Counting, new_statistics
+from espalier.stages.shard.calibration import BlockCalibration
+from espalier.stages.shard.gathering import Dense, Gathered, Stage, batches, blocks_of, gather, stages_of
 from espalier.stages.shard.mask_selection import MaskSelector
-from espalier.stages.statistics import InputStatistics
 from espalier.stages.storage.spool import Spool
-from espalier.stages.storage.staging import prefetch
 
 TRAINING_BYTES = 13  # a parameter of the unit being fitted, beside its working weight: float32 master, moments, mask
 SWEEP_RATE = 0.4  # a sweep's learning rate, of the first fit's: the best of 0.25 to 1 on a trained model
-PASS_TOKENS = 2048  # run through a unit at a time where its activations are needed once more
 LESS_MEMORY = {  # what takes less of it
     "mask": "use --resident one, fewer shards a node, or no Gram matrices (--criterion wanda --refine dsnot)",
     "reconstruct": "use a smaller --batch, --resident one, --reconstruct component or none, or fewer shards a node",
@@ -75,7 +71,7 @@ class BlockPruner:
         self.groups = groups_of(
             {index: calibration.anatomy for index, calibration in calibrations.items()},
             {index: calibration.call for index, calibration in calibrations.items()},
-            recipe.reconstruct,
+            recipe.pruned_together,
         )
         self.keep: dict[str, Tensor] = {}  # by block.parameter, in the parameter's own shape and orientation
         self.units: dict[int, list[dict[str, Any]]] = {index: [] for index in blocks}
@@ -102,6 +98,9 @@ class BlockPruner:
             for group in self.calibrations[block].anatomy.shared_inputs
             if group[0].name in names
         ]
+        if self.recipe.corrected:  # a stage's Gram matrix and cross sums, and what is made of them; the unit as it was
+            dense = sum(self._stored(*at).nbytes for at in _parameters(unit))
+            return 4 * 5 * max(width * width for width in widths) + dense
         return 4 * (sum(width * width for width in widths) + 3 * max(width * width for width in widths))
 
     def _stored(self, block: int, parameter: str) -> Tensor:
@@ -143,14 +142,40 @@ class BlockPruner:
 
     def _mask(self, group: Group, captured: dict[str, Spool]) -> None:
         """Score, mask and refine every prunable weight of the group; pruned weights become +0."""
-        gathered = self._gather(group.whole, captured) if self.recipe.gathers else {}
-        for block, parameter in _parameters(group.whole):
+        recipe, unit = self.recipe, group.whole
+        anatomies = {block: self.calibrations[block].anatomy for block in blocks_of(unit)}
+        dense = self._dense(unit) if recipe.corrected else None
+        for number, stage in enumerate(stages_of(unit, anatomies, recipe.corrected)):
+            gathered: Gathered = {}
+            if recipe.gathers:
+                given = self._captured(unit, captured) if recipe.sequential else self._entry(unit).inputs[unit.source]
+                beside = dense if number or recipe.sequential else None  # the first reads what the dense unit reads
+                gathered = gather(
+                    unit,
+                    stage,
+                    self.modules,
+                    given,
+                    recipe.needs,
+                    self.skeleton.device,
+                    None if stage.experts else beside,
+                )
+            self._mask_stage(stage, gathered)
+
+    def _dense(self, unit: FitUnit) -> Dense:
+        """The unit as it is before any weight of it is pruned, and what it reads in the dense model."""
+        modules = {
+            block: self.skeleton.assembled(block, dict(self.modules[block].state_dict())) for block in blocks_of(unit)
+        }
+        return Dense(modules, self._entry(unit).inputs[unit.source])
+
+    def _mask_stage(self, stage: Stage, gathered: Gathered) -> None:
+        for (block, parameter), weights in stage.parameters().items():
             chooser = self.choosers[block]
             statistics = gathered.get(block) or self.calibrations[block].statistics
             stored = moved = self._stored(block, parameter)
             keep = torch.empty_like(stored, dtype=torch.bool)
             importance = self._importances.get(block, {}).get(parameter)
-            for _, weight in (at for at in group.whole.weights if at[0] == block and at[1].parameter == parameter):
+            for weight in weights:
                 said = None if importance is None else weight.of(importance)
                 kept, values = chooser.choose(weight, weight.of(stored), statistics[weight.name], said)
                 weight.of(keep).copy_(kept)
@@ -164,26 +189,6 @@ class BlockPruner:
         """The masks of an earlier sweep: what is zero stays zero."""
         for block, parameter in _parameters(group.whole):
             self.keep[f"{block}.{parameter}"] = self._stored(block, parameter) != 0
-
-    def _gather(self, unit: FitUnit, captured: dict[str, Spool]) -> dict[int, dict[str, InputStatistics]]:
-        """Statistics of what the unit's weights read when the unit, still dense, is given its inputs once more."""
-        inputs = self._captured(unit, captured) if self.recipe.sequential else self._entry(unit).inputs[unit.source]
-        names = {weight.name for _, weight in unit.weights}
-        gathered: dict[int, dict[str, InputStatistics]] = {}
-        chain, counts = UnitModules(unit, self.modules), list[Counting]()
-        with ExitStack() as hooks:
-            for step in _entries(unit):
-                module, anatomy = self.modules[step], _part(self.calibrations[step].anatomy, names)
-                gathered[step] = new_statistics(anatomy, module, self.recipe.needs)
-                counts.append(Counting(gathered[step], module, f"calibration, block {step}"))
-                root = next(entry.module for entry in unit.steps if entry.block == step)
-                hooks.enter_context(activation_hooks(module, anatomy, counts[-1], root=root))
-            hooks.enter_context(computing(chain))
-            for samples, batch in _batches(inputs, self.skeleton.device):
-                chain(batch, [step.call.at(samples) for step in unit.steps])
-                for count in counts:
-                    count.settle()
-        return gathered
 
     # -- activations -----------------------------------------------------------------------------------------------
 
@@ -207,7 +212,7 @@ class BlockPruner:
 
         block = self.modules[unit.first]
         with torch.no_grad(), computing(block), activation_hooks(block, entry.anatomy, None, {module: [reached]}):
-            for samples, batch in _batches(self._carried, self.skeleton.device):
+            for samples, (batch,) in batches(self._carried, self.skeleton.device):
                 with suppress(_Reached):
                     entry.call.at(samples).run(block, batch)
         return spool
@@ -249,7 +254,7 @@ class BlockPruner:
             ),
             rate_unit(sizes, self.skeleton.hidden_size),
         )
-        for block in _entries(unit):
+        for block in blocks_of(unit):
             prefix = f"{block}."
             self._put(block, {n.removeprefix(prefix): t for n, t in parameters.items() if n.startswith(prefix)})
         self.units[unit.first].append({"name": unit.name, **asdict(report)})
@@ -289,23 +294,3 @@ def _close(spools: Mapping[str, Spool]) -> None:
 def _parameters(unit: FitUnit) -> list[tuple[int, str]]:
     """The stored tensors that hold the unit's weights, with their blocks."""
     return list(dict.fromkeys((block, weight.parameter) for block, weight in unit.weights))
-
-
-def _entries(unit: FitUnit) -> list[int]:
-    """The unit's blocks."""
-    return list(dict.fromkeys(step.block for step in unit.steps))
-
-
-def _part(anatomy: Anatomy, names: set[str]) -> Anatomy:
-    """The anatomy with those weights alone."""
-    shared: list[tuple[Weight, ...]] = [group for group in anatomy.shared_inputs if group[0].name in names]
-    return Anatomy([], shared, {})
-
-
-def _batches(samples: Spool, device: str) -> Iterator[tuple[list[int], Tensor]]:
-    """All samples in order, a few at a time, with their numbers, on the device; the next are on their way meanwhile."""
-    step = max(1, PASS_TOKENS // len(samples[0])) if len(samples) and not samples.ragged else 1
-    numbers = [list(range(start, min(start + step, len(samples)))) for start in range(0, len(samples), step)]
-    made = ([functools.partial(samples.batch, indices)] for indices in numbers)
-    for indices, (batch,) in zip(numbers, prefetch(made, device), strict=True):
-        yield indices, batch()

@@ -141,9 +141,9 @@ def _kept(
     index: int, anatomy: Anatomy, call: Call, recipe: Recipe, piece: tuple[int, ...]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Of which modules of block `index` the inputs, and of which the outputs are kept: name -> module."""
-    groups = groups_of({index: anatomy}, {index: call}, recipe.reconstruct)
+    groups = groups_of({index: anatomy}, {index: call}, recipe.pruned_together)
     fits = [unit for group in groups for unit in group.fits] if recipe.reconstruct != "none" else []
-    read = [*fits, *(group.whole for group in groups if recipe.gathers and not recipe.sequential)]
+    read = [*fits, *(group.whole for group in groups if recipe.gathers and (recipe.corrected or not recipe.sequential))]
     sources = {unit.source: unit.steps[0].module for unit in read if index == piece[0]}
     return sources, {unit.name: unit.steps[-1].module for unit in fits if index == piece[-1]}
 

@@ -65,7 +65,9 @@ class MaskSelector:
     ) -> Tensor | None:
         """The best values for the mask where the recipe wants them, else those that there are."""
         gram = statistics.gram
-        return solve(matrix, keep, gram) if self.recipe.solve and gram is not None else values
+        if not self.recipe.solve or gram is None:
+            return values
+        return solve(matrix, keep, gram, cross=statistics.cross)
 
     def _refined(
         self,

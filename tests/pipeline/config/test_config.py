@@ -84,6 +84,7 @@ def test_every_field_is_a_flag_and_gets_there(asked: Any) -> None:
         "allocation": "owl",
         "refine": "dsnot",
         "solve": "on",
+        "targets": "plain",
         "reconstruct": "window:2",
         "inputs": "dense",
         "sweeps": 2,
@@ -124,6 +125,18 @@ def test_values_are_solved_for_where_the_gram_matrix_is_there_unless_said_otherw
     assert not solves() and not solves(refine="dsnot") and not solves(refine="swaps", solve="off")
     assert not solves(criterion="sparsegpt", criterion_options={"update": "no"})  # its masks alone were asked for
     assert solves(solve="on") and solves(solve=True) and not solves(refine="swaps", solve=False)  # YAML's on and off
+
+
+def test_targets_are_corrected_where_values_are_solved_unless_said_otherwise() -> None:
+    def targets(**options: object) -> str:
+        return build_config(LEAST | options, PruneConfig).recipe.targets
+
+    assert {targets(refine="swaps"), targets(criterion="alps"), targets(solve="on")} == {"corrected"}
+    assert targets(criterion="alps", solve="off") == "corrected"  # its own values
+    assert {targets(criterion="wanda", solve="off"), targets(criterion="alps", targets="plain")} == {"plain"}
+    assert targets(criterion="alps", criterion_options={"update": "no"}) == "plain"
+    with pytest.raises(Refusal, match=r"targets corrected: .* use --solve on or --criterion alps"):
+        build_config(LEAST | {"criterion": "wanda", "solve": "off", "targets": "corrected"}, PruneConfig)
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.0, 1.5, float("nan"), float("inf")])

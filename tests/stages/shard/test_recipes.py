@@ -42,6 +42,12 @@ RECIPES = {
     "alps, pruned": Recipe(criterion="alps", inputs="pruned", sparsity=None, pattern=(2, 4)),
     "solved": Recipe(solve=True, refine="dsnot"),
     "solved, pruned": Recipe(criterion="ria", solve=True, inputs="pruned", reconstruct="matrix"),
+    "corrected": Recipe(criterion="alps", targets="corrected", reconstruct="none"),
+    "corrected components": Recipe(solve=True, refine="swaps", targets="corrected"),
+    "corrected, pruned windows": Recipe(
+        solve=True, targets="corrected", inputs="pruned", reconstruct="window", blocks_per_unit=2
+    ),
+    "corrected, pruned bare": Recipe(criterion="alps", targets="corrected", inputs="pruned", reconstruct="none"),
     "symwanda": Recipe(criterion="symwanda", reconstruct="none"),
     "stochria": Recipe(criterion="stochria", criterion_options={"ratio": 0.5}, reconstruct="none", seed=3),
     "matrix scope": Recipe(criterion="owanda", scope="matrix", reconstruct="none"),

@@ -1,0 +1,120 @@
+"""Statistics gathered when a unit's turn comes: stage by stage, and beside the dense model's, against float64 sums."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from family_models import LAYERS, family_checkpoint
+from streaming import make_shards, prune, stream
+from torch import Tensor, nn
+
+from espalier.stages.masks import masked
+from espalier.stages.model.anatomy import Weight
+from espalier.stages.recipe import Recipe
+from espalier.stages.reconstruction.units import Group, groups_of
+from espalier.stages.shard.calibration import BlockCalibration
+from espalier.stages.shard.gathering import Dense, gather, stages_of
+from espalier.stages.shard.shard import Shard
+
+LENGTH, SAMPLES = 16, 6
+CORRECTED = Recipe(criterion="alps", targets="corrected", reconstruct="none")
+
+
+@pytest.fixture
+def shard(tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., Tensor], tmp_path: Path) -> Shard:
+    (made,) = make_shards(tiny_checkpoint(), tmp_path, 1, LENGTH, recipe=CORRECTED)
+    stream([made], tiny_tokens(SAMPLES, LENGTH), range(4))
+    return made
+
+
+def whole_block(calibration: BlockCalibration) -> Group:
+    (group,) = groups_of({1: calibration.anatomy}, {1: calibration.call}, CORRECTED.pruned_together)
+    return group
+
+
+@contextmanager
+def reading(block: nn.Module, module: str) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+    handle = block.get_submodule(module).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    yield seen
+    handle.remove()
+
+
+def names(weights: list[Weight]) -> list[str]:
+    return [weight.name.rpartition(".")[2] for weight in weights]
+
+
+def test_weights_that_read_one_tensor_are_a_stage_in_the_order_data_passes_them(shard: Shard) -> None:
+    calibration = shard.gathered.whole(1)
+    unit, anatomies = whole_block(calibration).whole, {1: calibration.anatomy}
+    (everything,) = stages_of(unit, anatomies, corrected=False)
+    assert len(everything.parameters()) == 7
+    stages = stages_of(unit, anatomies, corrected=True)
+    read = [names([weight for weights in stage.parameters().values() for weight in weights]) for stage in stages]
+    assert read == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+@pytest.mark.parametrize("place, module", [(1, "self_attn.o_proj"), (2, "mlp.gate_proj"), (3, "mlp.down_proj")])
+def test_cross_sums_pair_what_is_read_now_with_what_was_read_in_the_dense_block(
+    shard: Shard, place: int, module: str
+) -> None:
+    calibration = shard.gathered.whole(1)
+    unit = whole_block(calibration).whole
+    inputs = calibration.inputs[unit.source]
+    dense = shard.blocks.hold([1])[1]
+    pruned = shard.skeleton.assembled(1, dict(dense.state_dict()))
+    halved = {  # q, k, v lose every second column
+        name: masked(weight, torch.arange(weight.shape[1]).expand_as(weight) % 2 == 0)
+        for name, weight in dense.state_dict().items()
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+    }
+    pruned.load_state_dict(halved, strict=False, assign=True)
+    stage = stages_of(unit, {1: calibration.anatomy}, corrected=True)[place]
+    gathered = gather(unit, stage, {1: pruned}, inputs, CORRECTED.needs, "cpu", Dense({1: dense}, inputs))
+    found = gathered[1][module]
+    assert list(gathered) == [1] and {id(statistics) for statistics in gathered[1].values()} == {id(found)}
+    everything = inputs.batch(list(range(SAMPLES)))
+    seen = []
+    for block in (pruned, dense):
+        with torch.no_grad(), reading(block, module) as tensors:
+            calibration.call.at(list(range(SAMPLES))).run(block, everything)
+        seen.append(torch.cat([each.reshape(-1, each.shape[-1]) for each in tensors]).double())
+    now, before = seen
+    assert not torch.allclose(now, before)
+    assert found.cross is not None and found.gram is not None and found.tokens == SAMPLES * LENGTH
+    torch.testing.assert_close(found.cross.double(), now.T @ before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.gram.double(), now.T @ now, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pass_ends_where_all_that_was_looked_for_has_been_read(shard: Shard) -> None:
+    calibration = shard.gathered.whole(1)
+    unit = whole_block(calibration).whole
+    block = shard.blocks.hold([1])[1]
+    stage = stages_of(unit, {1: calibration.anatomy}, corrected=True)[1]
+    with reading(block, "mlp.down_proj") as seen:
+        gather(unit, stage, {1: block}, calibration.inputs[unit.source], CORRECTED.needs, "cpu")
+    assert not seen
+
+
+def test_corrected_targets_bring_blocks_nearer_to_the_dense_ones(
+    tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    tokens, last = tiny_tokens(SAMPLES * 4, LENGTH), {}
+    for targets in ("plain", "corrected"):
+        recipe = Recipe(criterion="alps", sparsity=0.7, targets=targets, reconstruct="block", learning_rate=1e-9)
+        shards = make_shards(tiny_checkpoint(), tmp_path / targets, 1, LENGTH, recipe=recipe)
+        reports = prune(shards, tokens)
+        last[targets] = sum(unit["error_before"] for report in reports for unit in report["units"])
+    assert last["corrected"] < last["plain"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_neox", "gpt2", "deepseek_v3"])
+def test_families_are_pruned_in_stages_to_the_exact_count(
+    tmp_path: Path, tiny_tokens: Callable[..., Tensor], family: str
+) -> None:
+    (shard,) = make_shards(family_checkpoint(tmp_path)(family), tmp_path, 1, LENGTH, blocks=LAYERS, recipe=CORRECTED)
+    for report in prune([shard], tiny_tokens(SAMPLES, LENGTH), LAYERS):
+        for name, layer in report["layers"].items():
+            assert layer["zeros"] == layer["weights"] // 2, name
