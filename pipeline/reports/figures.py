@@ -192,7 +192,7 @@ def draw_losses(losses: Sequence[float], evaluations: Sequence[tuple[int, float]
         steps, held_out = zip(*evaluations, strict=True)
         axes.plot(steps, held_out, "-o", color=VERMILLION, markersize=5, label="evaluation text")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss (nats a token)")
     axes.grid(True, which="major", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return _save(figure, path)

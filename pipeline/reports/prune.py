@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.cluster.connection.redact import storable
+from espalier.pipeline.record.metric_names import label
 from espalier.pipeline.reports.figures import component_title, draw_errors, draw_timeline, unit_names
 from espalier.pipeline.reports.format import count, duration, number, percent, size, table
 from espalier.pipeline.reports.sections import loading, recipe, surroundings, times, warnings
@@ -88,13 +89,13 @@ def _results(run: Mapping[str, Any]) -> str:
     dense, pruned = run.get("dense_perplexity"), run.get("perplexity")
     rows = [["perplexity", number(dense), number(pruned)]]
     if dense and pruned and dense > 0 and pruned > 0:
-        rows.append(["log-perplexity (nats per token)", number(math.log(dense)), number(math.log(pruned))])
+        rows.append(["log-perplexity (nats a token)", number(math.log(dense)), number(math.log(pruned))])
     if run.get("kl") is not None:
-        rows.append(["KL(dense ‖ pruned) (nats per token)", "", number(run["kl"])])
-        rows.append(["most likely token the same as the dense model's", "", percent(run.get("top1_agreement"), 2)])
+        rows.append([label("kl"), "", number(run["kl"])])
+        rows.append([label("top1_agreement"), "", percent(run.get("top1_agreement"), 2)])
     zeros, weights = _zeros(run)
     counted = f" ({zeros:,} of {weights:,})" if weights else ""
-    rows.append(["zeros among the prunable weights", "", percent(run.get("sparsity"), places=2) + counted])
+    rows.append([label("sparsity"), "", percent(run.get("sparsity"), places=2) + counted])
     return table(["", "dense", "pruned"], rows)
 
 

@@ -52,7 +52,7 @@ def sentence(run: Mapping[str, Any]) -> str:
 
 def _evaluations(run: Mapping[str, Any]) -> str:
     rows = [[f"{step:,}", f"{loss:.4f}", number(perplexity_of(loss))] for step, loss in run["evaluations"]]
-    return table(["after step", "loss (nats per token)", "perplexity"], rows)
+    return table(["after step", "loss (nats a token)", "perplexity"], rows)
 
 
 def _memory(run: Mapping[str, Any]) -> str:

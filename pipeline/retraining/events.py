@@ -4,6 +4,7 @@ import math
 import time
 from typing import Any
 
+from espalier.pipeline.record.metric_names import named
 from espalier.pipeline.record.recorder import Recorder
 from espalier.pipeline.reports.format import human_seconds
 from espalier.pipeline.run.directory import RunDirectory
@@ -40,8 +41,8 @@ class RunEvents:
         rank, step = event["rank"], event.get("step", 0)
         match event["event"]:
             case "holds":
-                self.memory[rank] = {name: event[name] for name in HELD if name in event}
-                recorder.metrics({f"memory/{name}_bytes_rank{rank}": n for name, n in self.memory[rank].items()})
+                held = self.memory[rank] = {name: event[name] for name in HELD if name in event}
+                recorder.metrics(named({f"memory/{name}_bytes_rank{{n}}": held[name] for name in held}, n=rank))
             case "done":
                 self.peaks[rank] = event["peak_memory"]
                 self.losses = dict(enumerate(event["losses"]))
@@ -56,7 +57,7 @@ class RunEvents:
             case "evaluated":
                 loss = self.evaluations[step] = event["loss"]
                 self.directory.note("evaluated", step=step, loss=loss)
-                recorder.metrics({"eval/loss": loss, "eval/perplexity": perplexity_of(loss)}, step)
+                recorder.metrics(named({"eval/loss": loss, "eval/perplexity": perplexity_of(loss)}), step)
                 self.reporter.note(
                     f"step {step}/{spec.steps}   evaluated: loss {loss:.4f}   perplexity {perplexity_of(loss):,.2f}"
                 )
@@ -66,10 +67,10 @@ class RunEvents:
     def _take_steps(self, event: dict[str, Any], spec: RetrainSpec, recorder: Recorder) -> None:
         losses, rates, first = event["losses"], event["rates"], event["first"]
         for step, (loss, rate) in enumerate(zip(losses, rates, strict=True), first + 1):
-            recorder.metrics({"train/loss": loss, "train/learning_rate": rate}, step)
+            recorder.metrics(named({"train/loss": loss, "train/learning_rate": rate}), step)
         done = first + len(losses)
         speed = event["tokens"] / event["seconds"]
-        recorder.metrics({"train/tokens_per_second": speed}, done)
+        recorder.metrics(named({"train/tokens_per_second": speed}), done)
         self.losses |= dict(enumerate(losses, first))
         self.seconds += event["seconds"]
         self.tracking += event["tracking"]

@@ -260,8 +260,7 @@ class _Run:
             "report": str(self.directory.home / "report.md"),
         }
         run |= self._spent(spec)
-        totals = total_metrics(run) | ({} if loss is None else {"loss": loss})
-        recorder.metrics(totals | {f"peak_memory_mb/rank{rank}": peak / 1e6 for rank, peak in events.peaks.items()})
+        recorder.metrics(total_metrics(run))
         self.directory.write(run)
         for path in [self.directory.run_file, *write_report(run, events.losses_in_order, self.directory.home)]:
             recorder.artifact(path)

@@ -23,6 +23,7 @@ from espalier.pipeline.config.track import TrackConfig
 from espalier.pipeline.planning.hardware import cores
 from espalier.pipeline.planning.model_info import model_facts
 from espalier.pipeline.pruning import prune as driver
+from espalier.pipeline.record.metric_names import cost_metrics, named
 from espalier.pipeline.record.recorder import Recorder, recorded_run
 from espalier.pipeline.reports.track import write_report
 from espalier.pipeline.retraining import run as retrain
@@ -145,7 +146,7 @@ class Experiment:
             point = done.get(target)
             if point is None:
                 point = self._point(target, rate, trained)
-                self.recorder.metrics({f"curve/{name}": point[name] for name in FIGURES}, step=index)
+                self.recorder.metrics(named({f"curve/{name}": point[name] for name in FIGURES}), step=index)
             points.append({name: value for name, value in point.items() if name != "event"})
         return points
 
@@ -184,10 +185,11 @@ class Experiment:
         except BaseException as failure:
             recorder.abandon(failure)
             raise
-        recorder.metrics({name: point[name] for name in FIGURES} | {"seconds/total": point["seconds"]})
+        recorder.metrics(named({name: point[name] for name in FIGURES}))
+        recorder.metrics(named({"seconds/{phase}": point["seconds"]}, phase="total"))
         if self.material.measure is None:
             losses = {"perplexity": point["tuned"], "dense_perplexity": self.run["trained"]}
-            recorder.metrics({name: perplexity_of(loss) for name, loss in losses.items()})
+            recorder.metrics(named({name: perplexity_of(loss) for name, loss in losses.items()}))
         recorder.close()
         point |= {"target": target, "mlflow_run_id": recorder.run_id}
         self.directory.note("point", **point)
@@ -318,10 +320,12 @@ class Experiment:
         }
         run |= {"report": str(self.output / "report.md"), "picture": str(self.output / "curve.png")}
         best = min(points, key=lambda point: point["tuned"])
-        recorder.metrics({"trained": run["trained"], "best": best["tuned"], "best_sparsity": best["sparsity"]})
-        recorder.metrics({"seconds/total": run["seconds"]})
-        recorder.metrics({f"flops/{kind}": cost["flops"] for kind, cost in run["cost"].items()})
-        recorder.metrics({f"seconds/{kind}": cost["seconds"] for kind, cost in run["cost"].items()})
+        recorder.metrics(
+            named({"trained": run["trained"], "best": best["tuned"], "best_sparsity": best["sparsity"]})
+            | named({"seconds/{phase}": run["seconds"]}, phase="total")
+        )
+        for kind, cost in run["cost"].items():
+            recorder.metrics(cost_metrics(kind, cost))
         self.directory.write(run)
         for path in [self.directory.run_file, *write_report(run, self.output)]:
             recorder.artifact(path)

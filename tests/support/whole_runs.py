@@ -21,6 +21,7 @@ from streaming import BATCH, make_shards, prune
 from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.planning.model_info import model_facts
 from espalier.pipeline.planning.resolve import resolve_auto
+from espalier.pipeline.record.metric_names import METRICS
 from espalier.pipeline.run.inputs import load_tokenizer
 from espalier.pipeline.run.progress import Reporter
 from espalier.stages.data.token_table import build_token_table
@@ -74,6 +75,16 @@ def journal_of(output: Path, event: str = "block") -> list[dict[str, Any]]:
         except ValueError:
             continue
     return [line for line in lines if line["event"] == event]
+
+
+def recorded_outside_the_table(run: Path) -> set[str]:
+    """Metrics of a run, by the copy in the directory that holds its metrics.jsonl, that METRICS does not have."""
+    forms = [re.escape(name).replace(r"\{n\}", r"\d+") for name in METRICS]
+    known = re.compile("|".join(re.sub(r"\\\{[a-z]+\\\}", ".+", form) for form in forms))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    recorded = {name for line in lines for name in json.loads(line)["metrics"]}
+    assert recorded, "a run records something"
+    return {name for name in recorded if not known.fullmatch(name)}
 
 
 def prune_without_ray(config: PruneConfig) -> dict[str, str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from whole_runs import LENGTH, MICROBATCH, SAMPLES, Listener, prune_without_ray, weights_of
+from whole_runs import LENGTH, MICROBATCH, SAMPLES, Listener, prune_without_ray, recorded_outside_the_table, weights_of
 
 from espalier.pipeline.cli.main import main
 from espalier.pipeline.config.prune import PruneConfig
@@ -203,6 +203,7 @@ def test_the_mlflow_run_is_complete(wanda: PruneResult, recorded: str) -> None:
         assert sorted(point.step for point in client.get_metric_history(run.info.run_id, metric)) == [0, 1, 2, 3]
     assert run.data.metrics["perplexity"] == wanda.perplexity and run.data.metrics["kl"] == wanda.kl
     assert run.data.metrics["sparsity"] == 0.5 and run.data.metrics["seconds/total"] > 0
+    assert recorded_outside_the_table(wanda.output / "espalier") == set()
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"run.json", "report.md"} <= artifacts and len(artifacts) >= 3, "plots as well"
 

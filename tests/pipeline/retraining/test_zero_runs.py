@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from whole_runs import Listener
+from whole_runs import Listener, recorded_outside_the_table
 
 from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.retrain import RetrainConfig
@@ -195,6 +195,7 @@ def test_the_curve_is_in_mlflow(run_in: Callable[..., RetrainResult]) -> None:
     client = open_client(default_tracking_uri())
     curve = client.get_metric_history(result.run_id, "train/loss")
     assert [point.value for point in sorted(curve, key=lambda point: point.step)] == result.losses
+    assert recorded_outside_the_table(result.output / "espalier") == set()
     (evaluated,) = client.get_metric_history(result.run_id, "eval/loss")
     assert (evaluated.step, evaluated.value) == (STEPS, result.loss)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import write_text
+from whole_runs import recorded_outside_the_table, write_text
 
 from espalier.pipeline.config.track import TrackConfig, load_config, recipes
 from espalier.stages.errors import Refusal
@@ -270,6 +270,7 @@ def test_an_interrupted_experiment_goes_on_from_what_is_finished(
     parent = next(run for run in runs if run.info.run_name == "track linear")
     (row,) = (row for row in compare([config.experiment]).rows if row["run"] == "sparsity 50 %")
     assert (row["sparsity"], row["perplexity"]) == pytest.approx((half["sparsity"], math.exp(half["tuned"])))
+    assert all(recorded_outside_the_table(home) == set() for home in (out / "espalier", out / "sparsity-50"))
     curve = client.get_metric_history(parent.info.run_id, "curve/tuned")
     assert [point.value for point in curve] == pytest.approx([dense["tuned"], half["tuned"]])
     with pytest.raises(Refusal, match="finished run"):
