@@ -325,4 +325,4 @@ class PruneRun:
         recorder.close()
         if recorder.warning:
             self._warn(recorder.warning)
-            self.directory.write(run)
+        self.directory.finish(run)

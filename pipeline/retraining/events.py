@@ -46,6 +46,7 @@ class RunEvents:
             case "done":
                 self.peaks[rank] = event["peak_memory"]
                 self.losses = dict(enumerate(event["losses"]))
+                self.evaluations |= dict(event["evaluations"])  # one that a process before was ended too soon to hear
             case _ if rank != 0:
                 pass
             case "begin":

@@ -110,8 +110,10 @@ class Experiment:
             self.recorder = self._recorder()
             held.enter_context(at_the_last(self.recorder.cut_short))
             try:
-                self.ranks = self.given or self._ranks(held)
-                self._finish(self._sweep())
+                with ExitStack() as connection:
+                    self.ranks = self.given or self._ranks(connection)
+                    points = self._sweep()
+                self._finish(points)
             except BaseException as failure:
                 self.recorder.abandon(failure)
                 raise
@@ -332,3 +334,4 @@ class Experiment:
         recorder.close()
         if recorder.warning:
             self.reporter.note(f"warning: {recorder.warning}")
+        self.directory.finish(run)

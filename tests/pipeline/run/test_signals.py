@@ -21,6 +21,7 @@ from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.pruning import prune as driver
 from espalier.pipeline.pruning.prune import resume
 from espalier.pipeline.run.directory import RunDirectory
+from espalier.pipeline.run.stopping import how_to_go_on
 
 EPOCHS = 3
 SECONDS = 10.0  # promised between the signal and the end
@@ -194,6 +195,22 @@ def test_a_process_that_was_started_deaf_to_hangups_stays_so() -> None:
     process.terminate()
     _, said = process.communicate(timeout=60)
     assert said.strip().endswith("Stopped: SIGTERM")
+
+
+def test_a_run_is_finished_when_all_is_done_and_not_when_its_run_json_says_so_first(tmp_path: Path) -> None:
+    """It does on its way to MLflow."""
+    run = {"status": "running", "config": {}, "fingerprint": None}
+    for name, end in (("early", RunDirectory.write), ("done", RunDirectory.finish)):
+        directory = RunDirectory.claim(tmp_path / name, run)
+        with pytest.raises(KeyboardInterrupt) as stop, directory.at_work():
+            end(directory, run | {"status": "finished"})
+            raise KeyboardInterrupt
+        status = json.loads(directory.run_file.read_text())["status"]
+        said = how_to_go_on(stop.value)
+        if name == "early":
+            assert (status, said) == ("interrupted", f"`espalier resume {tmp_path / name}` goes on")
+        else:
+            assert (status, said) == ("finished", f"the run in {tmp_path / name} is finished")
 
 
 def test_ctrl_c_says_how_to_go_on(
