@@ -22,6 +22,7 @@ from espalier.stages.loading.weight_mapping import WeightMapping
 from espalier.stages.model.calls import Call
 from espalier.stages.model.empty import empty_model
 from espalier.stages.model.families import BlockLayout, Tower
+from espalier.stages.model.packing import Given, Passage, found_passages, pack_layers
 from espalier.stages.model.structure import check_family, layout_in
 from espalier.stages.precision import check_range, note_dtypes
 from espalier.stages.storage.config_file import read_config_file
@@ -92,6 +93,38 @@ class Skeleton:
         for name, buffer in list(self.model.named_buffers()):
             holder, _, attribute = name.rpartition(".")
             self.model.get_submodule(holder)._buffers[attribute] = upload(buffer, device)
+        self.passages = self._find_passages()
+        if self.passages:
+            pack_layers(self.layers, self.passages)
+
+    def _find_passages(self) -> list[Passage]:
+        """How each layer is passed by what travels; empty where that is hidden states alone."""
+
+        embedding: Any = self.model.get_input_embeddings()
+
+        def given(samples: int, length: int) -> list[Given]:
+            @torch.enable_grad()
+            def run() -> None:
+                inputs = self._nothing(samples, length)
+                if "inputs_embeds" in inputs:
+                    inputs["inputs_embeds"] = _with_gradient(inputs["inputs_embeds"])
+                self.model(**inputs, use_cache=False)
+
+            return self._reached(run)
+
+        handle = embedding.register_forward_hook(lambda module, args, output: _with_gradient(output))
+        try:
+            return found_passages(self.layers, given, self.dtype)
+        except Refusal:
+            raise
+        except Exception:  # the model's code cannot be run so: the probe of a new family says where it fails
+            return []
+        finally:
+            handle.remove()
+
+    def columns(self, index: int) -> int:
+        """How wide the input of block `index` is, all that travels with the hidden states included."""
+        return self.passages[index].before.columns if self.passages else self.hidden_size
 
     def _find_layers(self) -> list[nn.Module]:
         blocks = self.layout.blocks
@@ -200,15 +233,22 @@ class Skeleton:
 
         `varying`: the samples' own inputs among VARYING, (samples, ..., length), where they have any.
         """
-        nothing, given = self._nothing(samples, length), self._given(varying or {})
-        return self._called(lambda: self.model(inputs_embeds=nothing, use_cache=False, **given))
+        given = self._nothing(samples, length) | self._given(varying or {})
+        calls = self._called(lambda: self.model(**given, use_cache=False))
+        if not self.passages:
+            return calls
+        return [passage.emptied(call) for passage, call in zip(self.passages, calls, strict=True)]
 
     def _called(self, run: Callable[[], object]) -> list[Call]:
-        """How each layer is called when `run` runs the model, each giving what it is given."""
-        seen: list[Call] = []
+        """How each layer is called when `run` runs the model."""
+        return [call for call, _ in self._reached(run)]
+
+    def _reached(self, run: Callable[[], object]) -> list[Given]:
+        """How each layer is called when `run` runs the model, and what for, each giving what it is given."""
+        seen: list[Given] = []
 
         def visit(index: int, call: Call, hidden: Tensor) -> Tensor:
-            seen.append(call)
+            seen.append((call, hidden))
             if index + 1 == len(self.layers):
                 raise _Stop(hidden)
             return hidden
@@ -241,10 +281,14 @@ class Skeleton:
         """How long a sample is of which `length` tokens are wanted. `first`: the first one's varying inputs."""
         return length
 
-    def _nothing(self, samples: int, length: int) -> Tensor:
-        """Zeros in place of embedded tokens, as wide as the embedding (OPT's can be narrower than its blocks)."""
+    def _nothing(self, samples: int, length: int) -> dict[str, Tensor]:
+        """Inputs of the model that say nothing: zeros in place of embedded tokens, as wide as the embedding (OPT's can
+        be narrower than its blocks). A model that embeds tokens for each block too would look for them among those."""
+        if getattr(self.config.get_text_config(), "hidden_size_per_layer_input", None):
+            return {"input_ids": torch.zeros(samples, length, dtype=torch.int64, device=self.device)}
         embedding: Any = self.model.get_input_embeddings()
-        return torch.zeros(samples, length, embedding.weight.shape[1], dtype=self.dtype, device=self.device)
+        zeros = torch.zeros(samples, length, embedding.weight.shape[1], dtype=self.dtype, device=self.device)
+        return {"inputs_embeds": zeros}
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The first layer's input for the model's inputs, "input_ids" (samples, length) among them.
@@ -258,6 +302,10 @@ class Skeleton:
 
     def _entering(self, run: Callable[[], object]) -> Tensor:
         """The first layer's input when `run` runs the model."""
+        if self.passages:
+            reached, before = self._reached(run), self.passages[0].before
+            tensors = {part: reached[part.layer][0].arguments[part.place[0]] for part in before.parts[1:]}
+            return before.pack({before.parts[0]: reached[0][1], **tensors})
 
         def visit(index: int, call: Call, hidden: Tensor) -> Tensor:
             raise _Stop(hidden)
@@ -271,8 +319,16 @@ class Skeleton:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits (samples, length, vocabulary) from its last layer's output."""
-        with self._visiting(lambda index, call, _: hidden):
-            return self.model(inputs_embeds=self._nothing(*hidden.shape[:2]), use_cache=False).logits
+        given = self.unpacked(hidden)
+        with self._visiting(lambda index, call, _: given):
+            return self.model(**self._nothing(*hidden.shape[:2]), use_cache=False).logits
+
+    def unpacked(self, hidden: Tensor) -> Tensor:
+        """The last layer's output as the model's own layer gives it."""
+        if not self.passages:
+            return hidden
+        after = self.passages[-1].after
+        return after.unpack(hidden)[after.parts[0]]
 
     def assembled(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Layer `index` holding `tensors` (names inside the block); the skeleton's own layer stays on meta."""
@@ -283,6 +339,11 @@ class Skeleton:
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else upload(buffer, self.device)
         return layer.requires_grad_(False).eval()
+
+
+def _with_gradient(embedded: Tensor) -> Tensor:
+    """The same numbers, with what tells in torch's graph what is made of them."""
+    return embedded.detach().requires_grad_() * 1
 
 
 def _parameters_of(model: nn.Module, module: nn.Module | None) -> set[str]:

@@ -1,6 +1,6 @@
 """The anatomy of one decoder block, found by running it once: units, norms, weights that read one tensor."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from espalier.stages.errors import Refusal
 from espalier.stages.model.calls import Call, first
 from espalier.stages.model.experts import stacks_of, stored_transposed
 from espalier.stages.model.families import BlockLayout, _within
+from espalier.stages.model.packing import PackedCall, inner_call, passage_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Unit:
     chain: tuple[str, ...] = ()  # the children that are the component, where it is no module of its own
     frozen: tuple[str, ...] = ()  # modules inside that are not fitted
     parallel: bool = False  # reads the same residual stream as another component: neither sees the other's output
+    adds: bool = True  # what it gives is as wide as what it reads, and is added to the stream
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -66,10 +68,17 @@ class Anatomy:
     units: list[Unit]
     shared_inputs: list[tuple[Weight, ...]]  # weights that read the very same tensor; experts', then as data passes
     calls: dict[str, Call]  # how the block called each component
+    hidden: int | None = None  # how many columns of what the block gives are hidden states; None: all
+    opens: bool = True  # the first component reads what the block is given
 
     @property
     def weights(self) -> tuple[Weight, ...]:
         return tuple(weight for unit in self.units for weight in unit.weights)
+
+    def reading_alike(self, names: Collection[str]) -> list[tuple[Weight, ...]]:
+        """Of `shared_inputs` the weights of those names: a tensor can be read by several components."""
+        groups = [tuple(weight for weight in group if weight.name in names) for group in self.shared_inputs]
+        return [group for group in groups if group]
 
 
 def prunable(block: nn.Module, layout: BlockLayout) -> dict[str, tuple[Weight, ...]]:
@@ -118,15 +127,16 @@ def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> A
     inputs: dict[str, Tensor] = {}  # holding the tensors keeps their identity unique during the pass
     outputs: dict[str, Tensor] = {}
     calls: dict[str, Call] = {}
+    entered: list[Tensor] = []  # what the block is given
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs[name], outputs[name] = Call.hidden_of(args, kwargs), first(output)
-            calls[name] = Call.seen(args, kwargs)
+            calls[name] = inner_call(passage, Call.seen(args, kwargs), inputs[name])
 
         return hook
 
-    components = prunable(block, layout)
+    components, passage = prunable(block, layout), passage_of(block)
     parts = {name: layout.parts(name) for name in components}
     inner = {part for chain in parts.values() for part in chain}
     norms = [name for name, child in block.named_children() if name not in inner and not isinstance(child, nn.Dropout)]
@@ -135,6 +145,10 @@ def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> A
         for name in dict.fromkeys([*norms, *inner, *(weight.module for weight in plain)]):
             handle = block.get_submodule(name).register_forward_hook(record(name), with_kwargs=True)
             hooks.callback(handle.remove)
+        handle = block.register_forward_pre_hook(
+            lambda _, *given: entered.append(Call.hidden_of(*given)), with_kwargs=True
+        )
+        hooks.callback(handle.remove)
         run()
     units = []
     passed = list(calls)
@@ -145,6 +159,8 @@ def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> A
     entries = [inputs[parts[name][0]] for name in components]
     for (name, weights), entry in zip(components.items(), entries, strict=True):
         exit_, alone = outputs[parts[name][-1]], sum(other is entry for other in entries) == 1
+        call = calls[parts[name][0]]
+        alone = alone and not (isinstance(call, PackedCall) and call.more)  # a norm knows hidden states only
         before = [norm for norm in norms if alone and norm in outputs and outputs[norm] is entry]
         after = [norm for norm in norms if norm in inputs and inputs[norm] is exit_]
         frozen = tuple(router for router in layout.routers if router.startswith(f"{name}."))
@@ -153,9 +169,16 @@ def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> A
     for unit in units:
         stream = inputs[unit.modules[0]]
         unit.parallel = any(inputs[other.modules[0]] is stream for other in units if other is not unit)
+        unit.adds = outputs[unit.modules[-1]].shape[-1] == stream.shape[-1]
     groups: dict[object, list[Weight]] = {}
     for weight in (weight for unit in units for weight in unit.weights):
         groups.setdefault(id(inputs[weight.module]) if weight.expert is None else weight.name, []).append(weight)
     order = {name: place for place, name in enumerate(passed)}
     shared = sorted(groups.values(), key=lambda group: order.get(group[0].module, -1))
-    return Anatomy(units, [tuple(group) for group in shared], {u.name: calls[u.parts[0]] for u in units})
+    return Anatomy(
+        units,
+        [tuple(group) for group in shared],
+        {unit.name: calls[unit.parts[0]] for unit in units},
+        passage.hidden.columns if passage else None,
+        opens=inputs[units[0].modules[0]] is entered[0],
+    )

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+Place = int | str  # of an argument: a number among the positional ones behind the hidden states, or a keyword
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class Call:
     keyword: str | None  # the keyword that carried the hidden states; None: first positional
     packed: bool = field(default=False, kw_only=True)  # the module takes all samples' positions as one sequence
 
-    def run(self, module: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, module: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The module's (first) output on `hidden` (samples, length, width)."""
         given = hidden.flatten(0, 1) if self.packed else hidden
         if self.keyword is None:
@@ -29,6 +31,20 @@ class Call:
         else:
             output = first(module(*self.args, **{**self.kwargs, self.keyword: given}))
         return output if output.ndim == hidden.ndim else output.unflatten(0, hidden.shape[:2])
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What a module called with those arguments is given, as `run` takes it."""
+        return self.hidden_of(args, kwargs)
+
+    @property
+    def arguments(self) -> dict[Place, Any]:
+        """All arguments but the hidden states, by their places."""
+        return dict((*enumerate(self.args), *self.kwargs.items()))
+
+    def having(self, changes: Mapping[Place, Any]) -> "Call":
+        """The same call with those arguments in place of its own."""
+        args = tuple(changes.get(number, value) for number, value in enumerate(self.args))
+        return replace(self, args=args, kwargs={name: changes.get(name, value) for name, value in self.kwargs.items()})
 
     def at(self, samples: Sequence[int]) -> "Call":
         """The call for those samples of the calibration: here, the same for all (see espalier.stages.model.calls)."""

@@ -40,6 +40,10 @@ _IMAGES = BlockLayout(blocks="model.language_model.layers", vision=_ENCODER)
 
 FAMILIES: dict[str, BlockLayout] = {  # what `espalier.stages.model.structure` would not find
     "gemma3": _IMAGES,
+    "gemma3n_text": BlockLayout(
+        components=("laurel", "self_attn", "mlp", "per_layer_input_gate", "per_layer_projection"),
+        routers=("altup",),  # weighs its streams
+    ),
     "llava": _IMAGES,
     "opt": BlockLayout(blocks="model.decoder.layers", chains={"mlp": ("fc1", "activation_fn", "fc2")}),
     "qwen2_vl": BlockLayout(

@@ -30,13 +30,15 @@ def activation_hooks(
     root: str = "",
 ) -> Iterator[None]:
     """Within it, each forward pass calls `weights(group, x)` for every tensor that weights of `anatomy` read, and for
-    the modules named in `inputs` and `outputs` those functions, with what they read or gave.
+    the modules named in `inputs` and `outputs` those functions, with what they read or gave: what the block itself, "",
+    gave is its hidden states, whatever else travels on with them.
 
     A pass enters at the module `root` of `block` ("" is the block itself). One whose samples are packed into a single
     sequence is taken for one sample. An expert's x is the tokens that it got,
     one call a sample: (1, tokens, channels); no call where it got none.
     """
     shape = [1, 1]  # (samples, tokens) of the pass under way
+    given = {unit.parts[0]: anatomy.calls[unit.name].given for unit in anatomy.units}
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = Call.hidden_of(args, kwargs)
@@ -45,20 +47,23 @@ def activation_hooks(
     def by_sample(x: Tensor) -> Tensor:
         return x.reshape(*shape, x.shape[-1])
 
-    def entered(see: Seen) -> Callable[..., None]:
-        return lambda module, args, kwargs: see(by_sample(Call.hidden_of(args, kwargs)))
+    def entered(name: str, see: Seen) -> Callable[..., None]:
+        read = given.get(name, Call.hidden_of)
+        return lambda module, args, kwargs: see(by_sample(read(args, kwargs)))
 
-    def left(see: Seen) -> Callable[..., None]:
-        return lambda module, args, output: see(by_sample(first(output)))
+    def left(name: str, see: Seen) -> Callable[..., None]:
+        columns = None if name else anatomy.hidden
+        return lambda module, args, output: see(by_sample(first(output))[..., :columns])
 
     with ExitStack() as hooks:
         hooks.callback(block.get_submodule(root).register_forward_pre_hook(enter, with_kwargs=True).remove)
         for module, hook in _readers(anatomy, shape, by_sample, weights) if weights else ():
             hooks.callback(block.get_submodule(module).register_forward_pre_hook(hook).remove)
         for name, see in ((name, see) for name, seers in inputs.items() for see in seers):
-            hooks.callback(block.get_submodule(name).register_forward_pre_hook(entered(see), with_kwargs=True).remove)
+            entering = block.get_submodule(name).register_forward_pre_hook(entered(name, see), with_kwargs=True)
+            hooks.callback(entering.remove)
         for name, see in ((name, see) for name, seers in outputs.items() for see in seers):
-            hooks.callback(block.get_submodule(name).register_forward_hook(left(see)).remove)
+            hooks.callback(block.get_submodule(name).register_forward_hook(left(name, see)).remove)
         yield
 
 

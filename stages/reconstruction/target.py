@@ -37,6 +37,7 @@ class Target:
             return self._outputs.batch(indices, room)
         outputs_SLD = self._outputs.batch(indices)
         error_SLD = self._dense.batch(indices).float() - self._given.batch(indices)
+        error_SLD = error_SLD[..., : outputs_SLD.shape[-1]]  # of the hidden states, which come first
         return outputs_SLD.float().add_(error_SLD, alpha=self._shift)
 
 

@@ -34,9 +34,10 @@ class FitUnit:
     weights: tuple[tuple[int, Weight], ...]  # with the block of each
     frozen: tuple[str, ...] = ()  # modules, relative to their block, that are not fitted
     residual: bool = False  # the residual stream is part of its output
+    hidden: int | None = None  # how many columns of its output are fitted, the rest travels by; None: all
     share: float = 1.0
-    # Of the error accumulated in its input, what it may take back: less where units run in parallel, nothing for a
-    # matrix, whose output is not added to the stream.
+    # Of the error accumulated in its input, what it may take back: less where units run in parallel, nothing for what
+    # is not added to the stream, as the output of a matrix.
 
     @property
     def first(self) -> int:
@@ -94,7 +95,7 @@ def _components(block: int, anatomy: Anatomy) -> list[FitUnit]:
             ),
             tuple((block, weight) for weight in unit.weights),
             unit.frozen,
-            share=1 / together if unit.parallel else 1.0,
+            share=(1 / together if unit.parallel else 1.0) if unit.adds else 0.0,
         )
         for unit in anatomy.units
     ]
@@ -133,7 +134,9 @@ def _whole(name: str) -> Callable[[Anatomies, Calls], list[Group]]:
         steps = tuple(Step(block, "", calls[block]) for block in anatomies)
         weights = tuple((block, weight) for block, anatomy in anatomies.items() for weight in anatomy.weights)
         frozen = tuple(name for anatomy in anatomies.values() for unit in anatomy.units for name in unit.frozen)
-        whole = FitUnit(name, name, steps, weights, tuple(dict.fromkeys(frozen)), residual=True)
+        frozen = tuple(dict.fromkeys(frozen))
+        hidden = next(iter(anatomies.values())).hidden
+        whole = FitUnit(name, name, steps, weights, frozen, residual=True, hidden=hidden)
         return [Group(whole, (whole,))]
 
     return group
@@ -206,12 +209,13 @@ class UnitModules(nn.Module):
         super().__init__()
         self.prefixes = [f"{step.block}.{step.module}." if step.module else f"{step.block}." for step in unit.steps]
         self.parts = nn.ModuleList(blocks[step.block].get_submodule(step.module) for step in unit.steps)
+        self._hidden = unit.hidden
         self._frozen = tuple(f"{step.block}.{name}." for step in unit.steps for name in unit.frozen)
 
     def forward(self, hidden_SLD: Tensor, calls: Sequence[Call]) -> Tensor:
         for part, call in zip(self.parts, calls, strict=True):
             hidden_SLD = call.run(part, hidden_SLD)
-        return hidden_SLD
+        return hidden_SLD[..., : self._hidden]
 
     def named(self) -> dict[str, nn.Parameter]:
         """`block.parameter` -> parameter, of all that are fitted."""

@@ -65,7 +65,7 @@ class BlockPruner:
         if (
             recipe.predicts_inputs and order.sweep
         ):  # a unit after the first reads what those before it, reconstructed, make of it
-            self._carried = next(iter(calibrations[order.blocks[0]].drifted.values()))
+            self._carried = calibrations[order.blocks[0]].drifted_entry
         self._importances = importances
         self.modules = {index: skeleton.assembled(index, dict(block.state_dict())) for index, block in blocks.items()}
         self.groups = groups_of(
@@ -95,8 +95,7 @@ class BlockPruner:
         widths = [
             group[0].of(self._stored(block, group[0].parameter)).shape[1]
             for block in {step.block for step in unit.steps}
-            for group in self.calibrations[block].anatomy.shared_inputs
-            if group[0].name in names
+            for group in self.calibrations[block].anatomy.reading_alike(names)
         ]
         if self.recipe.corrected:  # a stage's Gram matrix and cross sums, and what is made of them; the unit as it was
             dense = sum(self._stored(*at).nbytes for at in _parameters(unit))
@@ -134,7 +133,7 @@ class BlockPruner:
         refused = out_of_memory_refused(
             f"block {unit.first}, {what} of {unit.name} on {self.skeleton.device}", LESS_MEMORY[what]
         )
-        with self.timeline.phase(what, unit.first), refused:
+        with self.timeline.phase("score" if what == "mask" else what, unit.first), refused:
             yield
         self.seconds[unit.first][what] += time.perf_counter() - started
 

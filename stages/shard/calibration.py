@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from espalier.stages.devices import on_accelerator
@@ -52,8 +53,11 @@ class BlockCalibration:
             self.statistics = new_statistics(anatomy, block, frozenset())
         self.rms = {name: weight_rms(tensor) for name, tensor in block.state_dict().items() if tensor.ndim > 1}
         self._sources, self._results = _kept(index, anatomy, call, recipe, piece)
+        opened = not recipe.predicts_inputs or anatomy.opens or "" in self._sources.values()
+        self._entry = {} if opened else {"block": ""}  # kept in the pruned model, where no unit reads it as it is
         unit = find_unit(recipe.reconstruct)
-        self._components_in_unit = len(anatomy.units) * len(piece) if unit and unit.whole_blocks else 1
+        adding = sum(unit.adds for unit in anatomy.units)
+        self._components_in_unit = adding * len(piece) if unit and unit.whole_blocks else 1
         self._stem, self._budget = directory / f"block-{index:05d}", budget
         self.inputs = self._spools(self._sources, "inputs")
         self.outputs = self._spools(self._results, "outputs")
@@ -66,7 +70,12 @@ class BlockCalibration:
         """Make room for the inputs that the next sweep is to see."""
         for spool in self.drifted.values():
             spool.close()
-        self.drifted, self.drifted_for = self._spools(self._sources, "drifted"), 0
+        self.drifted, self.drifted_for = self._spools(self._entry | self._sources, "drifted"), 0
+
+    @property
+    def drifted_entry(self) -> Spool:
+        """The block's own inputs in the pruned model."""
+        return next(iter(self.drifted.values()))
 
     @contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
@@ -85,30 +94,36 @@ class BlockCalibration:
         With `foresee`, each pass gives what the block will give once its units, and those before, have taken back their
         share of the error; see `espalier.stages.reconstruction.target`.
         """
-        keepers = _appending(self._sources, self.drifted)
+        keepers = _appending(self._entry | self._sources, self.drifted)
         with ExitStack() as hooked:
             for names in self._reading_alike() if foresee else ():
-                keep, correct = self._correcting(names[-1])
-                keepers[self._sources[names[-1]]].append(keep)
                 last = next((unit.modules[-1] for unit in self.anatomy.units if unit.name == names[-1]), "")
+                keep, correct = self._correcting(names[-1], None if last else self.anatomy.hidden)
+                keepers[self._sources[names[-1]]].append(keep)
                 hooked.callback(block.get_submodule(last).register_forward_hook(correct).remove)
             hooked.enter_context(activation_hooks(block, self.anatomy, None, keepers))
             yield
 
     def _reading_alike(self) -> list[list[str]]:
-        """The units whose inputs are kept, those together that read one tensor and add to the stream side by side."""
+        """The units that add to the stream and whose inputs are kept, those together that read one tensor and add to it
+        side by side."""
         parallel = [unit.name for unit in self.anatomy.units if unit.parallel and unit.name in self._sources]
-        return [*([parallel] if parallel else []), *([name] for name in self._sources if name not in parallel)]
+        others = {unit.name for unit in self.anatomy.units if not unit.adds}.union(parallel)
+        return [*([parallel] if parallel else []), *([name] for name in self._sources if name not in others)]
 
-    def _correcting(self, name: str) -> tuple[Callable[[Tensor], None], Callable[..., Any]]:
-        """What sees the input of the unit of that name, and the hook that then corrects its output."""
+    def _correcting(self, name: str, hidden: int | None) -> tuple[Callable[[Tensor], None], Callable[..., Any]]:
+        """What sees the input of the unit of that name, and the hook that then corrects its output: that many columns
+        of it, where not all are hidden states."""
         seen: list[Tensor] = []
         drifted, dense = self.drifted[name], self.inputs[name]
 
         def correct(module: nn.Module, args: Any, output: Any) -> Any:
             given, end = seen.pop(), len(drifted)
             read = upload(dense.batch(list(range(end - len(given), end))), given.device)
-            corrected = corrected_output(first(output), given, read, self._components_in_unit)
+            gave = first(output)
+            own = hidden or gave.shape[-1]
+            corrected = corrected_output(gave[..., :own], given[..., :own], read[..., :own], self._components_in_unit)
+            corrected = torch.cat((corrected, gave[..., own:]), dim=-1) if hidden else corrected
             return (corrected, *output[1:]) if isinstance(output, tuple) else corrected
 
         return seen.append, correct

@@ -78,7 +78,7 @@ class CalibrationStore:
             length = self._spec.length if recipe.reconstruct != "none" or recipe.gathers else TRACE_TOKENS
             length = self._skeleton.positions(length, self._calls.first)
             skeleton = self._skeleton
-            nothing = torch.zeros(1, length, skeleton.hidden_size, dtype=skeleton.dtype, device=self._spec.device)
+            nothing = torch.zeros(1, length, skeleton.columns(index), dtype=skeleton.dtype, device=self._spec.device)
             call = self._calls.of_one(index, length)
             with computing(block):
                 anatomy = trace(block, lambda: call.run(block, nothing), skeleton.layout)

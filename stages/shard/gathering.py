@@ -55,12 +55,10 @@ def stages_of(unit: FitUnit, anatomies: Mapping[int, Anatomy], corrected: bool) 
     Experts go first, on what they read in the dense unit: once weights before them are pruned other tokens may come to
     them, and nothing pairs those with the dense model's.
     """
-    names = {(block, weight.name) for block, weight in unit.weights}
     groups = [
         (block, group)
         for block in blocks_of(unit)
-        for group in anatomies[block].shared_inputs
-        if (block, group[0].name) in names
+        for group in anatomies[block].reading_alike({weight.name for at, weight in unit.weights if at == block})
     ]
     if not corrected:
         return [_stage(groups, experts=True)]

@@ -42,6 +42,7 @@ Use = Literal["prune", "train"]  # what a model of the family is wanted for
 # fmt: off
 TRIED = frozenset((
     "apertus", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3", "gemma3_text",
+    "gemma3n_text", "gemma4_text",
     "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite", "hunyuan_v1_dense", "llama",
     "llama4_text", "llava", "ministral3", "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "olmoe",
     "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen2_vl", "qwen3", "qwen3_moe", "qwen3_next", "seed_oss",
@@ -286,7 +287,7 @@ def _all_given(shard: Shard) -> None:
         call, block = shard.skeleton.calls(1, LENGTH)[index], shard.blocks.hold([index])[index]
         found = []
         for _ in range(2):
-            hidden = torch.randn(1, LENGTH, shard.skeleton.hidden_size, generator=generator)
+            hidden = torch.randn(1, LENGTH, shard.skeleton.columns(index), generator=generator)
             found.append(trace(block, functools.partial(call.run, block, hidden), shard.skeleton.layout).calls)
         for name, once in found[0].items():
             again = found[1][name]
@@ -349,7 +350,7 @@ def _streamed(shard: Shard, tokens: Tensor, whole: Mapping[str, Tensor], collect
     """The logits by way of the shard, all samples in one microbatch. Raises _Differs where they are not the model's."""
     shard.begin(1, collect)
     hidden, last = shard.forward(0, shard.embed(tokens.int())), shard.spec.last - 1
-    if not torch.equal(hidden, whole[f"block {last}"]):
+    if not torch.equal(shard.skeleton.unpacked(hidden), whole[f"block {last}"]):
         raise _Differs(f"block {last} gives other values than in the whole model")
     logits = shard.logits(hidden)
     if not torch.equal(logits, whole["logits"]):

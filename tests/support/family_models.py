@@ -120,6 +120,22 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
         | (_HEADS | _DENSE_FIRST | {"moe_intermediate_size": 24, "use_qk_norm": True})
         | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1},
     ),
+    "gemma3n_text": (
+        "Gemma3nTextConfig",
+        _TEXT
+        | (_HEADS | {"num_hidden_layers": 4, "tie_word_embeddings": True})
+        | {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "laurel_rank": 8}
+        | {"altup_num_inputs": 3, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0], "sliding_window": WINDOW}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
+    ),
+    "gemma4_text": (
+        "Gemma4TextConfig",
+        _TEXT
+        | (_HEADS | {"num_hidden_layers": 4, "tie_word_embeddings": True, "sliding_window": WINDOW})
+        | {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+        | {"use_double_wide_mlp": True, "global_head_dim": 16},
+    ),
     "gpt_oss": (
         "GptOssConfig",
         _TEXT | _MIXED | {"intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -164,6 +180,11 @@ def config_of(name: str) -> PreTrainedConfig:
         )  # fmt: skip
     kind, settings = CONFIGS[name]
     return getattr(transformers, kind)(**settings)
+
+
+def layers_of(name: str) -> int:
+    """How many blocks the family's checkpoint has: those that show all kinds of them."""
+    return config_of(name).get_text_config().num_hidden_layers
 
 
 NAMES = (*CONFIGS, "gemma3", "llava", "qwen2_vl")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_models import LAYERS, NAMES, auto_class, family_checkpoint
+from family_models import LAYERS, NAMES, auto_class, family_checkpoint, layers_of
 from safetensors.torch import load_file, save_file
 from streaming import GENTLE, make_shards, microbatches, prune, same_bits, stream
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ GEMMA = [
     ("self_attn", "input_layernorm", "post_attention_layernorm"),
     ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
 ]
+PER_LAYER = [("per_layer_input_gate", None, "act_fn"), ("per_layer_projection", None, "post_per_layer_input_norm")]
+PACKED = ("gemma3n_text", "gemma4_text")  # families whose blocks hand on more than hidden states
 UNITS = dict.fromkeys(NAMES, LLAMA) | {
     "gemma2": GEMMA,
     "gemma3": GEMMA,
@@ -48,6 +50,13 @@ UNITS = dict.fromkeys(NAMES, LLAMA) | {
     "cohere2": [("self_attn", None, None), ("mlp", None, None)],
     "apertus": [("self_attn", "attention_layernorm", None), ("mlp", "feedforward_layernorm", None)],
     "exaone4": [("self_attn", None, "post_attention_layernorm"), ("mlp", None, "post_feedforward_layernorm")],
+    "gemma3n_text": [
+        ("laurel", None, None),  # reads what the attention reads: its norm belongs to neither
+        ("self_attn", None, "post_attention_layernorm"),
+        ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        *PER_LAYER,
+    ],
+    "gemma4_text": [*GEMMA, *PER_LAYER],
     "glm4": [
         ("self_attn", "input_layernorm", "post_self_attn_layernorm"),
         ("mlp", "post_attention_layernorm", "post_mlp_layernorm"),
@@ -66,7 +75,7 @@ def opened(directory: Path, index: int = 1) -> tuple[Skeleton, nn.Module, Anatom
     checkpoint = Checkpoint(directory)
     skeleton = Skeleton(read_config(directory), torch.float32, checkpoint=checkpoint)
     block = skeleton.load_block(index, checkpoint)
-    call, hidden = skeleton.calls(1, 4)[index], torch.zeros(1, 4, skeleton.hidden_size)
+    call, hidden = skeleton.calls(1, 4)[index], torch.zeros(1, 4, skeleton.columns(index))
     return skeleton, block, trace(block, lambda: call.run(block, hidden), skeleton.layout)
 
 
@@ -105,9 +114,11 @@ def test_every_family_has_a_case() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_units_and_their_norms_are_found(checkpoint_of, name) -> None:
-    _, _, anatomy = opened(checkpoint_of(name))
+    skeleton, _, anatomy = opened(checkpoint_of(name))
+    assert bool(skeleton.passages) == (name in PACKED)
     assert [(unit.name, unit.before, unit.after) for unit in anatomy.units] == UNITS[name]
-    assert {unit.parallel for unit in anatomy.units} == {name in ("gpt_neox", "phi", "cohere2")}
+    alike = {"gpt_neox": 2, "phi": 2, "cohere2": 2, "gemma3n_text": 2}.get(name, 0)
+    assert [unit.parallel for unit in anatomy.units] == [at < alike for at in range(len(anatomy.units))]
     assert set(anatomy.calls) == {unit.name for unit in anatomy.units}
 
 
@@ -128,12 +139,13 @@ def test_a_family_streams_as_the_whole_model_runs(checkpoint_of, tiny_tokens, tm
     directory, tokens = checkpoint_of(name, dtype), tiny_tokens(3, LENGTH)
     whole = logits_of(directory, dtype)
     for count, resident in ((1, "all"), (2, "one")):
-        shards = make_shards(directory, tmp_path, count, LENGTH, blocks=LAYERS, resident=resident)
+        shards = make_shards(directory, tmp_path, count, LENGTH, blocks=layers_of(name), resident=resident)
         for hidden, part in zip(stream(shards, tokens), microbatches(tokens), strict=True):
             assert same_bits(shards[-1].logits(hidden), whole(part)), f"{count} shards, resident {resident}"
 
 
 LEFT = ("mlp.gate.weight", "moe.gate.weight", "router.weight", "shared_expert_gate.weight", "_bias", "conv1d.weight")
+LEFT += ("_coefs.weight", "modality_router.weight")
 
 
 def is_prunable(name: str, tensor: Tensor) -> bool:
@@ -155,16 +167,16 @@ def zeros_of_rows(name: str, family: str, tensor: Tensor, group: int) -> Tensor:
 def test_a_family_is_pruned_exactly_reconstructed_and_loaded_back(
     checkpoint_of, tiny_tokens, tmp_path, name, dtype, ratio
 ) -> None:
-    directory, tokens = checkpoint_of(name, dtype), tiny_tokens(16, LENGTH)
+    directory, tokens, blocks = checkpoint_of(name, dtype), tiny_tokens(16, LENGTH), layers_of(name)
     recipe = Recipe(**ratio, learning_rate=GENTLE)
-    shard = make_shards(directory, tmp_path, 1, LENGTH, blocks=LAYERS, recipe=recipe)[0]
-    reports = prune([shard], tokens, blocks=LAYERS)
+    shard = make_shards(directory, tmp_path, 1, LENGTH, blocks=blocks, recipe=recipe)[0]
+    reports = prune([shard], tokens, blocks=blocks)
     shard.copy_ends()
     shard.open(0)
     streamed = [shard.logits(hidden) for hidden in stream([shard], tokens[:4])]
 
     errors = [(unit["error_before"], unit["error_after"]) for report in reports for unit in report["units"]]
-    assert len(errors) == (0 if "reconstruct" in ratio else 2 * LAYERS)
+    assert len(errors) == (0 if "reconstruct" in ratio else len(UNITS[name]) * blocks)
     assert all(0 < after < before for before, after in errors), errors
     dense, pruned = load_file(directory / "model.safetensors"), written(directory, tmp_path / "output")
     assert set(pruned) == set(dense)
@@ -182,6 +194,41 @@ def test_a_family_is_pruned_exactly_reconstructed_and_loaded_back(
     whole = logits_of(tmp_path / "output", dtype)
     for part, ours in zip(microbatches(tokens[:4]), streamed, strict=True):
         assert same_bits(ours, whole(part))
+
+
+WAYS = {
+    "sparsegpt": Recipe(criterion="sparsegpt", reconstruct="none"),
+    "block": Recipe(reconstruct="block", learning_rate=GENTLE),
+    "window": Recipe(reconstruct="window", blocks_per_unit=2, learning_rate=GENTLE),
+    "pruned inputs": Recipe(inputs="pruned", learning_rate=GENTLE),
+    "sweep": Recipe(sweeps=1, learning_rate=GENTLE),
+    "sweep of blocks, corrected": Recipe(sweeps=1, corrections=(0.3,), reconstruct="block", learning_rate=GENTLE),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["phi", "gemma3n_text"])
+def test_components_that_read_one_tensor_are_pruned_every_way(checkpoint_of, tiny_tokens, tmp_path, name, way) -> None:
+    """The attention reads the very tensor that another component reads, and in Gemma 3n more than that."""
+    recipe, blocks = WAYS[way], layers_of(name)
+    made = make_shards(checkpoint_of(name), tmp_path, blocks // 2, LENGTH, blocks=blocks, recipe=recipe)
+    reports = prune(made, tiny_tokens(16, LENGTH), blocks=blocks)
+    assert all(0.5 <= report["sparsity"] < 0.505 for report in reports)  # SparseGPT's is one more a stretch of columns
+    units = [unit for report in reports for unit in report["units"]]
+    assert all(0 < unit["error_after"] < unit["error_before"] for unit in units)
+    assert bool(units) == (recipe.reconstruct != "none")
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "gemma3n_text"])
+def test_a_sweep_starts_from_what_each_block_is_given(checkpoint_of, tiny_tokens, tmp_path, name) -> None:
+    blocks, tokens = layers_of(name), tiny_tokens(4, LENGTH)
+    (shard,) = make_shards(
+        checkpoint_of(name), tmp_path, 1, LENGTH, blocks=blocks, recipe=Recipe(sweeps=1, learning_rate=GENTLE)
+    )
+    stream([shard], tokens, range(blocks))
+    stream([shard], tokens, range(blocks), sweep=1)
+    entered = shard.gathered.whole(0, 1).drifted_entry
+    assert same_bits(entered.batch([0, 1]), shard.embed(tokens[:2]))
 
 
 BARE = {"gpt2": "transformer.", "opt": "model.", "llama": "model.", "mixtral": "model."}
@@ -213,15 +260,18 @@ def test_a_checkpoint_of_the_base_model_is_read_and_written_under_its_own_names(
     assert same_bits(ours, logits_of(tmp_path / "output", "float32")(tokens))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "mixtral", "opt", "qwen2_vl", "gpt_oss", "qwen3_next"])
+CUT = ("gpt2", "gpt_neox", "mixtral", "opt", "qwen2_vl", "gpt_oss", "qwen3_next", "gemma3n_text")
+
+
+@pytest.mark.parametrize("name", CUT)
 def test_any_cut_of_any_family_gives_the_same_bytes(checkpoint_of, tiny_tokens, tmp_path, name) -> None:
     directory, tokens = checkpoint_of(name, "bfloat16"), tiny_tokens(9, LENGTH)
     found = set()
     for count, resident in ((1, "all"), (2, "one")):
         home = tmp_path / resident
         recipe = Recipe(learning_rate=GENTLE)
-        cut = {"blocks": LAYERS, "recipe": recipe, "resident": resident, "spool_memory": 4000}
-        reports = prune(make_shards(directory, home, count, LENGTH, **cut), tokens, blocks=LAYERS)
+        cut = {"blocks": layers_of(name), "recipe": recipe, "resident": resident, "spool_memory": 4000}
+        reports = prune(make_shards(directory, home, count, LENGTH, **cut), tokens, blocks=layers_of(name))
         found.add(tuple(report["digest"] for report in reports))
     assert len(found) == 1
 

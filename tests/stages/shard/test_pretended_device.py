@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import LAYERS, NAMES, family_checkpoint
+from family_models import NAMES, family_checkpoint, layers_of
 from image_models import SEEING, image_folder, seeing_checkpoint
 from pretended_device import DEVICE, NAME, MixedDevices, PretendedDevice
 from safetensors.torch import load_file
@@ -147,10 +147,10 @@ def test_units_are_reconstructed_as_on_the_cpu(
 
 @pytest.mark.parametrize("name", some_always(NAMES, ALWAYS_FAMILIES))
 def test_families(family: Callable[..., Path], tiny_tokens: Callable[..., Tensor], tmp_path: Path, name: str) -> None:
-    model, tokens = family(name, "float32"), tiny_tokens(SAMPLES, LENGTH)
-    here, there, _ = here_and_there(model, tmp_path / "bare", tokens, Recipe(reconstruct="none"), LAYERS)
+    model, tokens, blocks = family(name, "float32"), tiny_tokens(SAMPLES, LENGTH), layers_of(name)
+    here, there, _ = here_and_there(model, tmp_path / "bare", tokens, Recipe(reconstruct="none"), blocks)
     assert_alike(here, there, fitted=False)
-    here, there, _ = here_and_there(model, tmp_path / "fit", tokens, Recipe(learning_rate=GENTLE), LAYERS)
+    here, there, _ = here_and_there(model, tmp_path / "fit", tokens, Recipe(learning_rate=GENTLE), blocks)
     assert_alike(here, there, fitted=True)
 
 

@@ -70,7 +70,7 @@ def test_what_training_needs_and_is_not_so_is_a_difference(
     ("family", "where"),
     [
         ("bert-generation", "predicting the next token failed .*each token sees those after it, as in an encoder"),
-        ("gemma3n_text", "streaming block by block failed"),
+        ("trocr", "streaming block by block failed"),
         ("bloom", "looking at how it calls its components failed .*self_attention is given more that hangs on the"),
         ("mpt", "looking at how it calls its components failed .*ffn is given more that hangs on the tokens"),
         ("xlnet", "cutting its config failed"),
