@@ -24,7 +24,7 @@ from espalier.pipeline.record.mlflow_client import (
     sqlite_path,
 )
 from espalier.pipeline.reports.figures import draw_perplexity
-from espalier.pipeline.reports.format import duration, number, percent, table
+from espalier.pipeline.reports.format import duration, nats, percent, perplexity, size, table, target_share
 from espalier.stages.errors import Refusal
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ COLUMNS: dict[str, tuple[str, Any]] = {
     "inputs": ("inputs", str),
     "epochs": ("epochs", str),
     "compute": ("computed in", str),
-    "perplexity": ("perplexity", number),
-    "dense_perplexity": ("dense", number),
-    "kl": ("KL", lambda nats: f"{nats:.3f}"),
-    "top1_agreement": ("top-1", lambda share: percent(share)),
-    "sparsity": ("zeros", lambda share: percent(share, places=2)),
+    "perplexity": ("perplexity", perplexity),
+    "dense_perplexity": ("dense", perplexity),
+    "kl": ("KL", nats),
+    "top1_agreement": ("top-1", percent),
+    "sparsity": ("zeros", percent),
     "seconds": ("time", duration),
-    "shard_peak_mb": ("peak", lambda megabytes: f"{megabytes:,.0f} MB"),
+    "shard_peak_mb": ("peak", lambda megabytes: size(1e6 * megabytes)),
     "status": ("status", lambda status: status.lower()),
 }
 NUMERIC = {"perplexity", "dense_perplexity", "kl", "top1_agreement", "sparsity", "seconds", "shard_peak_mb"}
@@ -66,7 +66,7 @@ class Comparison:
     def table(self) -> Table:
         """For a terminal: the recipe in one column, and none of the columns that say the same for each run."""
         dense = {row["dense_perplexity"] for row in self.rows} - {None}
-        title = f"{self.title}: dense perplexity {number(dense.pop())}" if len(dense) == 1 else self.title
+        title = f"{self.title}: dense perplexity {perplexity(dense.pop())}" if len(dense) == 1 else self.title
         columns = ["target", "perplexity", "dense_perplexity", "kl", "sparsity", "seconds", "shard_peak_mb"]
         if title != self.title:
             columns.remove("dense_perplexity")
@@ -243,7 +243,7 @@ def _row(run: "Run") -> dict[str, Any]:
 
 def _share(text: str) -> str:
     try:
-        return f"{100 * float(text):g} %"
+        return target_share(float(text))
     except ValueError:
         return text
 

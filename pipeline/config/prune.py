@@ -315,20 +315,20 @@ class PruneConfig(ClusterConfig):
 
     @property
     def target(self) -> str:
-        """How much goes: `50%`, `2:4` or `1.2 σ`."""
+        """How much goes: `50 %`, `2:4` or `1.2 σ`."""
         if self.threshold is not None:
             return f"{self.threshold:g} σ"
-        return self.pattern or f"{100 * self.sparsity:g}%"
+        return self.pattern or f"{100 * self.sparsity:g} %"
 
     @property
     def mask_name(self) -> str:
-        """Such as `wanda 50% + swaps`."""
+        """Such as `wanda 50 % + swaps`."""
         name = f"{self.criterion} {self.target}"
         return name if self.refine in ("auto", "none") else f"{name} + {self.refine}"
 
     @property
     def recipe_name(self) -> str:
-        """Such as `wanda 50% + swaps + component`."""
+        """Such as `wanda 50 % + swaps + component`."""
         parts = [self.mask_name] if self.tower == "language" else ["vision tower", self.mask_name]
         parts += [] if self.reconstruct == "none" else [self.reconstruct]
         parts += ["pruned inputs"] if self.inputs == "pruned" else []

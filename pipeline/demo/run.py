@@ -24,9 +24,9 @@ EXPERIMENT = "espalier-demo"
 SAMPLES, LENGTH = 128, 256
 CALIBRATION_BYTES, HELD_OUT_BYTES = 400_000, 100_000
 RECIPES: dict[str, dict[str, Any]] = {
-    "magnitude 50%": {"criterion": "magnitude", "reconstruct": "none"},
-    "wanda 50%": {"criterion": "wanda", "reconstruct": "none"},
-    "wanda 50% + reconstruction": {"criterion": "wanda", "refine": "none", "reconstruct": "component"},
+    "magnitude 50 %": {"criterion": "magnitude", "reconstruct": "none"},
+    "wanda 50 %": {"criterion": "wanda", "reconstruct": "none"},
+    "wanda 50 % + reconstruction": {"criterion": "wanda", "refine": "none", "reconstruct": "component"},
 }
 
 
@@ -53,7 +53,7 @@ def run_demo(output: Path | None = None, address: str | None = None) -> dict[str
                     reporter.note(f"\n{title}")
                     config = PruneConfig(
                         model=str(dense_model),
-                        output=str(output / title.replace(" 50%", "").replace(" + ", "-")),
+                        output=str(output / title.replace(" 50 %", "").replace(" + ", "-")),
                         calibration=str(calibration),
                         eval=str(held_out),
                         samples=SAMPLES,

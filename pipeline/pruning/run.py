@@ -186,7 +186,7 @@ class PruneRun:
             ]
             if self.recipe.streams_dense:
                 with self.spending.phase("stream", samples):
-                    name = f"sweep {sweep}" if sweep else "calibrate"
+                    name = f"stream, sweep {sweep}" if sweep else "stream"
                     group.calibrate(stream, todo, self.reporter.pass_begins(name, stream.microbatches), sweep)
             self.worked = True
             with self.spending.phase("work"):
@@ -270,7 +270,7 @@ class PruneRun:
     ) -> Measures:
         stream = self._stream(table)
         with self.spending.phase(phase, len(table)):
-            step = self.reporter.pass_begins("evaluate", stream.microbatches)
+            step = self.reporter.pass_begins(phase, stream.microbatches)
             return group.measure(stream, step, source, wanted)
 
     # -- the record ------------------------------------------------------------------------------------------------
@@ -325,4 +325,4 @@ class PruneRun:
         recorder.close()
         if recorder.warning:
             self._warn(recorder.warning)
-            self.directory.write(run)
+        self.directory.finish(run)

@@ -175,19 +175,23 @@ class Recorder:
         """
         if self._closing.is_set():
             return
+        self._end(status, timeout_seconds)
+
+    def cut_short(self) -> None:
+        """End the run as KILLED, for a process that has a second left."""
+        self._end("KILLED", timeout_seconds=1)
+
+    def abandon(self, failure: BaseException) -> None:
+        """End the run as what `failure` makes of it, KILLED by Ctrl-C, else FAILED, also where it came into `close`."""
+        self._end("KILLED" if isinstance(failure, KeyboardInterrupt) else "FAILED", timeout_seconds=5)
+
+    def _end(self, status: str, timeout_seconds: float) -> None:
+        """As `close`; what is still on its way then is sent before."""
         self._queue.put(_End(status, time.time_ns() // 1_000_000))
         self._deadline = time.monotonic() + timeout_seconds
         self._closing.set()
         self._thread.join(timeout_seconds)
         self._unfinished = self._thread.is_alive()
-
-    def cut_short(self) -> None:
-        """End the run as KILLED, for a process that has a second left."""
-        self.close("KILLED", timeout_seconds=1)
-
-    def abandon(self, failure: BaseException) -> None:
-        """End the run as what `failure` makes of it: KILLED by Ctrl-C, else FAILED."""
-        self.close("KILLED" if isinstance(failure, KeyboardInterrupt) else "FAILED", timeout_seconds=5)
 
     # Everything below runs on the daemon thread.
 

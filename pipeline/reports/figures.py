@@ -16,7 +16,7 @@ BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#7F7F7F"
 RECIPE_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-PHASE_COLOURS = {"stream": SKY, "score": GREEN, "reconstruct": BLUE, "commit": VERMILLION, "evaluate": ORANGE}
+PHASE_COLOURS = {"stream": SKY, "mask": GREEN, "reconstruct": BLUE, "commit": VERMILLION, "evaluate": ORANGE}
 COMPONENT_NAMES = {"self_attn": "Attention", "attn": "Attention", "attention": "Attention", "mlp": "MLP"}
 DOTS_PER_INCH = 150
 PANELS_PER_ROW = 2
@@ -80,7 +80,7 @@ def _draw_error_panel(axes: "Axes", blocks: Sequence[Mapping[str, Any]], name: s
     if kept:
         axes.plot(
             *_errors(kept, name, "error_after"), "x", color=VERMILLION, markersize=10, markeredgewidth=2,
-            label="reconstruction did not help: left as pruned",
+            label="reconstruction did not help: kept as pruned",
         )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, which="major", alpha=0.3)

@@ -32,8 +32,26 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits - 1}e}"
 
 
-def percent(share: float | None, places: int = 1) -> str:
-    return "–" if share is None else f"{100 * share:.{places}f} %"
+def percent(share: float | None) -> str:
+    """A measured share, always to two places: 50.00 %."""
+    return "–" if share is None else f"{100 * share:.2f} %"
+
+
+def target_share(share: float) -> str:
+    """A share that was asked for, as it was asked for: 50 %, 62.5 %."""
+    return f"{100 * share:g} %"
+
+
+def perplexity(value: float | None) -> str:
+    """To two places: 21.70; one that means nothing any more, to four digits."""
+    if value is None:
+        return "–"
+    return f"{value:,.2f}" if value < 1e6 else number(value)
+
+
+def nats(value: float | None) -> str:
+    """A KL divergence or a difference of losses, in nats a token: 0.0578."""
+    return "–" if value is None else f"{value:.4f}" if abs(value) < 100 else number(value)
 
 
 def count(value: int | None) -> str:
@@ -61,19 +79,12 @@ def size(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as 4.8 s, 2.1 min, or 1 h 03 min."""
+    """Seconds as 0.05 s, 4.8 s, 2.1 min, or 1 h 03 min."""
     if seconds is None:
         return "–"
     if seconds < 90:
-        return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.1f} s"
+        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
     if seconds < 5400:
         return f"{seconds / 60:.1f} min"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def human_seconds(seconds: float) -> str:
-    """`4.8 s`, `2.1 min`, `3.4 h`."""
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

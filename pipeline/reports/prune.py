@@ -8,12 +8,27 @@ from typing import Any
 from espalier.cluster.connection.redact import storable
 from espalier.pipeline.record.metric_names import label
 from espalier.pipeline.reports.figures import component_title, draw_errors, draw_timeline, unit_names
-from espalier.pipeline.reports.format import count, duration, number, percent, size, table
+from espalier.pipeline.reports.format import (
+    count,
+    duration,
+    nats,
+    number,
+    percent,
+    perplexity,
+    size,
+    table,
+    target_share,
+)
 from espalier.pipeline.reports.sections import loading, recipe, surroundings, times, warnings
 from espalier.stages.reconstruction.units import UNITS
 from espalier.stages.storage.files import write_text
 
-ESTIMATE_PARTS = {"weights": "weights", "spool_memory": "spool", "spool_disk": "spool on disk", "training": "training"}
+ESTIMATE_PARTS = {
+    "weights": "weights",
+    "training": "reconstruction",
+    "spool_memory": "activations",
+    "spool_disk": "activations on disk",
+}
 
 
 def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
@@ -35,7 +50,7 @@ def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
         warnings(run),
         "## Results\n\n" + _results(run),
         "## Time\n\n" + times(run),
-        "## Memory: estimate and actual\n\n" + _memory(run),
+        "## Memory\n\n" + _memory(run),
         "## Blocks\n\n" + _blocks(run),
         *(f"![{title}]({path.name})" for title, path in made.items()),
         "## Load it\n\n" + loading(run),
@@ -49,7 +64,7 @@ def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
 def sentence(run: Mapping[str, Any]) -> str:
     """One sentence: the model, what was done to it, where, for how long, and what it cost in perplexity."""
     config, model = run.get("config", {}), run["model"]
-    target = config.get("pattern") or percent(config.get("sparsity", run.get("sparsity")))
+    target = config.get("pattern") or target_share(config.get("sparsity", run.get("sparsity", 0.0)))
     if config.get("threshold") is not None:
         target = f"what scores above {config['threshold']:g} σ of its matrix"
     reconstructed = config.get("reconstruct") or "none"
@@ -71,8 +86,8 @@ def sentence(run: Mapping[str, Any]) -> str:
     text += f", on {len(shards)} shard{'s' * (len(shards) != 1)}, in {duration(run.get('seconds', {}).get('total'))}"
     dense, pruned = run.get("dense_perplexity"), run.get("perplexity")
     if pruned is not None:
-        text += f": perplexity {number(pruned)}"
-        text += f", where the dense model has {number(dense)}" if dense is not None else ""
+        text += f": perplexity {perplexity(pruned)}"
+        text += f", where the dense model has {perplexity(dense)}" if dense is not None else ""
     return text + "."
 
 
@@ -87,15 +102,15 @@ def _unit_of_reconstruction(reconstructed: str) -> str:
 
 def _results(run: Mapping[str, Any]) -> str:
     dense, pruned = run.get("dense_perplexity"), run.get("perplexity")
-    rows = [["perplexity", number(dense), number(pruned)]]
+    rows = [["perplexity", perplexity(dense), perplexity(pruned)]]
     if dense and pruned and dense > 0 and pruned > 0:
-        rows.append(["log-perplexity (nats a token)", number(math.log(dense)), number(math.log(pruned))])
+        rows.append(["log-perplexity (nats a token)", nats(math.log(dense)), nats(math.log(pruned))])
     if run.get("kl") is not None:
-        rows.append([label("kl"), "", number(run["kl"])])
-        rows.append([label("top1_agreement"), "", percent(run.get("top1_agreement"), 2)])
+        rows.append([label("kl"), "", nats(run["kl"])])
+        rows.append([label("top1_agreement"), "", percent(run.get("top1_agreement"))])
     zeros, weights = _zeros(run)
     counted = f" ({zeros:,} of {weights:,})" if weights else ""
-    rows.append([label("sparsity"), "", percent(run.get("sparsity"), places=2) + counted])
+    rows.append([label("sparsity"), "", percent(run.get("sparsity")) + counted])
     return table(["", "dense", "pruned"], rows)
 
 
@@ -111,7 +126,7 @@ def _memory(run: Mapping[str, Any]) -> str:
     for index in range(max(len(expected), len(measured))):
         parts = expected[index] if index < len(expected) else {}
         rows.append(_memory_row(f"shard {index}", parts, measured[index] if index < len(measured) else None))
-    return table(["process", "estimated peak", "measured peak", "measured / estimated", "of the estimate"], rows)
+    return table(["process", "estimated peak", "measured peak", "measured / estimated", "parts of the estimate"], rows)
 
 
 def _memory_row(name: str, parts: Mapping[str, Any], measured: float | None) -> list[str]:
@@ -140,7 +155,7 @@ def _block_row(block: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [
         str(block["block"]),
         str(block["shard"]),
-        percent(block.get("sparsity"), places=2),
+        percent(block.get("sparsity")),
         *(_error_cell(units.get(name)) for name in names),
         duration(sum(block.get("seconds", {}).values())),
         number(block.get("tokens_per_second"), digits=5),

@@ -6,7 +6,7 @@ from typing import Any
 
 from espalier.cluster.connection.redact import storable
 from espalier.pipeline.reports.figures import draw_losses
-from espalier.pipeline.reports.format import count, duration, number, size, table
+from espalier.pipeline.reports.format import count, duration, number, perplexity, size, table
 from espalier.pipeline.reports.sections import loading, recipe, surroundings, times, warnings
 from espalier.stages.metrics.perplexity import perplexity_of
 from espalier.stages.storage.files import write_text
@@ -46,12 +46,12 @@ def sentence(run: Mapping[str, Any]) -> str:
         f"rank{'s' * (run['ranks'] != 1)}, in {duration(run['seconds']['steps'])}"
     )
     if run["loss"] is not None:
-        text += f": loss {number(run['loss'])} nats a token, perplexity {number(run['perplexity'])}"
+        text += f": loss {number(run['loss'])} nats a token, perplexity {perplexity(run['perplexity'])}"
     return text + ". Times and operations are those since the run was last resumed."
 
 
 def _evaluations(run: Mapping[str, Any]) -> str:
-    rows = [[f"{step:,}", f"{loss:.4f}", number(perplexity_of(loss))] for step, loss in run["evaluations"]]
+    rows = [[f"{step:,}", f"{loss:.4f}", perplexity(perplexity_of(loss))] for step, loss in run["evaluations"]]
     return table(["after step", "loss (nats a token)", "perplexity"], rows)
 
 

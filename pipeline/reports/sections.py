@@ -9,20 +9,19 @@ import yaml
 from espalier.pipeline.reports.format import duration, operations, plain, table
 from espalier.stages.metrics.energy import described
 
-PHASES = {
-    "plan": "plan",
-    "tokens": "tokenise",
-    "connect": "connect to Ray",
-    "load": "start the shards and load their blocks",
-    "stream": "stream the calibration through the shards",
-    "work": "score, mask and reconstruct",
-    "train": "train: the ranks' models, steps, evaluations, checkpoints",
-    "steps": "of this, optimizer steps",
-    "track": "of these, the shadow",
-    "assemble": "assemble and verify the checkpoint",
-    "evaluate_dense": "evaluate the dense model",
-    "evaluate": "evaluate the pruned model",
-    "total": "**total**",
+PHASES = {  # by the names that the terminal, run.json and MLflow have for them
+    "tokens": "text and images made into samples",
+    "connect": "connection to Ray",
+    "load": "shards started, their blocks loaded",
+    "evaluate_dense": "dense model evaluated",
+    "stream": "calibration streamed through the shards",
+    "work": "blocks scored, masked, reconstructed, written",
+    "train": "ranks' models, steps, evaluations, checkpoints",
+    "steps": "of train: optimizer steps",
+    "track": "of steps: the shadow",
+    "assemble": "checkpoint assembled and verified",
+    "evaluate": "pruned model evaluated",
+    "total": "",
 }
 
 
@@ -35,11 +34,17 @@ def times(run: Mapping[str, Any]) -> str:
     order = [*(phase for phase in PHASES if phase in seconds and phase != "total"), *(seconds.keys() - PHASES.keys())]
     energy, flops = run.get("energy", {}), run.get("flops", {})
     rows = [
-        [PHASES.get(phase, phase), duration(seconds[phase]), described(energy.get(phase)), operations(flops.get(phase))]
+        [
+            phase,
+            PHASES.get(phase, ""),
+            duration(seconds[phase]),
+            described(energy.get(phase)),
+            operations(flops.get(phase)),
+        ]
         for phase in [*order, "total"]
         if phase in seconds
     ]
-    return table(["phase", "time", "energy of the machine", "floating-point operations"], rows)
+    return table(["phase", "what", "time", "energy of the machine", "floating-point operations"], rows)
 
 
 def loading(run: Mapping[str, Any]) -> str:

@@ -56,7 +56,7 @@ def cells(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     header = ["zeros", "rate", f"{run['metric']}, pruned", "fine-tuned", "against trained", *beside, "time"]
     rows = [
         [
-            percent(point["sparsity"], places=2),
+            percent(point["sparsity"]),
             f"{point['rate']:.3f}",
             _figure(point["pruned"]),
             _figure(point["tuned"]),

@@ -6,7 +6,7 @@ from typing import Any
 
 from espalier.pipeline.record.metric_names import named
 from espalier.pipeline.record.recorder import Recorder
-from espalier.pipeline.reports.format import human_seconds
+from espalier.pipeline.reports.format import duration
 from espalier.pipeline.run.directory import RunDirectory
 from espalier.pipeline.run.progress import Reporter
 from espalier.stages.errors import Refusal
@@ -46,6 +46,7 @@ class RunEvents:
             case "done":
                 self.peaks[rank] = event["peak_memory"]
                 self.losses = dict(enumerate(event["losses"]))
+                self.evaluations |= dict(event["evaluations"])  # one that a process before was ended too soon to hear
             case _ if rank != 0:
                 pass
             case "begin":
@@ -84,5 +85,5 @@ class RunEvents:
             left = event["seconds"] / max(1, len(losses)) * (spec.steps - done)
             self.reporter.note(
                 f"step {done}/{spec.steps}   loss {losses[-1]:.4f}   rate {rates[-1]:.1e}   "
-                f"{speed:,.0f} tokens/s" + (f"   eta {human_seconds(left)}" if left else "")
+                f"{speed:,.0f} tokens/s" + (f"   eta {duration(left)}" if left else "")
             )

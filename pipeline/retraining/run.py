@@ -153,10 +153,11 @@ class _Run:
             recorder = self._recorder(spec)
             held.enter_context(at_the_last(recorder.cut_short))
             try:
-                with self.spending.phase("connect"):
-                    ranks = held.enter_context(self._connected(spec))
-                with self.spending.phase("train"):
-                    self._train(ranks, spec, recorder)
+                with ExitStack() as connection:
+                    with self.spending.phase("connect"):
+                        ranks = connection.enter_context(self._connected(spec))
+                    with self.spending.phase("train"):
+                        self._train(ranks, spec, recorder)
                 with self.spending.phase("assemble"):
                     self._publish(spec)
                 self._finish(spec, recorder)
@@ -267,7 +268,7 @@ class _Run:
         recorder.close()
         if recorder.warning:
             self._warn(recorder.warning)
-            self.directory.write(run)
+        self.directory.finish(run)
         for leftover in [*self.directory.home.glob("checkpoint-*"), *(self.directory.home / name for name in GATHERED)]:
             shutil.rmtree(leftover, ignore_errors=True)
 

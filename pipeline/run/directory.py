@@ -40,6 +40,7 @@ class RunDirectory:
         self._journal = self.home / "journal.jsonl"
         self._made: list[Path] = []  # directories that were not there before
         self._lock: IO[str] | None = None
+        self._finished = False
 
     @classmethod
     def begin(
@@ -119,12 +120,14 @@ class RunDirectory:
                 self.release()
 
     def _interrupted(self) -> str:
-        """How to go on with a run that is noted as interrupted."""
+        """How to go on with a run that is noted as interrupted; that it is finished, where only the end was."""
+        if self._finished:
+            return f"the run in {self.output} is finished"
         self._ended_as("interrupted")
         return f"`espalier resume {shlex.quote(str(self.output))}` goes on"
 
     def _ended_as(self, status: str) -> None:
-        if (run := recorded(self.output)) is not None and run["status"] == "running":
+        if (run := recorded(self.output)) is not None and not self._finished:
             with contextlib.suppress(OSError):  # of a full disk, say: what ended the run is to be told
                 self.write(run | {"status": status})
 
@@ -164,6 +167,14 @@ class RunDirectory:
     def write(self, run: dict[str, Any]) -> None:
         """Replace run.json in one step."""
         write_text(self.run_file, json.dumps(storable(run), indent=1))
+
+    def finish(self, run: dict[str, Any]) -> None:
+        """Replace run.json for the last time: whatever ends the process from here on, the run is finished.
+
+        Until then it is not, although its run.json, on its way to MLflow, may say so.
+        """
+        self.write(run | {"status": "finished"})
+        self._finished = True
 
     def note(self, event: str, **fields: Any) -> None:
         """Append one line to the journal and sync it."""

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from espalier.cluster.connection.redact import without_secrets
-from espalier.pipeline.reports.format import human_seconds
+from espalier.pipeline.reports.format import duration, number
 
 
 class Reporter:
@@ -31,8 +31,8 @@ class Reporter:
         def step(done: int) -> None:
             if done % tenth == 0 or done == microbatches:
                 left = (time.perf_counter() - started) / done * (microbatches - done)
-                eta = f"   eta {human_seconds(left)}" if done < microbatches else ""
-                self.note(f"{name:<10} {done}/{microbatches} microbatches{eta}")
+                eta = f"   eta {duration(left)}" if done < microbatches else ""
+                self.note(f"{name:<14} {done}/{microbatches} microbatches{eta}")
 
         return step
 
@@ -48,7 +48,8 @@ class Reporter:
         self._blocks_done += 1
         spent = time.perf_counter() - self._work_started
         left = spent / self._blocks_done * (self._blocks_total - self._blocks_done)
-        self.note(block_line(report, recipe, blocks) + (f"   eta {human_seconds(left)}" if left else ""))
+        eta = f"   eta {duration(left)}" if left else ""
+        self.note(f"{block_line(report, recipe, blocks)}   {self._blocks_done}/{self._blocks_total} blocks{eta}")
 
     def close(self) -> None:
         """No more will be shown."""
@@ -93,12 +94,12 @@ def reporter_for(console: Console) -> Reporter:
 
 
 def block_line(report: Mapping[str, Any], recipe: str, blocks: int) -> str:
-    """`block 07/32   wanda 50%   attn error 0.31 -> 0.12   mlp ...   4.8 s`"""
-    width = len(str(blocks))
+    """`block 07   wanda 50 %   self_attn error 0.31 → 0.12   mlp error ...   4.8 s`; of so many blocks, from 0."""
+    width = len(str(blocks - 1))
     errors = "".join(
-        f"   {unit['name']} error {unit['error_before']:.3f} -> {unit['error_after']:.3f}"
-        + ("" if unit["improved"] else " (put back)")
+        f"   {unit['name']} error {number(unit['error_before'], 3)}"
+        + (f" → {number(unit['error_after'], 3)}" if unit["improved"] else " (kept)")
         for unit in report["units"]
     )
-    seconds = sum(value for name, value in report["seconds"].items() if name != "stream")
-    return f"block {report['block'] + 1:0{width}}/{blocks}   {recipe}{errors}   {human_seconds(seconds)}"
+    seconds = sum(report["seconds"].values())
+    return f"block {report['block']:0{width}}   {recipe}{errors}   {duration(seconds)}"

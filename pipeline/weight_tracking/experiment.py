@@ -25,6 +25,7 @@ from espalier.pipeline.planning.model_info import model_facts
 from espalier.pipeline.pruning import prune as driver
 from espalier.pipeline.record.metric_names import cost_metrics, named
 from espalier.pipeline.record.recorder import Recorder, recorded_run
+from espalier.pipeline.reports.format import percent, target_share
 from espalier.pipeline.reports.track import write_report
 from espalier.pipeline.retraining import run as retrain
 from espalier.pipeline.run.directory import RunDirectory, disk_full_refused, recorded
@@ -110,8 +111,10 @@ class Experiment:
             self.recorder = self._recorder()
             held.enter_context(at_the_last(self.recorder.cut_short))
             try:
-                self.ranks = self.given or self._ranks(held)
-                self._finish(self._sweep())
+                with ExitStack() as connection:
+                    self.ranks = self.given or self._ranks(connection)
+                    points = self._sweep()
+                self._finish(points)
             except BaseException as failure:
                 self.recorder.abandon(failure)
                 raise
@@ -177,7 +180,7 @@ class Experiment:
 
     def _point(self, target: float, rate: float, trained: Path) -> dict[str, Any]:
         """Prune at one threshold and fine-tune; noted once it is done. At 0 all is kept, and fine-tuned as well."""
-        title = f"rate {target:g}" if self.config.rates is not None else f"sparsity {100 * target:g} %"
+        title = f"rate {target:g}" if self.config.rates is not None else f"sparsity {target_share(target)}"
         home = self.output / title.replace(" %", "").replace(" ", "-")
         recorder = self._point_recorder(title, rate, home)
         try:
@@ -194,7 +197,7 @@ class Experiment:
         point |= {"target": target, "mlflow_run_id": recorder.run_id}
         self.directory.note("point", **point)
         self.reporter.note(
-            f"{title}: rate {rate:.3f}, {point['sparsity']:.2%} zeros, {self.material.metric} "
+            f"{title}: rate {rate:.3f}, {percent(point['sparsity'])} zeros, {self.material.metric} "
             f"{point['pruned']:.4f} -> {point['tuned']:.4f}"
         )
         return point
@@ -332,3 +335,4 @@ class Experiment:
         recorder.close()
         if recorder.warning:
             self.reporter.note(f"warning: {recorder.warning}")
+        self.directory.finish(run)

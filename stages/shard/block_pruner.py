@@ -133,7 +133,7 @@ class BlockPruner:
         refused = out_of_memory_refused(
             f"block {unit.first}, {what} of {unit.name} on {self.skeleton.device}", LESS_MEMORY[what]
         )
-        with self.timeline.phase("score" if what == "mask" else what, unit.first), refused:
+        with self.timeline.phase(what, unit.first), refused:
             yield
         self.seconds[unit.first][what] += time.perf_counter() - started
 

@@ -50,7 +50,7 @@ def train(spec: RetrainSpec, device: str) -> Iterator[Event]:
     Every event has its rank. By their "event": `begin` (step), `holds` (bytes on this rank of parameters, of optimizer
     state and of the shadow), `steps` (first, losses, rates, tokens, seconds, of
     these those that `tracking` took), `evaluated` (step, loss), `saved` (step),
-    `done` (losses of all steps, peak memory of this rank in bytes).
+    `done` (losses of all steps, all evaluations, peak memory of this rank in bytes).
     At the end HOME/consolidated holds a plain checkpoint, and HOME/shadow one of importances if they were tracked.
     """
     rank = Rank(spec, torch.device(device))
@@ -71,6 +71,7 @@ class Rank:
         self.eval = open_source(spec.eval) if spec.eval else None
         self.order = Order(len(self.data), spec.batch, spec.seed)
         self.losses: list[float] = []  # of all steps since the run's first
+        self.evaluations: list[tuple[int, float]] = []  # (step, loss) likewise
         self.step = 0  # optimizer steps done
         self.tracker: ShadowTracker | None = None
         self.engine: Any = self._open()
@@ -88,7 +89,7 @@ class Rank:
         engine = make_engine(model, spec, self.ranks, values)
         if checkpoint is not None:
             state = read_state(checkpoint)
-            self.step, self.losses = state["step"], state["losses"]
+            self.step, self.losses, self.evaluations = state["step"], state["losses"], state["evaluations"]
             read_back(
                 checkpoint,
                 held(engine),
@@ -140,6 +141,8 @@ class Rank:
         """The whole run, or what is left of it."""
         spec, first = self.spec, self.step
         yield self._event("begin", step=first)
+        if first == spec.steps:  # a run that was interrupted later than that
+            yield self._event("holds", **self._bytes())
         while self.step < spec.steps:
             self._train_step()
             last = self.step == spec.steps
@@ -150,12 +153,15 @@ class Rank:
             if self.step == first + 1:  # from the first step on, Adam's state is there
                 yield self._event("holds", **self._bytes())
             if evaluates:
-                yield self._event("evaluated", step=self.step, loss=self._evaluate())
+                self.evaluations.append((self.step, self._evaluate()))
+                yield self._event("evaluated", step=self.step, loss=self.evaluations[-1][1])
             if saves:
                 self._save()
                 yield self._event("saved", step=self.step)
         self._consolidate()
-        yield self._event("done", losses=self.losses, peak_memory=peak_bytes(str(self.device)))
+        yield self._event(
+            "done", losses=self.losses, evaluations=self.evaluations, peak_memory=peak_bytes(str(self.device))
+        )
 
     def _event(self, name: str, **values: Any) -> Event:
         return {"event": name, "rank": self.rank, **values}
@@ -248,6 +254,7 @@ class Rank:
         dist.barrier()
         if self.rank == 0:
             state = {"step": self.step, "updates": updates_of(self.engine), "losses": self.losses, "ranks": self.ranks}
+            state["evaluations"] = self.evaluations
             finish(self.home, self.step, state)
         dist.barrier()
 

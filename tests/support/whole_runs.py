@@ -121,7 +121,7 @@ class Listener(Reporter):
         self.notes.append(text)
 
     def pass_begins(self, name: str, microbatches: int) -> Callable[[int], None]:
-        return self.on_step if self.on_step and name == "calibrate" else lambda done: None
+        return self.on_step if self.on_step and name == "stream" else lambda done: None
 
     def work_begins(self, blocks_by_shard: Any, finished: int) -> None:
         self.notes.append(f"{finished} finished before")

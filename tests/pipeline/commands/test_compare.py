@@ -120,7 +120,7 @@ def test_kl_is_shown_where_some_run_has_it(recorded: tuple[str, dict[str, str]])
     console = Console(width=80, record=True, file=io.StringIO())
     comparison = compare(["compared"], tracking_uri=uri)
     console.print(comparison.table())
-    assert "0.123" in console.export_text() and "| 0.123 |" in comparison.markdown()
+    assert "0.1235" in console.export_text() and "| 0.1235 |" in comparison.markdown()
     assert [row["kl"] for row in comparison.rows] == [0.12345, None]
     other = compare(["recipes"], tracking_uri=uri)
     assert "KL" not in other.table().caption and "| KL |" not in other.markdown()

@@ -175,17 +175,17 @@ def test_what_a_run_records_can_be_asked_for_again() -> None:
 
 
 def test_names_of_recipes() -> None:
-    assert PruneConfig(**LEAST).recipe_name == "wanda 50% + component"
+    assert PruneConfig(**LEAST).recipe_name == "wanda 50 % + component"
     assert PruneConfig(**LEAST, pattern="2:4", reconstruct="none", criterion="magnitude").recipe_name == "magnitude 2:4"
     assert PruneConfig(**LEAST, sparsity=0.625, refine="none", reconstruct="window:4").recipe_name == (
-        "wanda 62.5% + window:4"
+        "wanda 62.5 % + window:4"
     )
     assert (
         PruneConfig(**LEAST, inputs="pruned", refine="dsnot").recipe_name
-        == "wanda 50% + dsnot + component + pruned inputs"
+        == "wanda 50 % + dsnot + component + pruned inputs"
     )
-    assert PruneConfig(**LEAST, refine="swaps").recipe_name == "wanda 50% + swaps + component"
-    assert PruneConfig(**LEAST, sweeps=2).recipe_name == "wanda 50% + component + 2 sweeps"
+    assert PruneConfig(**LEAST, refine="swaps").recipe_name == "wanda 50 % + swaps + component"
+    assert PruneConfig(**LEAST, sweeps=2).recipe_name == "wanda 50 % + component + 2 sweeps"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_a_small_demo_prunes_three_ways_and_shows_one_table(
         monkeypatch.setattr(demo, name, value)
     result: dict[str, Any] = demo.run_demo(tmp_path / "demo")
     recipes = [row["recipe"] for row in result["rows"]]
-    assert recipes == ["dense", "magnitude 50%", "wanda 50%", "wanda 50% + reconstruction"]
+    assert recipes == ["dense", "magnitude 50 %", "wanda 50 %", "wanda 50 % + reconstruction"]
     dense, magnitude, wanda, reconstructed = result["rows"]
     assert dense["perplexity"] < reconstructed["perplexity"] < wanda["perplexity"] < magnitude["perplexity"]
     assert dense["sparsity"] == 0 and all(

@@ -83,7 +83,7 @@ def test_the_vision_tower_alone_is_pruned_on_images(request_for, images, tmp_pat
         elif not part.startswith(tower):
             assert torch.equal(values, dense), part
     written = (tmp_path / "one" / "espalier" / "report.md").read_text()
-    assert written.startswith(f"# The vision tower of {name} pruned to 50.0 % zeros")
+    assert written.startswith(f"# The vision tower of {name} pruned to 50.00 % zeros")
     assert "AutoModelForImageTextToText.from_pretrained" in written and "tower: vision" in written
 
 

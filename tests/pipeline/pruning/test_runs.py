@@ -149,7 +149,7 @@ def test_a_tied_bf16_checkpoint_in_many_files_comes_out_2_of_4_with_one_json_obj
     assert main([str(argument) for argument in [*arguments, "--json"]]) == 0
     out, err = capfd.readouterr()
     result = json.loads(out)
-    assert out.count("\n") == 1 and "block 4/4" in err and "calibrate" in err
+    assert out.count("\n") == 1 and "4/4 blocks" in err and "stream " in err
     assert set(result) == set(SUMMARY)
     assert result["output"] == str(tmp_path / "out") and result["sparsity"] == 0.5 and len(result["blocks"]) == 4
 
@@ -263,7 +263,7 @@ def test_the_table_for_a_person_shows_perplexities_memory_and_where_things_are(w
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(result_table(wanda.run))
     shown = console.export_text()
-    assert f"{wanda.perplexity:,.2f}" in shown and "50.0000%" in shown
+    assert f"{wanda.perplexity:,.2f}" in shown and "50.00 %" in shown
     assert "shard 0" in shown and "shard 1" in shown and "estimate" in shown and str(wanda.output) in shown
 
 

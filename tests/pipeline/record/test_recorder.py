@@ -210,6 +210,28 @@ def test_what_a_server_missed_while_it_was_away_arrives_in_order_when_it_is_back
     assert len(history(database, record.run_id, "x")) == 20
 
 
+def test_a_run_that_is_interrupted_while_its_end_is_on_its_way_was_killed(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, goes_on, send = threading.Event(), threading.Event(), Recorder._send
+
+    def slow(self: Recorder, items: list[Any]) -> None:
+        reached.set()
+        assert goes_on.wait(60)
+        send(self, items)
+
+    monkeypatch.setattr(Recorder, "_send", slow)
+    record = recorder(tmp_path, database)
+    record.metrics({"sparsity": 0.5})
+    assert reached.wait(60)
+    record.close(timeout_seconds=0)  # where Ctrl-C finds it
+    goes_on.set()
+    record.abandon(KeyboardInterrupt())
+    assert record.run_id is not None
+    assert open_client(database).get_run(record.run_id).info.status == "KILLED"
+    assert history(database, record.run_id, "sparsity") == [(0, 0.5)]
+
+
 def test_a_missing_artifact_is_told_and_stops_nothing(tmp_path: Path, database: str) -> None:
     record = recorder(tmp_path, database)
     record.artifact(tmp_path / "not-there.png")

@@ -13,7 +13,7 @@ from espalier.pipeline.config.options import build_config
 from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.record.metric_names import total_metrics
 from espalier.pipeline.reports.figures import _lanes
-from espalier.pipeline.reports.format import duration, number, size
+from espalier.pipeline.reports.format import duration, nats, number, size
 from espalier.pipeline.reports.prune import write_report
 
 
@@ -44,7 +44,7 @@ def a_run() -> dict[str, Any]:
     spans = [
         {"shard": shard, "phase": phase, "block": block, "start": start + shard, "end": end + shard}
         for shard in range(2)
-        for phase, block, start, end in (("stream", None, 0.5, 2.5), ("score", 2 * shard, 2.5, 3.0))
+        for phase, block, start, end in (("stream", None, 0.5, 2.5), ("mask", 2 * shard, 2.5, 3.0))
     ]
     parts = {"weights": 10_000_000, "spool_memory": 5_000_000, "spool_disk": 0, "training": 3_000_000}
     return {
@@ -107,13 +107,13 @@ def test_report_has_every_block_with_its_errors(written: tuple[str, list[Path]])
 def test_report_holds_no_number_that_is_not_finite_and_no_none(written: tuple[str, list[Path]]) -> None:
     text = written[0]
     assert not re.search(r"\b(nan|inf|None)\b", text)
-    assert "3.63" in text and "6.2" in text and number(math.log(6.2)) in text
+    assert "3.63" in text and "6.20" in text and nats(math.log(6.2)) in text
     assert "200 of 400" in text  # zeros, summed over the layers
 
 
 def test_memory_is_shown_against_its_estimate(written: tuple[str, list[Path]]) -> None:
     text = written[0]
-    assert "| shard 1 | 1 GB | 910 MB | 0.91 | weights 10 MB, spool 5 MB, training 3 MB |" in text
+    assert "| shard 1 | 1 GB | 910 MB | 0.91 | weights 10 MB, reconstruction 3 MB, activations 5 MB |" in text
     assert "| driver | 700 MB | 620 MB | 0.89 |" in text
 
 
@@ -183,9 +183,12 @@ def test_quantities_read_well() -> None:
 def test_energy_and_operations_stand_beside_each_phase_and_what_was_not_measured_is_said(tmp_path: Path) -> None:
     run = a_run()
     write_report(run, tmp_path)
-    assert "| score, mask and reconstruct | 12.0 s | not measured |  |" in (tmp_path / "report.md").read_text()
+    assert (
+        "| work | blocks scored, masked, reconstructed, written | 12.0 s | not measured |  |"
+        in (tmp_path / "report.md").read_text()
+    )
     run |= {"energy": {"work": {"cpu": 1234.0, "gpu": None}}, "flops": {"work": 5.6e12}}
     write_report(run, tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "| score, mask and reconstruct | 12.0 s | CPU 1.23 kJ | 5.6 TFLOP |" in text
+    assert "| work | blocks scored, masked, reconstructed, written | 12.0 s | CPU 1.23 kJ | 5.6 TFLOP |" in text
     assert total_metrics(run) | {"joules/work/cpu": 1234.0, "flops/work": 5.6e12} == total_metrics(run)

@@ -1,6 +1,8 @@
 """Whole training runs on ZeRO ranks: the losses of one plain process, exact zeros, killed and resumed."""
 
+import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.retrain import RetrainConfig
 from espalier.pipeline.record.recorder import default_tracking_uri
 from espalier.pipeline.retraining.run import RetrainResult, resume, retrain
+from espalier.pipeline.run.stopping import how_to_go_on
 from espalier.stages.data.token_table import TokenTable
 from espalier.stages.data.training_batches import Order
 from espalier.stages.training.lr_schedule import rate_at
@@ -277,3 +280,39 @@ def test_a_run_goes_on_with_other_ranks_in_another_stage(
     assert [step for step, _ in result.evaluations] == [5, 10, 15, 20]
     assert_zeros_are_those_of(pruned, result.output)
     assert len(weights(result.output / "shadow")) == len(weights(pruned))
+
+
+LATE = {  # what the driver calls between the last checkpoint and the end -> what is where then
+    "copy_companions": "the whole model is consolidated, and nothing of it in the output",
+    "sparsity_of": "it is in the output",
+    "write_report": "run.json holds all results",
+}
+
+
+@pytest.mark.parametrize("moment", LATE)
+def test_a_run_that_is_interrupted_after_its_last_step_is_resumed_to_the_same_end(
+    moment: str,
+    two_ranks: RankGroup,
+    run_in: Callable[..., RetrainResult],
+    request_to_train: Callable[..., RetrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    uninterrupted = run_in(2)
+    config = request_to_train(f"late {moment}", zero_stage=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"espalier.pipeline.retraining.run.{moment}", interrupted)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            retrain(config, Listener(), two_ranks)
+    assert how_to_go_on(stop.value) == f"`espalier resume {shlex.quote(config.output)}` goes on"
+    assert json.loads((Path(config.output) / "espalier" / "run.json").read_text())["status"] == "interrupted"
+    (Path(config.output) / "espalier" / "journal.jsonl").write_text("")  # as if the last evaluation was not heard of
+    result = resume(Path(config.output), Listener(), two_ranks)
+    assert result.losses == uninterrupted.losses and result.evaluations == uninterrupted.evaluations
+    assert result.run["memory"] == uninterrupted.run["memory"]
+    ours, theirs = weights(result.output), weights(uninterrupted.output)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert Path(result.run["report"]).is_file() and result.run["status"] == "finished"
+    assert not list((result.output / "espalier").glob("checkpoint-*"))

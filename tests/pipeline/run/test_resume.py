@@ -68,7 +68,7 @@ def test_killed_in_the_stream_a_run_leaves_no_process_and_resumes_to_the_same_by
     command: Callable[..., Command], expected: dict[str, str], tmp_path: Path, one_cluster: None, recorded: str
 ) -> None:
     run = command("--shards", 1)
-    run.until(rf"calibrate +{2 * moments.randint(1, 2)}/8 ")
+    run.until(rf"stream +{2 * moments.randint(1, 2)}/8 ")
     assert run.kill() == [], "gcs, raylet and shard went with the driver"
     assert not (tmp_path / "out" / "espalier" / "journal.jsonl").exists(), "no block was finished"
     assert weights_of(resume(tmp_path / "out").output) == expected
@@ -81,7 +81,7 @@ def test_killed_at_work_a_run_resumes_with_other_shards_to_the_same_bytes(
 ) -> None:
     run = command("--shards", 1)
     for _ in range(moments.randint(1, 2)):
-        run.until(r"^block \d/4")
+        run.until(r"^block \d .* \d/4 blocks")
     assert run.kill() == []
     finished = {line["block"] for line in journal_of(tmp_path / "out")}
     assert 1 <= len(finished) < 4
@@ -108,7 +108,7 @@ def test_ctrl_c_at_work_ends_in_one_line_that_says_how_to_resume_and_resumes(
     command: Callable[..., Command], expected: dict[str, str], tmp_path: Path, one_cluster: None, recorded: str
 ) -> None:
     run = command("--shards", 1)
-    run.until(r"^block \d/4")
+    run.until(r"^block \d .* \d/4 blocks")
     family = run.family()
     run.interrupt()
     code, _ = run.finish()

@@ -89,7 +89,7 @@ def test_no_secret_is_shown_stored_logged_or_sent(
     sizes = ("--samples", SAMPLES, "--length", LENGTH, "--microbatch", MICROBATCH, "--shards", 1)
     given = ("prune", tiny_model(), "--output", tmp_path / "out", "--calibration", text, "--eval", held_out)
     command = Command([*given, *sizes, "--json"], SECRETS | {"MLFLOW_TRACKING_URI": uri}, tmp_path)
-    command.until(r"block 1/")
+    command.until(r"1/\d+ blocks")
     arguments = [" ".join(member.cmdline()) for member in running(command)]
     (home,) = {found[1] for line in arguments if (found := re.search(r"(/[^\s=]*/espalier-\w+)/ray", line))}
     logs = [path for path in Path(home).rglob("*") if path.is_file()]

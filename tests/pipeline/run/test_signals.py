@@ -21,6 +21,7 @@ from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.pruning import prune as driver
 from espalier.pipeline.pruning.prune import resume
 from espalier.pipeline.run.directory import RunDirectory
+from espalier.pipeline.run.stopping import how_to_go_on
 
 EPOCHS = 3
 SECONDS = 10.0  # promised between the signal and the end
@@ -96,7 +97,7 @@ def test_a_command_that_is_still_being_imported_ends_at_once(pruning: Command, t
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["Ray starts", "^block 2/4"])
+@pytest.mark.parametrize("moment", ["Ray starts", " 2/4 blocks"])
 def test_a_pruning_run_ends_whenever_it_is_told_to_and_resumes_to_the_same_bytes(
     pruning: Command, moment: str, expected: dict[str, str], tmp_path: Path, one_cluster: None, recorded: str
 ) -> None:
@@ -109,7 +110,7 @@ def test_a_pruning_run_ends_whenever_it_is_told_to_and_resumes_to_the_same_bytes
     run_file = tmp_path / "out" / "espalier" / "run.json"
     assert json.loads(run_file.read_text())["status"] == "interrupted"
     assert states_in_mlflow(recorded, run_file) in ([], ["KILLED"])
-    assert moment != "^block 2/4" or states_in_mlflow(recorded, run_file) == ["KILLED"]
+    assert moment != " 2/4 blocks" or states_in_mlflow(recorded, run_file) == ["KILLED"]
     assert not list(tmp_path.glob(f"{PREFIX}*"))
     assert weights_of(resume(tmp_path / "out").output) == expected
     assert json.loads(run_file.read_text())["status"] == "finished"
@@ -194,6 +195,22 @@ def test_a_process_that_was_started_deaf_to_hangups_stays_so() -> None:
     process.terminate()
     _, said = process.communicate(timeout=60)
     assert said.strip().endswith("Stopped: SIGTERM")
+
+
+def test_a_run_is_finished_when_all_is_done_and_not_when_its_run_json_says_so_first(tmp_path: Path) -> None:
+    """It does on its way to MLflow."""
+    run = {"status": "running", "config": {}, "fingerprint": None}
+    for name, end in (("early", RunDirectory.write), ("done", RunDirectory.finish)):
+        directory = RunDirectory.claim(tmp_path / name, run)
+        with pytest.raises(KeyboardInterrupt) as stop, directory.at_work():
+            end(directory, run | {"status": "finished"})
+            raise KeyboardInterrupt
+        status = json.loads(directory.run_file.read_text())["status"]
+        said = how_to_go_on(stop.value)
+        if name == "early":
+            assert (status, said) == ("interrupted", f"`espalier resume {tmp_path / name}` goes on")
+        else:
+            assert (status, said) == ("finished", f"the run in {tmp_path / name} is finished")
 
 
 def test_ctrl_c_says_how_to_go_on(

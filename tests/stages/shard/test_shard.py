@@ -299,7 +299,7 @@ def test_one_block_is_written_while_the_next_is_worked_on_and_the_one_after_wait
     following.start()
     following.join(timeout=0.5)
     assert following.is_alive(), "block 1 is not handed over before block 0 is on disk"
-    assert [(phase["phase"], phase["block"]) for phase in shard.timeline.export()][-1] == ("score", 1)
+    assert [(phase["phase"], phase["block"]) for phase in shard.timeline.export()][-1] == ("mask", 1)
     disk.release(2)
     following.join(timeout=60)
     (first,), (second,) = (shard.committed(BlockTask(blocks=(block,))) for block in (0, 1))
@@ -312,11 +312,11 @@ def test_the_timeline_joins_stretches_of_one_phase(monkeypatch) -> None:
     clock = iter([0.0, 1.0, 1.2, 2.0, 5.0, 6.0, 6.1, 7.0])
     monkeypatch.setattr("espalier.stages.metrics.profile.time.time", lambda: next(clock))
     timeline = Timeline()
-    for name in ("stream", "stream", "stream", "score"):
+    for name in ("stream", "stream", "stream", "mask"):
         with timeline.phase(name):
             pass
     assert [(phase["phase"], phase["start"], phase["end"]) for phase in timeline.export()] == [
         ("stream", 0.0, 2.0),
         ("stream", 5.0, 6.0),  # after a pause
-        ("score", 6.1, 7.0),
+        ("mask", 6.1, 7.0),
     ]
