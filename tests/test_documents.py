@@ -1,6 +1,7 @@
 """Whatever the documents name exists: files, links, options, and in run.json's table every field."""
 
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 
@@ -16,12 +17,13 @@ DOCUMENTS = [
     *(ROOT / floor / "README.md" for floor in ("stages", "cluster", "pipeline")),
     ROOT / "tests" / "benchmarks" / "README.md",
 ]
+READMES = ["README.md", "stages/README.md", "cluster/README.md", "pipeline/README.md"]
 PATH = re.compile(r"`((?:stages|cluster|pipeline|tests|espalier)/[\w/.-]*)`")
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#\s]+)[^)]*\)")
 NAMED = re.compile(r"`(\w+)` in `((?:stages|cluster|pipeline|tests)/[\w/]+\.py)`")
 MODULE = re.compile(r"`?espalier((?:\.[a-z_]+)+)")
 FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z-]+)")
-OTHERS = {"--backend-store-uri", "--gpu-memory", "--help"}  # of mlflow; of typer
+OTHERS = {"--backend-store-uri", "--debug", "--generate", "--help"}  # of mlflow; of every command; of ray; of typer
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -47,7 +49,29 @@ def flags() -> set[str]:
     return {flag for parameter in made for flag in (*parameter.opts, *parameter.secondary_opts)}
 
 
-def test_the_options_that_the_readme_names_exist() -> None:
-    named = set(FLAG.findall((ROOT / "README.md").read_text()))
-    assert len(named) > 20
+@pytest.mark.parametrize("document", READMES)
+def test_the_options_that_a_readme_names_exist(document: str) -> None:
+    named = set(FLAG.findall((ROOT / document).read_text()))
+    assert len(named) > 3
     assert named - flags() - OTHERS == set()
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The command lines of `espalier` in a document's blocks, without `espalier` itself."""
+    blocks = "\n".join(re.findall(r"^```(?:sh)?\n(.*?)^```$", text, flags=re.M | re.S)).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in blocks.splitlines() if line.startswith("espalier ")]
+    return [line[1:] for line in lines]
+
+
+@pytest.mark.parametrize("document", [document for document in READMES if document != "stages/README.md"])
+def test_the_commands_that_a_readme_shows_are_understood(document: str) -> None:
+    commands, shown = get_command(app).commands, commands_of((ROOT / document).read_text())  # type: ignore[attr-defined]
+    assert len(shown) > 2
+    for name, *arguments in shown:
+        with_all_options(commands[name]).make_context(name, arguments)
+
+
+def test_the_readme_is_two_screens_and_shows_the_commands_of_a_first_day() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 145
+    assert {"doctor", "plan", "prune", "eval", "submit", "compare"} <= {name for name, *_ in commands_of(text)}
