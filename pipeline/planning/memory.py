@@ -79,8 +79,8 @@ def estimate_shard(
     if recipe is not None:
         training = max(_fit_bytes(facts, first, last, step_tokens, recipe, compute), _hessian_bytes(facts, recipe))
         kept = _kept_streams(recipe)
-    spooled = int(kept * tokens * facts.hidden * item * (last - first))
-    carried = 2 * tokens * facts.hidden * item if resident == "one" or (recipe and recipe.sequential) else 0
+    spooled = int(kept * tokens * _kept_width(facts, recipe) * item * (last - first))
+    carried = 2 * tokens * facts.travels * item if resident == "one" or (recipe and recipe.sequential) else 0
     in_memory = min(spooled + carried, spool_memory)
     both = min(training + in_memory, max(training, spool_memory))  # activations make room for the fit
     copied = 0 if first or gpu else facts.copied_at_once
@@ -130,6 +130,15 @@ def _kept_streams(recipe: Recipe) -> float:
             return 1
         return 2 if recipe.gathers and not recipe.sequential else 0
     return (kind.streams + (kind.sweep_streams or 0 if recipe.sweeps else 0)) / recipe.blocks_per_unit
+
+
+def _kept_width(facts: ModelInfo, recipe: Recipe | None) -> float:
+    """How wide these streams are: of a whole block all that goes from block to block, of components the hidden states
+    of each; two of them are what is usual."""
+    kind = find_unit(recipe.reconstruct) if recipe is not None else None
+    if kind is not None and kind.whole_blocks:
+        return facts.travels
+    return facts.hidden * max(2, *map(len, facts.unit_parameters)) / 2
 
 
 def choose_resident(

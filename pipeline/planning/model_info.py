@@ -34,6 +34,7 @@ class ModelInfo:
     packed: bool  # samples differ in length, and so pass through the blocks one at a time
     dtype: str  # of its weights, most of them
     hidden: int
+    travels: int  # numbers a token that go from block to block: hidden states and what goes with them
     vocabulary: int
     context: int
     parameters: int
@@ -128,6 +129,7 @@ def model_facts(
         packed=skeleton.layout.packed,
         dtype=str(weights_in).removeprefix("torch."),
         hidden=skeleton.hidden_size,
+        travels=max(skeleton.columns(index) for index in range(len(skeleton.layers))),
         vocabulary=skeleton.vocabulary,
         context=skeleton.context,
         parameters=sum(counts) + sum(outside.values()),

@@ -123,7 +123,7 @@ def arrange(config: ClusterConfig, facts: ModelInfo, load: Load) -> Layout:
     if compute is None and config.address is None:  # the cluster will be this machine
         own = dtype_of(facts.dtype)
         compute = chosen_compute(own, has_units(own, "cuda" if gpus else "cpu"))
-    microbatch_bytes = length * facts.hidden * COMPUTED[compute or "fp32"].itemsize
+    microbatch_bytes = length * facts.travels * COMPUTED[compute or "fp32"].itemsize
     microbatch_bytes *= microbatch_size(config.microbatch, length, facts.packed)
     return Layout(
         config=config,

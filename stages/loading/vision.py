@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from espalier.stages.loading.skeleton import Skeleton
 from espalier.stages.model.calls import Call
 from espalier.stages.model.families import Tower
+from espalier.stages.model.packing import Passage
 from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 MOST_PATCHES = 1 << 16  # of an image where images may be of any size
@@ -44,6 +45,9 @@ class VisionSkeleton(Skeleton):
         self._patches = hidden.shape[1]  # of every image, unless they are packed
         self.context = MOST_PATCHES if self.layout.packed else self._patches
         self.vision = self.ends = frozenset(before)
+
+    def _find_passages(self) -> list[Passage]:
+        return []  # hidden states alone
 
     def _blank(self, images: int, grids: Tensor | None = None) -> dict[str, Tensor]:
         """So many images with nothing on them, of the size that the tower takes; or of `grids` of patches, (images, 3)

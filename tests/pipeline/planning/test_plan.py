@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_models import family_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -81,6 +82,22 @@ def test_facts_are_those_of_the_checkpoint(facts: ModelInfo, tiny_model: Callabl
     assert facts.total_bytes == sum(tensor.nbytes for tensor in weights.values())
     assert {(name, *weights[name].shape) for name, _, _ in facts.linears} == set(facts.linears)
     assert len(facts.linears) == 4 * 7
+
+
+def test_what_travels_beside_hidden_states_is_counted(tmp_path: Path, facts: ModelInfo) -> None:
+    """Gemma 3n's blocks hand on three streams of 32, two keys and values of 32, and 8 for each block to come."""
+    more = model_facts(read_config(family_checkpoint(tmp_path)("gemma3n_text", "float32")), "gemma3n")
+    assert (facts.hidden, facts.travels) == (32, 32) and (more.hidden, more.travels) == (32, 176)
+    whole, part = Recipe(reconstruct="block"), Recipe()
+    for recipe, wider in ((whole, 176 / 32), (part, 5 / 2)):
+        spooled = [
+            estimate_shard(
+                each, 0, 4, compute="fp32", resident="all", tokens=1000, step_tokens=64, spool_memory=1 << 30,
+                recipe=recipe, gpu=False,
+            ).spool_memory
+            for each in (facts, more)
+        ]  # fmt: skip
+        assert spooled[1] == wider * spooled[0]
 
 
 def test_a_tied_head_is_counted_once(tiny_model: Callable[..., Path], facts: ModelInfo) -> None:

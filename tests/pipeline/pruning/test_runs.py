@@ -10,9 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from family_models import family_checkpoint
 from safetensors import safe_open
-from safetensors.torch import load_file
-from whole_runs import LENGTH, MICROBATCH, SAMPLES, Listener, prune_without_ray, recorded_outside_the_table, weights_of
+from safetensors.torch import load_file, save_file
+from whole_runs import (
+    LENGTH,
+    MICROBATCH,
+    SAMPLES,
+    Listener,
+    add_tokenizer,
+    prune_without_ray,
+    recorded_outside_the_table,
+    weights_of,
+)
 
 from espalier.pipeline.cli.main import main
 from espalier.pipeline.config.prune import PruneConfig
@@ -120,6 +130,24 @@ def test_the_directory_holds_the_checkpoint_the_record_and_nothing_else(wanda: P
 
 def test_the_bytes_are_those_of_one_plain_shard(wanda: PruneResult, request_for: Any, tmp_path: Path) -> None:
     assert weights_of(wanda.output) == prune_without_ray(request_for(output=str(tmp_path / "plain")))
+
+
+def test_what_goes_from_block_to_block_goes_from_shard_to_shard(
+    request_for: Any, held_out: Path, tmp_path: Path
+) -> None:
+    """Gemma 3n: the second shard's blocks read keys and values of the first's; their own, unread, stay as they are."""
+    model = family_checkpoint(tmp_path)("gemma3n_text", "float32")
+    add_tokenizer(model)
+    unread = {"model.layers.3.self_attn.k_proj.weight": torch.randn(16, 32)}
+    save_file(load_file(model / "model.safetensors") | unread, model / "model.safetensors", {"format": "pt"})
+    result = prune(request_for(model=model, shards=2, bos="none", eval=str(held_out)), Listener())
+    check_untouched(model, result.output)
+    assert torch.equal(tensors_of(result.output)[next(iter(unread))], *unread.values())
+    assert result.sparsity == 0.5
+    assert result.perplexity == pytest.approx(perplexity_of(result.output, held_out), rel=1e-5)
+    assert result.dense_perplexity == pytest.approx(perplexity_of(model, held_out), rel=1e-5)
+    plain = request_for(model=model, bos="none", output=str(tmp_path / "plain"))
+    assert weights_of(result.output) == prune_without_ray(plain)
 
 
 @pytest.mark.parametrize(
