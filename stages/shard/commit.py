@@ -20,6 +20,7 @@ from espalier.stages.precision import as_saved
 from espalier.stages.recipe import BlockTask
 from espalier.stages.shard.block_pruner import BlockPruner
 from espalier.stages.shard.spec import ShardSpec, block_file, sweep_directory
+from espalier.stages.storage.files import clear_unfinished
 from espalier.stages.storage.hf_checkpoint import Checkpoint, write_tensors
 
 Reports = list[dict[str, Any]]
@@ -33,6 +34,11 @@ class Commits:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._handed: dict[BlockTask, Future[Reports]] = {}
         self._last: Future[Reports] | None = None
+        sweeps = spec.recipe.sweeps if spec.recipe else 0
+        for sweep in range(sweeps + 1):
+            directory = sweep_directory(Path(spec.output), sweep, sweeps)
+            for index in range(spec.first, spec.last):  # a process before, that was killed, may have been writing them
+                clear_unfinished(directory / block_file(index))
 
     def hand_over(self, work: BlockPruner, streamed: Mapping[int, tuple[int, float]]) -> None:
         """Have the blocks of `work` written, once what was handed over before is on disk; raises as `wait` does.

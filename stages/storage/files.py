@@ -30,6 +30,12 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def clear_unfinished(path: Path) -> None:
+    """Remove what was on its way to become `path` when its writer was killed. For who alone writes that file."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def share(directory: Path) -> None:
     """Give all files in `directory` the mode of any new file: for those whose writer makes them 0600."""
     probe = directory / f".mode.{os.getpid()}.tmp"

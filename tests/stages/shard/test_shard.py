@@ -13,7 +13,7 @@ from espalier.stages.metrics.perplexity import Measures
 from espalier.stages.metrics.profile import Timeline
 from espalier.stages.recipe import BlockTask, Recipe, derived_seed
 from espalier.stages.shard.shard import Shard
-from espalier.stages.shard.spec import ShardSpec, block_file
+from espalier.stages.shard.spec import ShardSpec, block_file, sweep_directory
 from espalier.stages.storage.files import file_digest
 from espalier.stages.storage.hf_checkpoint import write_tensors
 
@@ -47,6 +47,18 @@ def test_block_by_block_out_of_step(tiny_checkpoint, tiny_tokens, tmp_path) -> N
         shard.advance()
     with pytest.raises(OutOfStep, match="not advanced"):
         shard.emit(0)
+
+
+def test_what_a_killed_process_left_of_a_block_goes_when_its_replacement_opens(tiny_checkpoint, tmp_path) -> None:
+    spec = make_shards(tiny_checkpoint("llama"), tmp_path, 2, LENGTH, recipe=Recipe(sweeps=1))[0].spec
+    result = tmp_path / "output"
+    (between := sweep_directory(result, 0, 1)).mkdir(parents=True)
+    mine, others = spec.last - 1, spec.last
+    left = [folder / f".{block_file(block)}.77.tmp" for folder in (result, between) for block in (mine, others)]
+    for path in left:
+        path.write_bytes(b"half of it")
+    Shard(spec).open()
+    assert [path.exists() for path in left] == [False, True, False, True]
 
 
 def test_work_before_calibration_is_out_of_step(shard, tiny_tokens) -> None:
