@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
 from espalier.stages.criteria.scoring import check_criterion, check_options
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, nearest, unknown
 from espalier.stages.masks import Scope, check_sparsity, check_threshold, parse_pattern
 
 AMOUNTS = ("sparsity", "pattern", "threshold")  # the ways to say how much goes
@@ -62,9 +61,7 @@ def _override(where: str, entry: Any) -> Override:
     known = [*(known.name for known in fields(LayerRule)), "dense"]
     for key in given:
         if key not in known:
-            nearest = get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(known)}"
-            raise Refusal(f"{where}: {key!r} is unknown; {hint}")
+            raise Refusal(f"{where}: {key!r} {unknown(key, known)}")
     amounts = [key for key in (*AMOUNTS, "dense") if key in given]
     if len(amounts) > 1:
         raise Refusal(f"{where}: {' and '.join(amounts)} are given; give one of them")
@@ -139,5 +136,5 @@ def unmatched(overrides: Iterable[Override], names: Sequence[str]) -> list[Overr
 def check_matches(overrides: Iterable[Override], names: Sequence[str]) -> None:
     """Raises Refusal, with the nearest names, if an override matches no layer of the model."""
     for override in unmatched(overrides, names):
-        nearest = get_close_matches(override.match, names, n=3, cutoff=0.4) or list(names[:3])
-        raise Refusal(f"override {override.match!r} matches no layer; layers are named {', '.join(nearest)}")
+        near = nearest(override.match, names, at_most=3, cutoff=0.4) or names[:3]
+        raise Refusal(f"override {override.match!r} matches no layer; layers are named {', '.join(near)}")

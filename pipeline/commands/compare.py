@@ -1,7 +1,6 @@
 """Runs side by side: a table of what MLflow holds of an experiment, and perplexity against sparsity for each recipe."""
 
 import csv
-import difflib
 import math
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from espalier.pipeline.record.mlflow_client import (
 )
 from espalier.pipeline.reports.figures import draw_perplexity
 from espalier.pipeline.reports.format import duration, nats, percent, perplexity, size, table, target_share
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, nearest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -191,11 +190,11 @@ def _find_run(client: "MlflowClient", name: str, experiment_ids: list[str]) -> "
 def _unknown(client: "MlflowClient", name: str, experiments: "list[Experiment]", uri: str) -> str:
     """What to say of a name that is neither an experiment nor a run: the nearest of both kinds."""
     names = [experiment.name for experiment in experiments]
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = nearest(name, names, at_most=3)
     recent = client.search_runs([e.experiment_id for e in experiments], max_results=100)
     ids = [run.info.run_id for run in recent]
     ids += [run.data.tags["espalier.run_id"] for run in recent if "espalier.run_id" in run.data.tags]
-    near += difflib.get_close_matches(name, ids, n=2, cutoff=0.6)
+    near += nearest(name, ids, at_most=2, cutoff=0.6)
     if near:
         remedy = f"did you mean {' or '.join(repr(some) for some in near)}?"
     else:

@@ -1,14 +1,13 @@
 """Options as they are given, by name in YAML, on the command line and in Python, made into a checked configuration."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, unknown
 
 Config = TypeVar("Config", bound=BaseModel)
 Count = Annotated[int, Field(ge=1)]
@@ -36,9 +35,7 @@ def build_config(values: Mapping[str, Any], kind: type[Config]) -> Config:
     known = list(kind.model_fields)
     for name in values:
         if name not in known:
-            nearest = get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"options: {', '.join(known)}"
-            raise Refusal(f"option {name!r} is unknown; {hint}")
+            raise Refusal(f"option {name!r} {unknown(name, known, 'options')}")
     try:
         return kind(**values)
     except ValidationError as error:

@@ -1,13 +1,12 @@
 """The configuration of `espalier track`: a recipe's YAML, the same names as flags, one frozen object."""
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from espalier.pipeline.config.options import BOS_HELP, Count, build_config, read_yaml
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, unknown
 from espalier.stages.text.openings import Bos
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -88,7 +87,7 @@ class TrackConfig(BaseModel):
     @classmethod
     def _data_kind(cls, value: str) -> str:
         if value not in DATA_KINDS:
-            raise Refusal(f"data-kind {value!r}: {_nearest(value, list(DATA_KINDS))}")
+            raise Refusal(f"data-kind {value!r} {unknown(value, DATA_KINDS)}")
         return value
 
     @field_validator("data_options", mode="before")
@@ -182,13 +181,8 @@ def _recipe_file(recipe: str) -> Path:
             raise Refusal(f"recipe {recipe}: no such file; give a YAML file, or one of {', '.join(recipes())}")
         return path
     if recipe not in recipes():
-        raise Refusal(f"recipe {recipe!r}: {_nearest(recipe, list(recipes()))}, or give a YAML file")
+        raise Refusal(f"recipe {recipe!r} {unknown(recipe, recipes())}; or give a YAML file")
     return recipes()[recipe]
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown; did you mean {near[0]}?" if near else f"unknown; there are {', '.join(known)}"
 
 
 def _exactly_one(name: str, value: object, other: str, other_value: object) -> None:

@@ -5,14 +5,13 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
 
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, unknown
 from espalier.stages.masks import Scope
 
 Need = Literal["hessian", "outputs", "importance"]
@@ -109,10 +108,8 @@ def checked_options(name: str, criterion: Criterion, options: Mapping[str, Any])
     checked = {}
     for option, value in options.items():
         if option not in known:
-            nearest = get_close_matches(option, known, n=1, cutoff=0.5)
-            public = ", ".join(key for key in known if key != "seed") or "none"
-            hint = f"did you mean {nearest[0]}? " if nearest else ""
-            raise Refusal(f"criterion {name}: option {option!r} is unknown; {hint}it takes: {public}")
+            public = [key for key in known if key != "seed"]
+            raise Refusal(f"criterion {name}: option {option!r} {unknown(option, public, 'it takes')}")
         kind, rule = known[option].kind, known[option].rule
         try:
             checked[option] = _as(kind, value)

@@ -1,14 +1,13 @@
 """Scores of a matrix under a criterion by name: found, checked, whole or a few rows at a time. stages/README.md §2."""
 
 from collections.abc import Callable, Iterator, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
 
 from espalier.stages.criteria.criterion import Criterion, checked_options, import_criterion, taken_by
 from espalier.stages.criteria.equations import CRITERIA, _parts
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, unknown
 from espalier.stages.statistics import InputStatistics
 
 
@@ -21,9 +20,7 @@ def find_criterion(name: str) -> Criterion:
         return CRITERIA[name]
     if "." in name or ":" in name:
         return import_criterion(name)
-    nearest = get_close_matches(name, CRITERIA, n=1)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    raise Refusal(f"criterion {name!r} is unknown; {hint}there are: {', '.join(CRITERIA)}; your own is module.function")
+    raise Refusal(f"criterion {name!r} {unknown(name, CRITERIA)}; your own is module.function")
 
 
 def check_criterion(name: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, unknown
 from espalier.stages.model.anatomy import Anatomy, Weight
 from espalier.stages.model.calls import Call
 
@@ -188,7 +188,7 @@ UNITS = {
 def find_unit(name: str) -> UnitKind | None:
     """The unit of this name; None for "none". Raises Refusal for a name that the table does not have."""
     if name != "none" and name not in UNITS:
-        raise Refusal(f"reconstruct {name!r} is unknown; there are: {', '.join(UNITS)}, none")
+        raise Refusal(f"reconstruct {name!r} {unknown(name, [*UNITS, 'none'])}")
     return UNITS.get(name)
 
 

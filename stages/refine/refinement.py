@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from espalier.stages.criteria.criterion import Need
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, unknown
 from espalier.stages.refine.grow_and_prune import dsnot, r2_dsnot
 from espalier.stages.refine.sparse_swaps import swaps
 from espalier.stages.statistics import InputStatistics
@@ -52,5 +52,5 @@ REFINEMENTS = {
 def find_refinement(name: str) -> Refinement | None:
     """The refinement of this name; None for "none". Raises Refusal for a name that the table does not have."""
     if name != "none" and name not in REFINEMENTS:
-        raise Refusal(f"refine {name!r} is unknown; there are: {', '.join(REFINEMENTS)}, none")
+        raise Refusal(f"refine {name!r} {unknown(name, [*REFINEMENTS, 'none'])}")
     return REFINEMENTS.get(name)

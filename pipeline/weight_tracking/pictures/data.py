@@ -15,7 +15,7 @@ from espalier.pipeline.weight_tracking.pictures.model import QUESTION, write_mod
 from espalier.pipeline.weight_tracking.pictures.render import render
 from espalier.stages.data.labelled_images import Pictures
 from espalier.stages.data.training_batches import SourceSpec
-from espalier.stages.errors import Refusal
+from espalier.stages.errors import Refusal, unknown
 from espalier.stages.metrics.number_reading import constant_guess, rate_reading, read_numbers
 from espalier.stages.storage.hf_checkpoint import resolve
 from espalier.stages.training.model import load_model
@@ -28,8 +28,8 @@ ASKED = "What quantity is on this label? Answer with the number alone."
 
 def pictures(config: TrackConfig, home: Path) -> ExperimentData:
     """The pictures: the first to train on, the last `held_out` of them to be read."""
-    if unknown := sorted(config.data_options.keys() - set(OPTIONS)):
-        raise Refusal(f"data-option {unknown[0]}: unknown for pictures; there are {', '.join(OPTIONS)}")
+    if strange := sorted(config.data_options.keys() - set(OPTIONS)):
+        raise Refusal(f"data-option {strange[0]!r} {unknown(strange[0], OPTIONS, 'pictures take')}")
     if config.bos != "auto":
         raise Refusal(f"bos {config.bos}: pictures are no text that could begin with one; leave --bos out")
     checkpoint = config.model if isinstance(config.model, str) else None

@@ -111,7 +111,7 @@ def test_a_folder_of_ones_own_is_read_instead(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"data_options": ["picture=20"]}, "data-option picture: unknown for pictures; there are pictures, side"),
+        ({"data_options": ["picture=20"]}, "data-option 'picture' is unknown; did you mean pictures"),
         ({"data_options": ["pictures=many"]}, "data-option pictures many: must be a whole number"),
         ({"data_options": ["pictures=2"], "held_out": "0.1"}, "2 pictures, too few to hold 10% of them out"),
         ({"data": "nowhere"}, "nowhere: no such folder"),
