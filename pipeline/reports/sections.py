@@ -77,7 +77,6 @@ def recipe(run: Mapping[str, Any]) -> str:
         if isinstance(config.get(name), (list, tuple)):  # texts or token ids given in Python, possibly millions
             config[name] = f"{name.upper()}_TEXT"
     command = run.get("command", "prune")
-    command = "prune" if command in ("resume", "demo") else command
     model = shlex.quote(str(run["model"]["path"]))
     written = yaml.safe_dump(plain(config), sort_keys=False, default_flow_style=False, allow_unicode=True).rstrip()
     return (
@@ -92,9 +91,6 @@ def surroundings(run: Mapping[str, Any]) -> str:
         for shard in run.get("shards", ())
     ]
     rows += [["text", read] for read in run.get("read", {}).values() if read]
-    hardware = run.get("hardware", {})
-    if hardware:
-        rows.append(["hardware", f"{hardware['cpus']} CPUs; {', '.join(map(str, hardware['devices']))}"])
     rows += [[name, str(version)] for name, version in run.get("versions", {}).items()]
     rows += [["run", str(run.get("run_id"))], ["MLflow run", str(run.get("mlflow_run_id") or "none")]]
     rows.append(["MLflow", str(run.get("tracking_uri"))])

@@ -62,7 +62,7 @@ def a_run() -> dict[str, Any]:
         "sparsity": 0.5,
         "dense_perplexity": 3.63,
         "perplexity": 6.2,
-        "seconds": {"plan": 0.2, "stream": 4.0, "work": 12.0, "total": 21.7},
+        "seconds": {"tokens": 0.2, "stream": 4.0, "work": 12.0, "total": 21.7},
         "peak_memory": {"driver": 620_000_000, "shards": [900_000_000, 910_000_000]},
         "estimate": {"driver": 700_000_000, "shards": [parts | {"peak": 1_000_000_000}] * 2},
         "shards": [
@@ -72,7 +72,6 @@ def a_run() -> dict[str, Any]:
         "blocks": [a_block(index, index // 2) for index in range(4)],
         "timeline": spans,
         "versions": {"torch": "2.13.0"},
-        "hardware": {"cpus": 2, "devices": ["cpu"]},
         "warnings": ["the tracker | was away"],
         "compute": "bf16",
         "mlflow_run_id": None,
