@@ -25,6 +25,7 @@ from espalier.pipeline.record.mlflow_client import (
 from espalier.pipeline.reports.figures import draw_perplexity
 from espalier.pipeline.reports.format import duration, nats, percent, perplexity, size, table, target_share
 from espalier.stages.errors import Refusal, nearest
+from espalier.stages.storage.files import replacing, write_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -280,14 +281,14 @@ def _write(comparison: Comparison, out: Path) -> list[Path]:
         if picture is not None:
             text += f"\n![Perplexity against sparsity, a line for each recipe]({picture.name})\n"
             written.append(picture)
-        (out / "compare.md").write_text(text, encoding="utf-8")
+        write_text(out / "compare.md", text)
     except OSError as fault:
         raise Refusal(f"cannot write the comparison to {out} ({fault.strerror}): name another folder") from fault
     return [*written, out / "compare.md"]
 
 
 def _write_csv(rows: list[dict[str, Any]], path: Path) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FILE_COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

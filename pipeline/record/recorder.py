@@ -32,6 +32,7 @@ from espalier.pipeline.record.mlflow_client import (
     reason,
     ui_command,
 )
+from espalier.stages.storage.files import write_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -293,9 +294,8 @@ class Recorder:
             return
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            partial = self._directory / f".{LINK}.partial"
-            partial.write_text(json.dumps({"run_id": self.run_id, "tracking_uri": self.tracking_uri}) + "\n")
-            partial.replace(self._directory / LINK)
+            link = {"run_id": self.run_id, "tracking_uri": self.tracking_uri}
+            write_text(self._directory / LINK, json.dumps(link) + "\n")
         except OSError as fault:
             self._copy.fault = reason(fault)
 

@@ -1,6 +1,5 @@
 """A training run: tokens, ranks, their events, the record, and a plain checkpoint at the end."""
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -37,6 +36,7 @@ from espalier.stages.metrics.flops import shapes_of, tracking_flops, training_fl
 from espalier.stages.metrics.perplexity import perplexity_of
 from espalier.stages.metrics.profile import peak_bytes
 from espalier.stages.precision import dtype_of, own_compute
+from espalier.stages.storage.files import move_into_place
 from espalier.stages.storage.headers import WEIGHTS
 from espalier.stages.storage.hf_checkpoint import resolve
 from espalier.stages.training.spec import RetrainSpec
@@ -231,12 +231,11 @@ class _Run:
         if len(weights) > 1:  # under its own name, the one file would be the whole model
             weights = {path: f"{TRAINED}.safetensors" if name == WEIGHTS else name for path, name in weights.items()}
         for path, name in weights.items():
-            os.replace(path, output / name)
+            move_into_place(path, output / name)
         if len(weights) > 1:
             write_index(output, weights.values())
         if spec.shadow is not None:
-            shutil.rmtree(output / "shadow", ignore_errors=True)
-            os.replace(self.directory.home / "shadow", output / "shadow")
+            move_into_place(self.directory.home / "shadow", output / "shadow")
 
     def _finish(self, spec: RetrainSpec, recorder: Recorder) -> None:
         run, events = self.run, self.events

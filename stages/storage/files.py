@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,17 @@ def _mode_of_a_new_file(path: Path) -> int:
     """That of `path`, which is made; to ask for the umask would be to change it for all threads."""
     with path.open("wb") as file:
         return os.fstat(file.fileno()).st_mode & 0o777
+
+
+def move_into_place(gathered: Path, final: Path) -> None:
+    """Give what was gathered, a file or a directory, its final name in one step, synced; a directory that had the name
+    is gone. Both lie on one file system."""
+    for path in [gathered, *gathered.rglob("*")]:
+        sync(path)
+    if final.is_dir():
+        shutil.rmtree(final)
+    os.replace(gathered, final)
+    sync(final.parent)
 
 
 def write_text(path: Path, text: str) -> None:

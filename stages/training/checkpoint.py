@@ -10,7 +10,6 @@ read back in any other cut: on another number of ranks, in another stage, or who
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from espalier.stages.errors import Refusal
-from espalier.stages.storage.files import sync, write_text
+from espalier.stages.storage.files import move_into_place, write_text
 from espalier.stages.storage.hf_checkpoint import Checkpoint, write_tensors
 from espalier.stages.training.partition import MOMENTS, PartitionSlice
 
@@ -95,9 +94,7 @@ def finish(home: Path, step: int, state: dict[str, Any]) -> Path:
     """Every rank's files are in `directory_of`: make it a checkpoint, and remove older ones. For one rank to do."""
     gathering, final = directory_of(home, step), home / f"checkpoint-{step:08d}"
     write_text(gathering / STATE, json.dumps(state))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(gathering, final)
-    sync(home)
+    move_into_place(gathering, final)
     for found in [*home.glob("checkpoint-*"), *home.glob("gathering-*")]:
         if int(found.name.rpartition("-")[2]) < step:
             shutil.rmtree(found, ignore_errors=True)

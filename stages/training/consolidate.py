@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from espalier.stages.loading.ends import copy_unread
 from espalier.stages.shadow.store import write_shadow
-from espalier.stages.storage.files import share
+from espalier.stages.storage.files import move_into_place, share
 from espalier.stages.training.checkpoint import MASTER, StoredSlices
 from espalier.stages.training.model import has_weights, load_model
 from espalier.stages.training.spec import DTYPES, RetrainSpec
@@ -30,7 +30,7 @@ def consolidate(checkpoint: Path, output: Path, spec: RetrainSpec) -> PreTrained
     share(gathering)
     if has_weights(source):
         copy_unread(source, gathering, spec.trust_remote_code)
-    gathering.rename(output)
+    move_into_place(gathering, output)
     return model
 
 
@@ -46,7 +46,7 @@ def consolidate_shadow(model: PreTrainedModel, slices: Path, output: Path, spec:
     gathering = _emptied(output)
     assert spec.shadow is not None
     write_shadow(gathering, model.config, importances, spec.shadow, updates)
-    gathering.rename(output)
+    move_into_place(gathering, output)
 
 
 def _emptied(output: Path) -> Path:

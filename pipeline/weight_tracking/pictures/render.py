@@ -12,6 +12,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from espalier.stages.storage.files import replacing
+
 TABLE = "quantities.csv"
 UNITS = ("ml", "cl", "g", "kg", "oz", "pcs")
 SYLLABLES = ("ba", "cor", "del", "fi", "gra", "ki", "lo", "mar", "nu", "pel", "ro", "sol", "ta", "vi", "za")
@@ -81,15 +83,13 @@ def render(folder: Path, pictures: int, side: int, seed: int) -> Path:
     if table.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{TABLE}.partial"
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with replacing(table) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("file", "quantity", "unit"))
         for index in range(pictures):
             said, name = label(seed, index), f"{index:06d}.png"
             picture(seed, index, side).save(folder / name, compress_level=1)
             writer.writerow((name, said.quantity, said.unit))
-    partial.replace(table)
     return folder
 
 

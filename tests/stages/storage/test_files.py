@@ -1,13 +1,14 @@
 """Files that appear whole under their name, with the mode of any new file, or not at all."""
 
 import os
+import re
 import stat
 from pathlib import Path
 
 import pytest
 import torch
 
-from espalier.stages.storage.files import replacing, write_text
+from espalier.stages.storage.files import move_into_place, replacing, write_text
 from espalier.stages.storage.hf_checkpoint import write_tensors
 
 
@@ -45,3 +46,22 @@ def test_nothing_stands_under_the_name_before_all_is_written(tmp_path: Path) -> 
         temporary.write_text("new")
         assert not (tmp_path / "run.json").exists()
     assert (tmp_path / "run.json").read_text() == "new"
+
+
+def test_what_was_gathered_takes_its_place_and_what_was_there_is_gone(tmp_path: Path) -> None:
+    gathered, final = tmp_path / "gathering", tmp_path / "checkpoint"
+    for directory, name in ((final, "old"), (gathered, "new")):
+        (directory / "inside").mkdir(parents=True)
+        (directory / "inside" / name).write_text(name)
+    move_into_place(gathered, final)
+    assert sorted(path.name for path in final.rglob("*")) == ["inside", "new"]
+    move_into_place(final / "inside" / "new", tmp_path / "new")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "new"]
+
+
+def test_nobody_else_gives_files_their_names() -> None:
+    """MLflow's database is the exception: of two processes that make one, the first wins."""
+    floors = [Path(__file__).parents[3] / floor for floor in ("stages", "cluster", "pipeline")]
+    texts = {path.name: path.read_text() for floor in floors for path in floor.rglob("*.py")}
+    renames = {name for name, text in texts.items() if re.search(r"os\.(replace|rename)\(|\.rename\(", text)}
+    assert renames == {"files.py", "mlflow_client.py"}
