@@ -20,7 +20,7 @@ from espalier.stages.errors import Refusal
 from espalier.stages.loading.stub import Answers, Stub, Visit
 from espalier.stages.loading.weight_mapping import WeightMapping
 from espalier.stages.model.calls import Call
-from espalier.stages.model.empty import empty_model
+from espalier.stages.model.empty import empty_model, text_alone
 from espalier.stages.model.families import BlockLayout, Tower
 from espalier.stages.model.packing import Given, Passage, found_passages, pack_layers
 from espalier.stages.model.structure import check_family, layout_in
@@ -67,7 +67,7 @@ class Skeleton:
         weights: torch.dtype | None = None,
     ) -> None:
         self.config, self.dtype, self.device, self.weights = config, dtype, device, weights
-        self.model = empty_model(config, dtype).eval()
+        self.model = empty_model(text_alone(config), dtype).eval()
         self.layout: BlockLayout = layout_in(self.model, self.tower)
         self._computed = note_dtypes(self.model, dtype)
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
@@ -199,13 +199,15 @@ class Skeleton:
             setattr(module, attribute, nn.Parameter(value, requires_grad=False))
 
     def load_ends(self, checkpoint: Checkpoint, embedding: bool = True, head: bool = True) -> None:
-        """Load what lies outside the blocks: the input embedding, the output head, or both, and all smaller parts.
+        """Load what lies outside the blocks: the embeddings, the output head, or both, and all smaller parts.
 
         Where the config ties the head to the embedding, a checkpoint that lacks one of the two is read as tied.
         """
         tied = tied_names(self.model)
         tied |= {partner: name for name, partner in tied.items()}
-        of_embedding = _parameters_of(self.model, self.model.get_input_embeddings())
+        tables = [module for module in self.model.modules() if isinstance(module, nn.Embedding)]
+        tables.append(self.model.get_input_embeddings())
+        of_embedding = {name for module in tables for name in _parameters_of(self.model, module)}
         of_head = _parameters_of(self.model, self.model.get_output_embeddings())
         unwanted = (set() if embedding else of_embedding) | (set() if head else of_head)
         unwanted |= self.vision  # text alone does not pass it

@@ -36,15 +36,25 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForImageTextToText if sees_images(config.model_type) else AutoModelForCausalLM
 
 
+TEXT_ALONE = ("gemma3n",)  # families that also see and hear, and are built here without: they see with a timm model
+
+
+def text_alone(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the model that text passes through, where that is all that is built of a family here."""
+    return config.get_text_config() if config.model_type in TEXT_ALONE else config
+
+
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of `config` without memory for its parameters; its buffers hold what they should.
 
-    Raises Refusal for a config that transformers reads but makes no model of.
+    Raises Refusal for a config that transformers reads but makes no model of, or only with a package that is not here.
     """
     auto = auto_class(config)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights(), _LargeWithoutMemory():
             return auto.from_config(config, dtype=dtype)
+    except ImportError as error:
+        raise Refusal(f"{config.name_or_path or config.model_type}: {' '.join(str(error).split())}") from error
     except Exception as error:
         raise Refusal(
             f"{config.name_or_path or config.model_type}: transformers makes no model of its config.json ({error!r}); "

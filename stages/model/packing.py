@@ -8,7 +8,7 @@ own code around its layers, and its layers on the meta device: nothing about it 
 """
 
 from collections import UserDict
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -209,7 +209,8 @@ def found_passages(layers: Sequence[nn.Module], calls: Calls, dtype: torch.dtype
     An argument that has a gradient hangs on the tokens, and so does what layers leave in a mapping that all of them are
     given. Raises Refusal for what has not a row for each token, or travels in another dtype than `dtype`.
     """
-    small, large = (_run(layers, calls(*size)) for size in SIZES)
+    small = _run(layers, calls(*SIZES[0]), range(len(layers)))
+    large = _run(layers, calls(*SIZES[1]), [layer for layer, made in enumerate(small.left) if made])
     hidden = _part((), 0, small.hidden, large.hidden, dtype)
     if small.hidden.ndim == 3 and not any(small.given) and not any(small.read):
         return []
@@ -260,7 +261,8 @@ def _part(place: tuple[Any, ...], layer: int, small: Tensor, large: Tensor, dtyp
     return Part(place, layer, axes, tuple(memory), tuple(small.shape[axis] for axis in others))
 
 
-def _run(layers: Sequence[nn.Module], called: list[Given]) -> _Run:
+def _run(layers: Sequence[nn.Module], called: list[Given], looking: Collection[int]) -> _Run:
+    """What is seen of the layers, of their mapping only in those of the numbers `looking`."""
     calls = [call for call, _ in called]
     given = [
         {place: value for place, value in call.arguments.items() if isinstance(value, Tensor) and value.requires_grad}
@@ -276,9 +278,10 @@ def _run(layers: Sequence[nn.Module], called: list[Given]) -> _Run:
         return _Run(called[0][1], given, None, dict, [set() for _ in layers], [{} for _ in layers])
     watched = _Watched()
     read, left = [], []
-    for layer, (call, hidden) in zip(layers, called, strict=True):
+    for number, (layer, (call, hidden)) in enumerate(zip(layers, called, strict=True)):
         watched.forget()
-        _on_meta(layer, call.having({mapping: watched}), hidden)
+        if number in looking:
+            _on_meta(layer, call.having({mapping: watched}), hidden)
         read.append(watched.read)
         left.append({(k, i): tensor for k, values in watched.written.items() for i, tensor in enumerate(values)})
     return _Run(called[0][1], given, mapping, type(calls[0].arguments[mapping]), read, left)

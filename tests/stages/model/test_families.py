@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_models import LAYERS, NAMES, auto_class, family_checkpoint, layers_of
+from family_models import LAYERS, NAMES, auto_class, config_of, family_checkpoint, layers_of
 from safetensors.torch import load_file, save_file
 from streaming import GENTLE, make_shards, microbatches, prune, same_bits, stream
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, Gemma3nConfig, Gemma3nForCausalLM
 
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import Skeleton, read_config
@@ -263,6 +263,35 @@ def test_a_checkpoint_of_the_base_model_is_read_and_written_under_its_own_names(
 CUT = ("gpt2", "gpt_neox", "mixtral", "opt", "qwen2_vl", "gpt_oss", "qwen3_next", "gemma3n_text")
 
 
+def test_a_gemma_that_also_sees_and_hears_is_pruned_as_the_text_model_in_it(
+    checkpoint_of, tiny_tokens, tmp_path
+) -> None:
+    """As Gemma 3n is published: its vision tower is a timm model, which is not needed."""
+    text, directory, tokens = checkpoint_of("gemma3n_text"), tmp_path / "model", tiny_tokens(4, LENGTH)
+    directory.mkdir()
+    tensors = load_file(text / "model.safetensors")
+    inside = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    parts = ("vision_tower.timm_model.conv_stem", "audio_tower.conformer.0.norm", "embed_vision.embedding")
+    beside = {f"model.{part}.weight": torch.randn(3, 5) for part in parts}
+    save_file(inside | beside, directory / "model.safetensors", metadata={"format": "pt"})
+    Gemma3nConfig(text_config=config_of("gemma3n_text").to_dict()).save_pretrained(directory)
+    (shard,) = make_shards(directory, tmp_path, 1, LENGTH, blocks=4, recipe=Recipe(learning_rate=GENTLE))
+    whole = logits_of(text, "float32")
+    for hidden, part in zip(stream([shard], tokens), microbatches(tokens), strict=True):
+        assert same_bits(shard.logits(hidden), whole(part))
+    reports = prune([shard], tokens, blocks=4)
+    shard.copy_ends()
+    shard.open(0)
+    ours = [shard.logits(hidden) for hidden in stream([shard], tokens)]
+    result = written(directory, tmp_path / "output")
+    assert set(result) == {*inside, *beside} and all(same_bits(result[name], beside[name]) for name in beside)
+    assert all(report["sparsity"] == 0.5 for report in reports)
+    pruned = Gemma3nForCausalLM.from_pretrained(tmp_path / "output").eval()
+    for logits, part in zip(ours, microbatches(tokens), strict=True):
+        with torch.no_grad():
+            assert same_bits(logits, pruned(input_ids=part.long(), use_cache=False).logits)
+
+
 @pytest.mark.parametrize("name", CUT)
 def test_any_cut_of_any_family_gives_the_same_bytes(checkpoint_of, tiny_tokens, tmp_path, name) -> None:
     directory, tokens = checkpoint_of(name, "bfloat16"), tiny_tokens(9, LENGTH)
@@ -283,6 +312,16 @@ def test_what_looks_at_images_is_not_loaded(checkpoint_of) -> None:
     for name, parameter in skeleton.model.named_parameters():
         read = name.startswith(("model.language_model.", "lm_head."))
         assert (parameter.untyped_storage().nbytes() == 4 * parameter.numel()) == read, name
+
+
+def test_a_shard_with_the_head_alone_loads_no_table_that_only_embeds(checkpoint_of) -> None:
+    """Gemma 3n's for each block is most of the model; the other is the head, too."""
+    checkpoint = Checkpoint(checkpoint_of("gemma3n_text"))
+    skeleton = Skeleton(read_config(checkpoint.directory), torch.float32, checkpoint=checkpoint)
+    skeleton.load_ends(checkpoint, embedding=False)
+    for name, parameter in skeleton.model.named_parameters():
+        held = parameter.untyped_storage().nbytes() == 4 * parameter.numel()
+        assert held == (name != "model.embed_tokens_per_layer.weight"), name
 
 
 def expert_sums(block: nn.Module, routed: Tensor, expert: int) -> tuple[Tensor, Tensor, int]:
