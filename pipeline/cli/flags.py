@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     M = TypeVar("M", bound=BaseModel)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", metavar="")]
+LONGEST_METAVAR = 16  # characters of choices beside a flag; at 80 columns more would cut flags and break words
 PANELS = {
     "tower": "What",
     **dict.fromkeys(("sparsity", "pattern", "threshold", "criterion", "criterion_options"), "Masks"),
@@ -40,7 +41,9 @@ PANELS = {
 ORDER = ("What", "Masks", "Reconstruction", "Training", "Shadow", "Text", "Where and how it runs", "Record")
 # Of the names that several commands have, which panel they are shown in where it is another one.
 PANELS_OF = {
-    name: dict.fromkeys(("epochs", "batch", "learning_rate"), "Training") for name in ("RetrainConfig", "TrackConfig")
+    **dict.fromkeys(("RetrainConfig", "TrackConfig"), dict.fromkeys(("epochs", "batch", "learning_rate"), "Training")),
+    "PruneConfig": {"microbatch": "Where and how it runs", "shadow": "Masks"},
+    "EvalConfig": {"microbatch": "Where and how it runs", "against": "What"},
 }
 
 
@@ -55,11 +58,17 @@ def options_of(config: "type[BaseModel]") -> list[inspect.Parameter]:
         is_bool = field.annotation is bool
         if is_bool and field.default is True:
             flag = f"{flag}/--no-{flag.removeprefix('--')}"
-        default = "" if field.is_required() or field.default in (None, {}) else f" [dim]\\[{field.default}][/dim]"
-        help_text = (field.description or "") + (" [red]required[/red]" if field.is_required() else default)
+        choices = _words(field.annotation) if get_origin(field.annotation) is Literal else []
+        listed = f"One of {', '.join(choices)}. " if len("|".join(choices)) > LONGEST_METAVAR else ""
+        default = (
+            ""
+            if field.is_required() or field.default in (None, {}) or field.default is False
+            else _default(field.default)
+        )
+        help_text = listed + (field.description or "") + (" [red]required[/red]" if field.is_required() else default)
         usual = PANELS.get(name, "What" if field.is_required() else "Where and how it runs")
         panel = PANELS_OF.get(config.__name__, {}).get(name, usual)
-        metavar = None if is_bool else "NAME=VALUE" if many else _metavar(field.annotation)
+        metavar = "" if is_bool else "NAME=VALUE" if many else _metavar(field.annotation)
         option = typer.Option(
             flag,
             help=help_text,
@@ -72,6 +81,11 @@ def options_of(config: "type[BaseModel]") -> list[inspect.Parameter]:
         annotation = Annotated[kind, option]  # type: ignore[valid-type]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     return sorted(parameters, key=lambda p: ORDER.index(p.annotation.__metadata__[0].rich_help_panel))
+
+
+def _default(value: Any) -> str:
+    shown = value.human_readable() if hasattr(value, "human_readable") else value  # a size in bytes
+    return f" [dim]\\[{shown}][/dim]"
 
 
 def _one_of(words: list[str]) -> Callable[[str], list[str]] | None:
@@ -93,7 +107,8 @@ def _words(annotation: Any) -> list[str]:
 
 def _metavar(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
-        return "|".join(map(str, get_args(annotation)))
+        choices = "|".join(map(str, get_args(annotation)))
+        return choices if len(choices) <= LONGEST_METAVAR else "NAME"
     names: list[str] = []
     for part in get_args(annotation) or (annotation,):
         if get_origin(part) is Literal:
@@ -101,7 +116,8 @@ def _metavar(annotation: Any) -> str:
         elif part in (int, float) or get_origin(part) is Annotated or part is not type(None):
             base = get_args(part)[0] if get_origin(part) is Annotated else part
             names.append({int: "N", float: "X"}.get(base, "SIZE" if "Byte" in str(base) else "TEXT"))
-    return "|".join(dict.fromkeys(name for name in names if "list" not in name))
+    together = "|".join(dict.fromkeys(name for name in names if "list" not in name))
+    return together if len(together) <= LONGEST_METAVAR else "TEXT"
 
 
 def with_options(where: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

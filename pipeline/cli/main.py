@@ -175,20 +175,28 @@ def evaluate(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, config.json, or hub id.")],
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="0: CPU shards, as many as --shards.")] = 0,
-    gpu_memory: Annotated[str, typer.Option(help="Of one GPU, such as 80GB.")] = "80GB",
-    memory: Annotated[str | None, typer.Option(help="Of one machine, for CPU shards; default: this one's.")] = None,
-    shards: Annotated[
-        int | None, typer.Option(min=1, help="Default: one a GPU, or one a core of this machine.")
+    nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, metavar="N", help="0: CPU shards, as many as --shards.")] = 0,
+    gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="Of one GPU, such as 80GB.")] = "80GB",
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of one machine, for CPU shards; default: this one's.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    length: Annotated[str, typer.Option(help="Tokens in a window.")] = "auto",
-    spool_memory: Annotated[str, typer.Option(help="Memory of a shard for activations.")] = "1GiB",
-    reconstruct: Annotated[str, typer.Option(help="component or none.")] = "component",
-    tower: Annotated[str, typer.Option(help="language or vision.")] = "language",
-    compute: Annotated[str, typer.Option(help="What blocks are computed in: auto, fp32, bf16 or fp16.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="What weights are held in: auto, float32, bfloat16 or float16.")] = "auto",
+    shards: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Default: one a GPU, or one a core of this machine.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Calibration windows.")] = 128,
+    length: Annotated[str, typer.Option(metavar="N|auto", help="Tokens in a window.")] = "auto",
+    spool_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of a shard for activations.")] = "1GiB",
+    reconstruct: Annotated[
+        str, typer.Option(metavar="NAME", help="As for prune: component, block, window:N, matrix or none.")
+    ] = "component",
+    tower: Annotated[str, typer.Option(metavar="NAME", help="language or vision.")] = "language",
+    compute: Annotated[
+        str, typer.Option(metavar="NAME", help="What blocks are computed in: auto, fp32, bf16 or fp16.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="What weights are held in: auto, float32, bfloat16 or float16.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Shards, bytes and memory from a config alone: no weights, no GPU, no cluster needed.

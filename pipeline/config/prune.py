@@ -75,12 +75,12 @@ class PruneConfig(ClusterConfig):
     output: str = Field(description="Directory for the pruned checkpoint; must be new or empty.")
     calibration: str | list[str] | list[list[int]] = Field(
         description="Calibration text: text file, JSONL, CSV, Parquet, a folder of those, or hub data set; for a model "
-        "that sees also a folder of images with captions.jsonl."
+        "that reads images also a folder of them with captions.jsonl."
     )
     tower: Tower = Field(
         "language",
-        description="Which blocks of a model that sees are pruned; vision: those that look at its images, the rest "
-        "copied as it is.",
+        description="Which blocks of a model that reads images are pruned; vision: those of its vision tower, the "
+        "rest copied as it is.",
     )
     sparsity: float = Field(0.5, description="Share of the weights to remove, at least 0 and below 1.")
     pattern: str | None = Field(None, description="N:M instead of --sparsity: keep N of every M inputs, such as 2:4.")

@@ -43,6 +43,20 @@ def test_help_of_prune_has_a_flag_for_each_field(
     ] == []
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_terminal_of_80_columns(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert {word for word in out.split() if "…" in word} <= {"--no-shadow-sign…"}, "no flag is cut"
+    assert not [line for line in out.splitlines() if line.removeprefix("│").lstrip().startswith("|")], (
+        "no list of values"
+    )
+
+
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prone"]) == 2
     out, err = capsys.readouterr()
