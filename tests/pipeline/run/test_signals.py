@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from whole_runs import LENGTH, MICROBATCH, SAMPLES, Command, alive, prune_without_ray, weights_of
+from whole_runs import LENGTH, MICROBATCH, SAMPLES, Command, Listener, alive, prune_without_ray, weights_of
 
 from espalier.cluster.connection.folders import PREFIX
+from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.cli import main as cli
 from espalier.pipeline.config.prune import PruneConfig
+from espalier.pipeline.config.retrain import RetrainConfig
 from espalier.pipeline.pruning import prune as driver
 from espalier.pipeline.pruning.prune import resume
+from espalier.pipeline.retraining import run as retraining
 from espalier.pipeline.run.directory import RunDirectory
 from espalier.pipeline.run.stopping import how_to_go_on
 
@@ -115,6 +118,36 @@ def test_a_pruning_run_ends_whenever_it_is_told_to_and_resumes_to_the_same_bytes
     assert weights_of(resume(tmp_path / "out").output) == expected
     assert json.loads(run_file.read_text())["status"] == "finished"
     assert states_in_mlflow(recorded, run_file) == ["FINISHED"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_training_run_ends_between_its_checkpoints_and_resumes_to_the_same_weights(
+    command: Callable[..., Command],
+    tiny_model: Callable[..., Path],
+    text: Path,
+    tmp_path: Path,
+    two_ranks: RankGroup,
+    recorded: str,
+) -> None:
+    out, steps = tmp_path / "out", 200
+    asked = {"data": text, "steps": steps, "batch": 4, "length": LENGTH, "checkpoint_every": 5, "seed": 3}
+    flags = [str(part) for name, value in asked.items() for part in (f"--{name.replace('_', '-')}", value)]
+    run = command("retrain", tiny_model(), "--output", out, "--ranks", 2, *flags)
+    wait_for(run, lambda _: any((out / "espalier").glob("checkpoint-*")))
+    ends(run, signal.SIGTERM)
+    assert run.lines[-1] == f"espalier: interrupted; `espalier resume {out}` goes on"
+    run_file = out / "espalier" / "run.json"
+    assert json.loads(run_file.read_text())["status"] == "interrupted"
+    assert states_in_mlflow(recorded, run_file) == ["KILLED"]
+    assert list((out / "espalier").glob("checkpoint-*")) and not list(out.glob("*.safetensors"))
+    notes = Listener()
+    result = retraining.resume(out, notes, two_ranks)
+    assert any(note.startswith("going on after step ") for note in notes.notes)
+    assert states_in_mlflow(recorded, run_file) == ["FINISHED"]
+    whole = RetrainConfig(model=str(tiny_model()), output=str(tmp_path / "whole"), **asked | {"data": str(text)})
+    assert result.losses == (undisturbed := retraining.retrain(whole, Listener(), two_ranks)).losses
+    assert weights_of(out) == weights_of(undisturbed.output)
 
 
 @pytest.mark.ray
