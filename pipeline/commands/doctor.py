@@ -53,28 +53,15 @@ class Finding:
     required: bool = False  # without it `espalier prune` cannot run on this machine
 
 
-def examine() -> list[Finding]:
-    """Everything that was looked at, in the order in which a reader would ask."""
-    checks: list[Callable[[], list[Finding]]] = [
-        _packages,
-        _devices,
-        _processor,
-        _arithmetic,
-        _memory,
-        _disk,
-        _ray,
-        _compiler,
-        _tracking,
-        _hub,
-    ]
+def examine(*subjects: str) -> list[Finding]:
+    """What was looked at, in the order in which a reader would ask: everything in CHECKS, or those of its subjects."""
     findings: list[Finding] = []
-    for check in checks:
+    for subject in subjects or CHECKS:
         try:
-            findings += check()
+            findings += CHECKS[subject]()
         except Exception as error:  # one broken part of a machine must not hide what is known of the others
-            name = check.__name__.strip("_")
             findings.append(
-                Finding(name, without_secrets(f"could not be examined: {type(error).__name__}: {error}"), "missing")
+                Finding(subject, without_secrets(f"could not be examined: {type(error).__name__}: {error}"), "missing")
             )
     return findings
 
@@ -298,3 +285,17 @@ def _hub() -> list[Finding]:
     off = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     state = "off (HF_HUB_OFFLINE): local models and texts only" if off else "on (not asked)"
     return [Finding("Hugging Face hub", state)]
+
+
+CHECKS: dict[str, Callable[[], list[Finding]]] = {
+    "packages": _packages,
+    "devices": _devices,
+    "processor": _processor,
+    "arithmetic": _arithmetic,
+    "memory": _memory,
+    "disk": _disk,
+    "ray": _ray,
+    "compiler": _compiler,
+    "tracking": _tracking,
+    "hub": _hub,
+}

@@ -50,7 +50,7 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     config = _located(config)
     output = Path(config.output)
     check_free(output)
-    facts, fingerprint = _inspect(config)
+    facts, fingerprint = inspect(config)
     config = resolve_auto(config, facts)
     layout = arrange(config, facts, Load.of_pruning(config))
     check_disk(output, facts)
@@ -68,10 +68,10 @@ def resume(output: Path, shards: int | None = None, reporter: Reporter | None = 
     """
     directory, run = RunDirectory.reopen(output.expanduser().absolute())
     with directory.at_work():
-        config = build_config(_request(run["config"], shards), PruneConfig)
+        config = build_config(recorded_request(run["config"], shards), PruneConfig)
         if "compute" in run:  # what the run found units for, whatever this machine has
             config = config.model_copy(update={"compute": run["compute"]})
-        facts, fingerprint = _inspect(config)
+        facts, fingerprint = inspect(config)
         check_same_model(run, fingerprint)
         layout = arrange(config, facts, Load.of_pruning(config))
         return _result(PruneRun(config, facts, layout, directory, run, reporter))
@@ -90,7 +90,7 @@ def _located(config: PruneConfig) -> PruneConfig:
     return located(config, "model", "calibration", "eval", "shadow").model_copy(update={"scratch": scratch})
 
 
-def _request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
+def recorded_request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
     """The options that a run.json records, as they were given: one way to say how much goes, shards as wanted now."""
     used = next(name for name in ("pattern", "threshold", "sparsity") if recorded.get(name) is not None)
     kept = {name: value for name, value in recorded.items() if name == used or name not in AMOUNTS}
@@ -99,7 +99,7 @@ def _request(recorded: dict[str, Any], shards: int | None) -> dict[str, Any]:
     return kept | ({"shards": shards} if shards else {})
 
 
-def _inspect(config: PruneConfig) -> tuple[ModelInfo, str]:
+def inspect(config: PruneConfig) -> tuple[ModelInfo, str]:
     model = resolve(config.model)
     checkpoint, settings = Checkpoint(model), read_config(model, config.trust_remote_code)
     facts = tried_facts(settings, config.model, config.dtype, checkpoint, config.tower)

@@ -106,7 +106,7 @@ def draw_timeline(spans: Sequence[Mapping[str, Any]], path: Path) -> Path | None
     figure = _figure(width=10.5, height=min(1.9 + 0.55 * len(shards), 14))
     axes = figure.subplots()
     for row, shard in enumerate(shards):
-        for span, lane, lanes in _lanes([span for span in spans if int(span["shard"]) == shard]):
+        for span, lane, lanes in in_lanes([span for span in spans if int(span["shard"]) == shard]):
             start, length = span["start"] / unit_seconds, (span["end"] - span["start"]) / unit_seconds
             height = 0.8 / lanes
             bottom = row - 0.4 + lane * height
@@ -130,7 +130,7 @@ def draw_timeline(spans: Sequence[Mapping[str, Any]], path: Path) -> Path | None
     return _save(figure, path)
 
 
-def _lanes(spans: list[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], int, int]]:
+def in_lanes(spans: list[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], int, int]]:
     """Each span with its lane and the number of lanes: spans that overlap in time lie in different lanes."""
     free_from: list[float] = []
     placed = []

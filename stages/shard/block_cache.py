@@ -16,12 +16,12 @@ class BlockCache:
     def __init__(self, spec: ShardSpec, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
         self.source: int | None = None
         self._spec, self._skeleton, self._checkpoint = spec, skeleton, checkpoint
-        self._blocks: dict[int, nn.Module] = {}
+        self.held: dict[int, nn.Module] = {}  # what is in memory
 
     def open(self, source: int | None) -> None:
         """Let go of what is here and go on with the blocks of `source`."""
         self.source = source
-        self._blocks.clear()
+        self.held.clear()
         if self._spec.resident == "all":
             self.hold(range(self._spec.first, self._spec.last))
 
@@ -37,14 +37,14 @@ class BlockCache:
     def hold(self, blocks: Iterable[int]) -> dict[int, nn.Module]:
         """Those blocks, loaded if need be; with one block in memory at a time all others are let go."""
         if self._spec.resident == "one":
-            for index in self._blocks.keys() - set(blocks):
-                del self._blocks[index]
+            for index in self.held.keys() - set(blocks):
+                del self.held[index]
         for index in blocks:
-            if index not in self._blocks:
-                self._blocks[index] = self.load(index, self.source)
-        return {index: self._blocks[index] for index in blocks}
+            if index not in self.held:
+                self.held[index] = self.load(index, self.source)
+        return {index: self.held[index] for index in blocks}
 
     def release(self) -> None:
         """Let go of all blocks, unless all are to stay in memory."""
         if self._spec.resident == "one":
-            self._blocks.clear()
+            self.held.clear()

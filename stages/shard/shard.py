@@ -64,7 +64,7 @@ class Shard:
         self.spec = spec
         self.timeline = Timeline()
         self._streamed: dict[int, tuple[int, float]] = {}  # block -> tokens of the last pass, and its seconds
-        self._budget = SpoolBudget(spec.spool_memory)
+        self.budget = SpoolBudget(spec.spool_memory)
         self._scratch = Path(spec.scratch) / f"shard-{spec.index}"
         self.kept = KeptStates(Path(spec.scratch) / "dense-states")
         self._expected = self._microbatches = 0
@@ -81,7 +81,7 @@ class Shard:
                 self.blocks = BlockCache(spec, self.skeleton, self.checkpoint)
                 self._calls = LayerCalls(self.skeleton.calls)
                 self._commits = Commits(spec, self.skeleton, self.checkpoint, self.timeline)
-                self.gathered = CalibrationStore(spec, self.skeleton, self._calls, self._scratch, self._budget)
+                self.gathered = CalibrationStore(spec, self.skeleton, self._calls, self._scratch, self.budget)
                 if spec.embeds or spec.heads:
                     self.skeleton.load_ends(self.checkpoint, embedding=spec.embeds, head=spec.heads)
             self._commits.wait()  # for what may be loaded
@@ -137,7 +137,7 @@ class Shard:
         """Take in one microbatch, for `advance` or for work with pruned inputs."""
         self._in_step(microbatch)
         if self._carry is None:
-            self._carry = HiddenStateBuffer(self._scratch, self._budget, self.spec.first, self.spec.device)
+            self._carry = HiddenStateBuffer(self._scratch, self.budget, self.spec.first, self.spec.device)
         self._carry.receive(hidden)
 
     def advance(self) -> None:
@@ -322,4 +322,4 @@ class Shard:
         return Shadow(Path(self.spec.recipe.shadow), self.spec.device, self.spec.tower)
 
     def _new_spool(self, name: str) -> Spool:
-        return Spool(self._scratch / f"{name}.arrow", self._budget)
+        return Spool(self._scratch / f"{name}.arrow", self.budget)

@@ -48,7 +48,7 @@ def test_logits_are_those_of_the_model_that_transformers_loads_in_that_dtype(
             assert hidden.dtype == COMPUTED[compute]
             assert same_bits(shards[-1].logits(hidden), whole(part)), f"{count} shards, resident {resident}"
         for shard in shards:
-            for block in shard.blocks._blocks.values():
+            for block in shard.blocks.held.values():
                 held = {parameter.dtype for parameter in block.parameters()}
                 assert held == {getattr(torch, stored)}, "weights stay in memory as they are stored"
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from espalier.pipeline.commands import doctor
 from espalier.pipeline.commands.doctor import Finding, examine, exit_code, render
 from espalier.pipeline.planning import hardware as machine
 
@@ -58,7 +57,7 @@ def test_nothing_required_is_missing_where_the_tests_run():
 
 def test_missing_compiler_is_reported_with_the_package_to_install(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    findings = doctor._compiler()
+    findings = examine("compiler")
     assert one(findings, "C++ compiler").state == "missing"
     assert "g++" in (one(findings, "C++ compiler").remedy or "")
     assert exit_code(findings) == 0, "no command needs a compiler"
@@ -69,7 +68,7 @@ def test_compiler_that_does_not_run_is_missing(monkeypatch, tmp_path):
     broken.write_text("#!/bin/sh\necho no backend >&2\nexit 3\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    finding = one(doctor._compiler(), "C++ compiler")
+    finding = one(examine("compiler"), "C++ compiler")
     assert finding.state == "missing"
     assert "no backend" in finding.value
 
@@ -83,7 +82,7 @@ def test_package_outside_its_range_or_absent_is_required_and_missing(monkeypatch
         return "1.0" if name == "torch" else real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    findings = doctor._packages()
+    findings = examine("packages")
     assert one(findings, "torch").value.startswith("1.0, not >=")
     assert (one(findings, "torch").remedy or "").startswith('pip install "torch>=')
     assert one(findings, "ray").value == "not installed"
@@ -103,23 +102,23 @@ def test_one_broken_check_does_not_hide_the_others(monkeypatch):
 
 
 def test_token_is_reported_by_place_and_mode_and_never_by_value(monkeypatch, tmp_path):
-    assert one(doctor._ray(), "Ray token").state == "missing"
+    assert one(examine("ray"), "Ray token").state == "missing"
     path = tmp_path / ".ray" / "auth_token"
     path.parent.mkdir()
     path.write_text("s3cret")
     path.chmod(0o600)
-    kept = one(doctor._ray(), "Ray token")
+    kept = one(examine("ray"), "Ray token")
     assert (kept.state, kept.value) == ("ok", f"{path}, mode 0600")
     path.chmod(0o644)
-    open_to_all = one(doctor._ray(), "Ray token")
+    open_to_all = one(examine("ray"), "Ray token")
     assert (open_to_all.state, open_to_all.remedy) == ("missing", f"chmod 600 {path}")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "s3cret")
-    given = one(doctor._ray(), "Ray token")
+    given = one(examine("ray"), "Ray token")
     assert given.state == "ok"
     assert not any("s3cret" in repr(finding) for finding in (kept, open_to_all, given))
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "nope"))
-    assert one(doctor._ray(), "Ray token").state == "missing"
+    assert one(examine("ray"), "Ray token").state == "missing"
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -138,7 +137,7 @@ def test_tracking_server_is_asked_and_its_password_is_not_shown(monkeypatch):
         states = {}
         for path in ("", "/broken", "/closed"):
             monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:pa55word@127.0.0.1:{server.server_port}{path}")
-            (finding,) = doctor._tracking()
+            (finding,) = examine("tracking")
             assert "pa55word" not in repr(finding)
             states[path] = finding.state
         assert states == {"": "ok", "/broken": "missing", "/closed": "ok"}
@@ -151,27 +150,27 @@ def test_tracking_server_that_is_down_is_missing_but_not_required(monkeypatch):
     with socket.socket() as held:  # bound and not listening: connections are refused
         held.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{held.getsockname()[1]}")
-        (finding,) = doctor._tracking()
+        (finding,) = examine("tracking")
     assert finding.state == "missing"
     assert "local copy" in (finding.remedy or "")
     assert exit_code([finding]) == 0
 
 
 def test_tracking_database_is_opened_read_only(tmp_path):
-    assert doctor._tracking()[0].state == "ok"
+    assert examine("tracking")[0].state == "ok"
     assert not (tmp_path / "mlflow.db").exists()
     with sqlite3.connect(tmp_path / "mlflow.db") as connection:
         connection.execute("create table runs (run_uuid text)")
         connection.execute("insert into runs values ('a')")
     connection.close()
-    assert doctor._tracking()[0].value.endswith("mlflow.db, 1 run")
+    assert examine("tracking")[0].value.endswith("mlflow.db, 1 run")
     (tmp_path / "mlflow.db").write_bytes(b"not a database at all, but long enough to be taken for one" * 20)
-    assert doctor._tracking()[0].state == "missing"
+    assert examine("tracking")[0].state == "missing"
 
 
 def test_file_store_is_reported_as_refused(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
-    assert "sqlite:///" in (doctor._tracking()[0].remedy or "")
+    assert "sqlite:///" in (examine("tracking")[0].remedy or "")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +185,7 @@ def test_how_fast_bf16_is_and_what_is_done_about_it(rates, units, state, said, m
     remaining = iter(rates)
     monkeypatch.setattr(machine, "gflops", lambda dtype, device: next(remaining))
     monkeypatch.setattr("espalier.stages.devices.has_units", lambda dtype, device: units)
-    (finding,) = doctor._arithmetic()
+    (finding,) = examine("arithmetic")
     assert finding.state == state and said in finding.value
     assert ("--compute fp32" in (finding.remedy or "")) == (units and state == "slow")
     assert finding.value.startswith("units" if units else "no units")
@@ -197,7 +196,7 @@ def test_units_that_onednn_may_not_use_are_none():
         "from espalier.pipeline.commands import doctor\n"
         "from espalier.pipeline.planning import hardware\n"
         "hardware.SECONDS_TO_MEASURE = 0.01\n"
-        "print(doctor._arithmetic()[0].value)"
+        "print(doctor.examine('arithmetic')[0].value)"
     )
     limited = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", program], env=limited, capture_output=True, text=True, check=True)
@@ -222,7 +221,7 @@ def test_container_limit_is_what_counts_as_memory(version, tmp_path, monkeypatch
         (tmp_path / name).write_text(content)
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
     assert machine.memory_available() == (3 * gib // 4, gib, True)
-    memory = one(doctor._memory(), "memory")
+    memory = one(examine("memory"), "memory")
     assert (memory.state, memory.value) == ("slow", "0.8 GiB available of 1.0 GiB (container limit)")
 
 
@@ -244,10 +243,10 @@ def test_small_shared_memory_and_full_disk_are_reported(monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 26, 0, 1 << 26))
     if Path("/dev/shm").is_dir():
-        shared = one(doctor._memory(), "/dev/shm")
+        shared = one(examine("memory"), "/dev/shm")
         assert shared.state == "slow"
         assert "--shm-size" in (shared.remedy or "")
-    findings = doctor._disk()
+    findings = examine("disk")
     assert one(findings, "disk here").state == "missing"
     assert exit_code(findings) == 1
 
@@ -257,12 +256,12 @@ def test_each_cuda_device_is_named_with_its_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (70 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
-    first, second = doctor._devices()
+    first, second = examine("devices")
     assert (first.name, second.name) == ("cuda:0", "cuda:1")
     assert first.value == "Some GPU, 70.0 GiB free of 80.0 GiB"
 
 
 def test_hub_is_off_when_the_environment_says_so(monkeypatch):
-    assert "on" in doctor._hub()[0].value
+    assert "on" in examine("hub")[0].value
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert doctor._hub()[0].value.startswith("off")
+    assert examine("hub")[0].value.startswith("off")

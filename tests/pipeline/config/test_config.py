@@ -170,8 +170,8 @@ def test_a_bad_value_is_named_in_one_line() -> None:
 def test_what_a_run_records_can_be_asked_for_again() -> None:
     for config in (PruneConfig(**LEAST, sparsity=0.25), PruneConfig(**LEAST, pattern="2:4", epochs=3)):
         recorded = config.model_dump(mode="json")
-        assert build_config(driver._request(recorded, None), PruneConfig).model_dump() == config.model_dump()
-        assert build_config(driver._request(recorded, 3), PruneConfig).shards == 3
+        assert build_config(driver.recorded_request(recorded, None), PruneConfig).model_dump() == config.model_dump()
+        assert build_config(driver.recorded_request(recorded, 3), PruneConfig).shards == 3
 
 
 def test_names_of_recipes() -> None:

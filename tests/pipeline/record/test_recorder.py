@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from espalier.pipeline.record.metric_names import block_metrics, total_metrics
 from espalier.pipeline.record.mlflow_client import open_client, reason
@@ -187,16 +188,17 @@ def test_what_a_server_missed_while_it_was_away_arrives_in_order_when_it_is_back
     away.set()
     tried = threading.Event()
     sent: list[int] = []
-    send = Recorder._send
+    log = MlflowClient.log_batch
 
-    def unreliable(self: Recorder, items: list[Any]) -> None:
-        tried.set()
-        if away.is_set():
+    def unreliable(self: MlflowClient, run_id: str, metrics: Any = (), **others: Any) -> None:
+        if metrics:
+            tried.set()
+        if metrics and away.is_set():
             raise ConnectionError("the server is away")
-        sent.extend(item.step for item in items if hasattr(item, "step"))
-        send(self, items)
+        sent.extend(metric.step for metric in metrics)
+        log(self, run_id, metrics, **others)
 
-    monkeypatch.setattr(Recorder, "_send", unreliable)
+    monkeypatch.setattr(MlflowClient, "log_batch", unreliable)
     record = recorder(tmp_path, database)
     for step in range(10):
         record.metrics({"x": 1.0}, step=step)
@@ -213,14 +215,15 @@ def test_what_a_server_missed_while_it_was_away_arrives_in_order_when_it_is_back
 def test_a_run_that_is_interrupted_while_its_end_is_on_its_way_was_killed(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reached, goes_on, send = threading.Event(), threading.Event(), Recorder._send
+    reached, goes_on, log = threading.Event(), threading.Event(), MlflowClient.log_batch
 
-    def slow(self: Recorder, items: list[Any]) -> None:
-        reached.set()
-        assert goes_on.wait(60)
-        send(self, items)
+    def slow(self: MlflowClient, run_id: str, metrics: Any = (), **others: Any) -> None:
+        if metrics:
+            reached.set()
+            assert goes_on.wait(60)
+        log(self, run_id, metrics, **others)
 
-    monkeypatch.setattr(Recorder, "_send", slow)
+    monkeypatch.setattr(MlflowClient, "log_batch", slow)
     record = recorder(tmp_path, database)
     record.metrics({"sparsity": 0.5})
     assert reached.wait(60)
@@ -308,14 +311,31 @@ def test_opening_a_client_keeps_migrations_quiet(database: str) -> None:
     assert logging.getLogger("alembic.runtime.migration").getEffectiveLevel() >= logging.ERROR
 
 
-def test_credentials_of_the_uri_are_in_no_warning_and_no_file(tmp_path: Path, dead_server: str) -> None:
+def test_credentials_of_the_uri_are_used_and_in_no_warning_and_no_file(
+    tmp_path: Path, dead_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = dead_server.replace("://", "://ann:planted-password@")
-    record = recorder(tmp_path, uri, params={"source": "https://ann:planted-password@host/x"})
-    assert record.tracking_uri == dead_server and record._uri == uri
-    assert "planted" not in record._params["source"]
+    opened: list[str] = []
+
+    def opening(uri: str) -> MlflowClient:
+        opened.append(uri)
+        return open_client(uri)
+
+    monkeypatch.setattr("espalier.pipeline.record.recorder.open_client", opening)
+    record = recorder(tmp_path, uri)
+    assert record.tracking_uri == dead_server
     record.close(timeout_seconds=1)
+    assert set(opened) == {uri}
     assert record.warning is not None and dead_server in record.warning and "planted" not in record.warning
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"planted" in path.read_bytes()]
+
+
+def test_credentials_in_a_parameter_do_not_reach_the_server(tmp_path: Path, database: str) -> None:
+    record = recorder(tmp_path, database, params={"source": "https://ann:planted-password@host/x"})
+    record.close()
+    assert record.run_id is not None
+    source = open_client(database).get_run(record.run_id).data.params["source"]
+    assert source.startswith("https://") and source.endswith("host/x") and "planted" not in source
 
 
 def test_a_fault_that_quotes_the_uri_is_told_without_its_credentials() -> None:

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from espalier.pipeline.config.options import build_config
 from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.record.metric_names import total_metrics
-from espalier.pipeline.reports.figures import _lanes
+from espalier.pipeline.reports.figures import in_lanes
 from espalier.pipeline.reports.format import duration, nats, number, size
 from espalier.pipeline.reports.prune import write_report
 
@@ -168,7 +168,7 @@ def test_errors_of_zero_and_of_infinity_can_be_drawn(tmp_path: Path) -> None:
 
 def test_spans_that_overlap_lie_in_different_lanes() -> None:
     spans = [{"start": 0.0, "end": 2.0}, {"start": 1.0, "end": 3.0}, {"start": 2.0, "end": 4.0}]
-    assert [(lane, lanes) for _, lane, lanes in _lanes(list(spans))] == [(0, 2), (1, 2), (0, 2)]
+    assert [(lane, lanes) for _, lane, lanes in in_lanes(list(spans))] == [(0, 2), (1, 2), (0, 2)]
 
 
 def test_quantities_read_well() -> None:

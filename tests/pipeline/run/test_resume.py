@@ -234,7 +234,7 @@ def test_killed_in_a_sweep_a_run_resumes_with_other_shards_to_the_same_bytes(
 def interrupted(request_for: Any, model: Path) -> tuple[Path, dict[str, Any]]:
     """A run's directory as it is right after the run began, and its run.json."""
     config = request_for(model=model)
-    _, fingerprint = driver._inspect(config)
+    _, fingerprint = driver.inspect(config)
     run = {"run_id": "x", "status": "running", "config": config.model_dump(mode="json"), "fingerprint": fingerprint}
     RunDirectory.claim(Path(config.output), run).release()
     return Path(config.output), run

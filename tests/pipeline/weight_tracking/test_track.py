@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import recorded_outside_the_table, write_text
+from whole_runs import Listener, recorded_outside_the_table, write_text
 
 from espalier.pipeline.config.track import TrackConfig, load_config, recipes
 from espalier.stages.errors import Refusal
@@ -214,27 +214,23 @@ def test_an_interrupted_experiment_goes_on_from_what_is_finished(
     import mlflow
 
     from espalier.pipeline.commands.compare import compare
-    from espalier.pipeline.weight_tracking.experiment import Experiment
+    from espalier.pipeline.pruning import prune as pruning
     from espalier.pipeline.weight_tracking.track import track
 
     config, client = TrackConfig(**small, bos="none"), mlflow.MlflowClient(recorded)
-    points: list[str] = []
-    one_point = Experiment._pruned_and_tuned
+    notes = Listener()
 
-    def until_the_second(run: Any, title: str, *others: Any) -> dict[str, Any]:
-        points.append(title)
-        if points == ["sparsity 0 %", "sparsity 50 %"]:
-            raise KeyboardInterrupt
-        return one_point(run, title, *others)
+    def interrupted(*_: Any) -> None:  # the first point keeps every weight, and is not pruned
+        raise KeyboardInterrupt
 
     def mlflow_runs() -> list[Any]:
         experiment = client.get_experiment_by_name(config.experiment)
         assert experiment is not None
         return list(client.search_runs([experiment.experiment_id]))
 
-    monkeypatch.setattr(Experiment, "_pruned_and_tuned", until_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        track(config, ranks=two_ranks)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pruning, "prune", interrupted)
+        track(config, notes, two_ranks)
     ended = dict.fromkeys(("training", "sparsity 0 %", "sparsity 0 %: fine-tuning"), "FINISHED")
     statuses = {run.info.run_name: run.info.status for run in mlflow_runs()}
     assert statuses == ended | dict.fromkeys(("track linear", "sparsity 50 %"), "KILLED")
@@ -242,8 +238,9 @@ def test_an_interrupted_experiment_goes_on_from_what_is_finished(
     before = (out / "trained" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(Refusal, match=r"finetune-steps 4: the experiment in .* was begun with 3"):
         track(config.model_copy(update={"finetune_steps": 4}), ranks=two_ranks)
-    result = track(config, ranks=two_ranks)
-    assert points == ["sparsity 0 %", *["sparsity 50 %"] * 2]
+    result = track(config, notes, two_ranks)
+    points = [note for note in notes.notes if note.startswith("sparsity ")]
+    assert [point.partition(":")[0] for point in points] == ["sparsity 0 %", "sparsity 50 %"]
     assert (out / "trained" / "model.safetensors").stat().st_mtime_ns == before
 
     dense, half = result.points

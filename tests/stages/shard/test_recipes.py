@@ -70,7 +70,7 @@ def test_the_same_bytes_for_any_cut_and_exact_zeros(
         shards = make_shards(model, tmp_path / str(place), length=LENGTH, recipe=recipe, **way)
         reports = prune(shards, tokens)
         assert [report["block"] for report in reports] == list(range(BLOCKS))
-        assert all(shard._budget.used == 0 for shard in shards)
+        assert all(shard.budget.used == 0 for shard in shards)
         made.append(files(tmp_path / str(place)))
     assert made[0] == made[1] and len(made[0]) == BLOCKS
     share = 0.5 if (recipe.scope or find_criterion(recipe.criterion).scopes[:1]) in ("row", ("row",)) else None

@@ -137,11 +137,11 @@ def test_work_frees_every_spool(tiny_checkpoint, tiny_tokens, tmp_path, spool_me
     stream([shard], tiny_tokens(8, LENGTH), range(3))
     files = list((tmp_path / "scratch").rglob("*.arrow"))
     assert bool(files) == (spool_memory < 1 << 30)
-    assert (shard._budget.used > 0) == (spool_memory > 0)
+    assert (shard.budget.used > 0) == (spool_memory > 0)
     for index in range(3):
         shard.work(BlockTask(blocks=(index,)))
-    assert shard._budget.used == 0
-    assert 0 <= shard._budget.peak <= spool_memory
+    assert shard.budget.used == 0
+    assert 0 <= shard.budget.peak <= spool_memory
     assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
 
 
@@ -249,7 +249,7 @@ def test_only_what_a_shard_owns_is_loaded(tiny_checkpoint, tmp_path) -> None:
         )
     )
     middle.open()
-    held = sum(p.numel() for block in middle.blocks._blocks.values() for p in block.parameters())
+    held = sum(p.numel() for block in middle.blocks.held.values() for p in block.parameters())
     whole = sum(entry.elements for entry in middle.checkpoint.entries.values() if ".layers." in entry.name)
     assert held == whole // 2
     for name, parameter in middle.skeleton.model.named_parameters():
