@@ -154,49 +154,64 @@ def _prune_columns(
 
     `choose(start, end, costs_BO)` says which weights of a stretch go, once all columns before it are done. Without it
     `errors_IO` holds 1 where a weight goes and 0 elsewhere. It ends as the errors (w − q) / U_jj.
-
-    One recursion is both the paper's loop over a block and its lazy update of the columns beyond: the left half is
-    finished, its errors reach the right half in one matrix product, then comes the right half.
     """
-    keep_IO = errors_IO == 0
-    diagonal_I = factor_II.diagonal()
-    scale = (1 / diagonal_I).tolist()
+    columns = _Columns(weight_IO, errors_IO, factor_II, stretch, choose)
+    columns.solve(0, len(weight_IO))
+    return columns.keep_IO
 
-    def solve(start: int, end: int) -> None:
+
+class _Columns:
+    """The columns of a weight under way. One recursion is both the paper's loop over a block and its lazy update of
+    the columns beyond: the left half is finished, its errors reach the right half in one matrix product, then comes
+    the right half.
+
+    A class and not functions inside one another: those would hold themselves, and all of these matrices with them,
+    until the garbage collector comes.
+    """
+
+    def __init__(
+        self, weight_IO: Tensor, errors_IO: Tensor, factor_II: Tensor, stretch: int, choose: ChooseDropped | None
+    ) -> None:
+        self.weight_IO, self.errors_IO, self.factor_II = weight_IO, errors_IO, factor_II
+        self.stretch, self.choose = stretch, choose
+        self.keep_IO = errors_IO == 0
+        self.diagonal_I = factor_II.diagonal()
+        self.scale = (1 / self.diagonal_I).tolist()
+
+    def solve(self, start: int, end: int) -> None:
         """Finish columns start..end, which already have the errors of all columns before `start`."""
-        stretches = -(-(end - start) // stretch)
+        stretches = -(-(end - start) // self.stretch)
         if stretches > 1:
-            halves(solve, start, start + stretches // 2 * stretch, end)
+            self.halves(self.solve, start, start + stretches // 2 * self.stretch, end)
             return
-        if choose is not None:
-            costs_BO = (weight_IO[start:end] / diagonal_I[start:end, None]).square_()
-            drop_BO = choose(start, end, costs_BO)
-            errors_IO[start:end] = drop_BO
-            torch.logical_not(drop_BO, out=keep_IO[start:end])
-        update(start, end)
+        if self.choose is not None:
+            costs_BO = (self.weight_IO[start:end] / self.diagonal_I[start:end, None]).square_()
+            drop_BO = self.choose(start, end, costs_BO)
+            self.errors_IO[start:end] = drop_BO
+            torch.logical_not(drop_BO, out=self.keep_IO[start:end])
+        self.update(start, end)
 
-    def update(start: int, end: int) -> None:
+    def update(self, start: int, end: int) -> None:
         """The same, where it is settled which weights go."""
         if end - start > COLUMN_BY_COLUMN:
-            halves(update, start, (start + end) // 2, end)
+            self.halves(self.update, start, (start + end) // 2, end)
         else:
-            one_by_one(start, end)
+            self.one_by_one(start, end)
 
-    def halves(finish: Callable[[int, int], None], start: int, middle: int, end: int) -> None:
+    def halves(self, finish: Callable[[int, int], None], start: int, middle: int, end: int) -> None:
+        weight_IO, factor_II = self.weight_IO, self.factor_II
         finish(start, middle)
-        weight_IO[middle:end].addmm_(factor_II[start:middle, middle:end].T, errors_IO[start:middle], alpha=-1)
+        weight_IO[middle:end].addmm_(factor_II[start:middle, middle:end].T, self.errors_IO[start:middle], alpha=-1)
         finish(middle, end)
 
-    def one_by_one(start: int, end: int) -> None:
+    def one_by_one(self, start: int, end: int) -> None:
+        weight_IO, errors_IO, factor_II, scale = self.weight_IO, self.errors_IO, self.factor_II, self.scale
         for column in range(start, end):
             weight_O, error_O = weight_IO[column], errors_IO[column]
             error_O.mul_(weight_O)  # w − q: the weight itself where it goes, else 0
             weight_O.sub_(error_O)
             error_O.mul_(scale[column])
             weight_IO[column + 1 : end].addr_(factor_II[column, column + 1 : end], error_O, alpha=-1)
-
-    solve(0, len(weight_IO))
-    return keep_IO
 
 
 def _lowest_of_stretch(sparsity: float) -> ChooseDropped:
