@@ -8,7 +8,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from espalier.pipeline.config.options import build_config
 from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.planning.hardware import cores, memory_available
-from espalier.pipeline.planning.memory import choose_resident, split_blocks
+from espalier.pipeline.planning.memory import CONTEXT_BYTES, choose_resident, split_blocks
 from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.pipeline.planning.placement import DRIVER_BYTES, Load, estimates_by_resident
 from espalier.pipeline.planning.windows import window_length
@@ -69,7 +69,7 @@ def forecast(
     estimates = estimates_by_resident(
         config, facts, Load.of_pruning(config), tokens_per_window, ranges, gpus_per_node > 0, chosen_in
     )
-    room = _bytes(gpu_memory, "gpu-memory") if gpus_per_node else _machine_share(memory, count, nodes)
+    room = _gpu_room(gpu_memory) if gpus_per_node else _machine_share(memory, count, nodes)
     resident = choose_resident("auto", estimates, room)
     chosen = estimates[resident]
     return {
@@ -91,6 +91,7 @@ def forecast(
                 "spool_memory": estimate.spool_memory,
                 "spool_disk": estimate.spool_disk,
                 "peak": estimate.peak,
+                "host": estimate.host,
             }
             for index, ((first, last), estimate) in enumerate(zip(ranges, chosen, strict=True))
         ],
@@ -113,6 +114,10 @@ def _compute(config: PruneConfig, facts: ModelInfo, gpu: bool) -> Compute:
 def _machine_share(memory: str | None, shards: int, nodes: int) -> int:
     whole = _bytes(memory, "memory") if memory else memory_available()[0]
     return max(0, whole - DRIVER_BYTES) // -(-shards // nodes)
+
+
+def _gpu_room(gpu_memory: str) -> int:
+    return max(0, _bytes(gpu_memory, "gpu-memory") - CONTEXT_BYTES)
 
 
 def _bytes(text: str, name: str) -> int:

@@ -6,11 +6,21 @@ from typing import Literal
 
 from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.stages.errors import Refusal
-from espalier.stages.precision import COMPUTED, Compute, fitted_in
+from espalier.stages.precision import COMPUTED, Compute, dtype_of, fitted_in
 from espalier.stages.recipe import Recipe, block_windows
 from espalier.stages.reconstruction.units import find_unit
+from espalier.stages.shard.memory import (
+    Arithmetic,
+    logits_bytes,
+    page_locked_bytes,
+    pass_bytes,
+    summing_bytes,
+    work_bytes,
+)
 
 PROCESS_BYTES = 600 << 20  # a shard's process with torch, transformers and Ray loaded and nothing else
+CUDA_HOST_BYTES = 2 << 30  # of that process, once it has used a GPU: CUDA's libraries and their tables
+CONTEXT_BYTES = 1 << 30  # of a GPU, beside tensors: CUDA's context and kernels, and the work space of cuBLAS
 
 
 def split_blocks(costs: tuple[int, ...], shards: int, blocks_per_unit: int = 1) -> list[tuple[int, int]]:
@@ -43,13 +53,17 @@ def split_blocks(costs: tuple[int, ...], shards: int, blocks_per_unit: int = 1) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEstimate:
-    """Bytes one shard is expected to need."""
+    """Bytes one shard is expected to need.
+
+    `peak` is the process's memory on a CPU, the device's on a GPU, where `host` is what the process takes beside it.
+    """
 
     weights: int
     training: int
     spool_memory: int
     spool_disk: int
     peak: int
+    host: int
 
 
 def estimate_shard(
@@ -59,67 +73,111 @@ def estimate_shard(
     *,
     compute: Compute,
     resident: str,
-    tokens: int,
-    step_tokens: int,
+    samples: int,
+    length: int,
+    microbatch: int,
     spool_memory: int,
     recipe: Recipe | None,
     gpu: bool,
 ) -> ShardEstimate:
-    """What blocks `first` to `last` need: weights as they are stored, one block's in `compute` while it runs, one
-    unit's training state, activations set aside.
+    """What blocks `first` to `last` need: weights as they are stored, and the most that a pass, the logits or the work
+    on a unit takes beside them; activations set aside.
 
-    `peak` is the process's memory on a CPU, the device's on a GPU (where activations wait in the host's memory).
+    On a CPU one memory holds all of it, on a GPU activations wait in the host's.
     """
-    sizes, item = facts.block_bytes[first:last], COMPUTED[compute].itemsize
-    ends = facts.ends_parameters * item if first == 0 or last == facts.blocks else 0
+    item = COMPUTED[compute].itemsize
+    arithmetic = _arithmetic(facts, compute, length, gpu)
     together = recipe.blocks_per_unit if recipe else 1
-    largest = together * max(facts.block_parameters[first:last])
-    weights = ends + (sum(sizes) if resident == "all" else together * max(sizes))
-    training, kept = 0, 0.0
+    window = together * max(facts.block_bytes[first:last])
+    weights = _ends(facts, first, last) * item + (sum(facts.block_bytes[first:last]) if resident == "all" else window)
+    streaming = _streaming(facts, first, last, microbatch, recipe, arithmetic)
+    training, working = 0, 0
     if recipe is not None:
-        training = max(_fit_bytes(facts, first, last, step_tokens, recipe, compute), _hessian_bytes(facts, recipe))
-        kept = _kept_streams(recipe)
-    spooled = int(kept * tokens * _kept_width(facts, recipe) * item * (last - first))
-    carried = 2 * tokens * facts.travels * item if resident == "one" or (recipe and recipe.sequential) else 0
+        windows = {
+            facts.components[blocks[0] : blocks[-1] + 1] for blocks in block_windows(range(first, last), together)
+        }
+        training = max(work_bytes(recipe, blocks, arithmetic) for blocks in windows)
+        working = training + _copies(facts, first, last, resident, recipe, arithmetic)
+    spooled, carried = _set_aside(facts, first, last, resident, samples * length, recipe, item)
     in_memory = min(spooled + carried, spool_memory)
-    both = min(training + in_memory, max(training, spool_memory))  # activations make room for the fit
-    copied = 0 if first or gpu else facts.copied_at_once
-    # The pruned copies: of the blocks in work, and of those before them, which are being written (see `Commits`).
-    copies = min(2, len(block_windows(range(first, last), together))) if recipe else 1
-    copy = copies * together * max(sizes)
-    if recipe is not None and "importance" in recipe.needs:
-        copy += largest * 4  # what the shadow says of them
-    if facts.dtype != str(COMPUTED[compute]).removeprefix("torch."):
-        copy += largest * item  # as they are while they run
+    copied = 0 if first else facts.copied_at_once
+    if gpu:
+        peak = weights + max(streaming, working)
+        batch = max(microbatch, recipe.batch if recipe else 1)
+        host = _host(facts, window, batch, arithmetic) + in_memory + copied
+    else:
+        room = max(0, max(training, spool_memory) - training)  # activations make room for the work
+        peak = PROCESS_BYTES + weights + copied + max(streaming + in_memory, working + min(in_memory, room))
+        host = 0
     return ShardEstimate(
         weights=weights,
         training=training,
         spool_memory=in_memory,
         spool_disk=spooled + carried - in_memory,
-        peak=weights + copied + copy + (training if gpu else PROCESS_BYTES + both),
+        peak=peak,
+        host=host,
     )
 
 
-def _fit_bytes(facts: ModelInfo, first: int, last: int, step_tokens: int, recipe: Recipe, compute: Compute) -> int:
-    """Memory that fitting the largest unit takes: working copy, fp32 master, two moments; the largest gradient twice;
-    a step's activations."""
-    kind = find_unit(recipe.reconstruct)
-    if kind is None:
-        return 0
-    unit = recipe.blocks_per_unit * kind.parameters(facts.unit_parameters[first:last], facts.largest_matrix)
+def _arithmetic(facts: ModelInfo, compute: Compute, length: int, gpu: bool) -> Arithmetic:
+    dtype = COMPUTED[compute]
+    return Arithmetic(
+        stored=dtype_of(facts.dtype).itemsize,
+        item=dtype.itemsize,
+        fitted=fitted_in(dtype).itemsize,
+        length=length,
+        accelerator=gpu,
+    )
+
+
+def _ends(facts: ModelInfo, first: int, last: int) -> int:
+    """Parameters outside the blocks that the shard loads: those between the first and the last have none."""
+    if first == 0 and last == facts.blocks:
+        return facts.only_parameters
+    return facts.first_parameters if first == 0 else facts.last_parameters if last == facts.blocks else 0
+
+
+def _streaming(
+    facts: ModelInfo, first: int, last: int, microbatch: int, recipe: Recipe | None, arithmetic: Arithmetic
+) -> int:
+    """A microbatch on its way through a block, as that computes, and the sums over what is read; or its logits."""
+    components = [component for block in facts.components[first:last] for component in block]
+    cast = max(facts.block_parameters[first:last]) * arithmetic.item if arithmetic.stored != arithmetic.item else 0
+    passing = pass_bytes(components, facts.hidden, microbatch * arithmetic.length, arithmetic)
+    if recipe is not None:
+        passing += summing_bytes(max(max(component.inputs) for component in components), arithmetic, hessian=False)
+    return max(cast + passing, logits_bytes(facts.vocabulary) if last == facts.blocks else 0)
+
+
+def _copies(facts: ModelInfo, first: int, last: int, resident: str, recipe: Recipe, arithmetic: Arithmetic) -> int:
+    """The pruned copies: of the blocks in work, and of those before them, which are being written (see `Commits`). With
+    one window in memory at a time the first take the place of the dense blocks, tensor by tensor."""
+    together = recipe.blocks_per_unit
+    windows = min(2, len(block_windows(range(first, last), together))) - (resident == "one")
+    copies = windows * together * max(facts.block_bytes[first:last])
+    if "importance" in recipe.needs:
+        copies += together * max(facts.block_parameters[first:last]) * 4  # what the shadow says of them
+    return copies
+
+
+def _set_aside(
+    facts: ModelInfo, first: int, last: int, resident: str, tokens: int, recipe: Recipe | None, item: int
+) -> tuple[int, int]:
+    """Activations that wait for the work, and those carried from block to block."""
+    kept = 0.0 if recipe is None else _kept_streams(recipe) * _kept_width(facts, recipe)
+    carries = resident == "one" or (recipe is not None and recipe.sequential)
+    return int(kept * tokens * item * (last - first)), 2 * tokens * facts.travels * item if carries else 0
+
+
+def _host(facts: ModelInfo, window: int, batch: int, arithmetic: Arithmetic) -> int:
+    """The host's memory for a GPU's shard: its process, what CUDA maps into it, page-locked slabs, and a window of
+    blocks on its way to disk."""
     return (
-        (12 + fitted_in(COMPUTED[compute]).itemsize) * unit
-        + 6 * facts.largest_matrix
-        + step_tokens * facts.hidden * 40 * recipe.blocks_per_unit
+        PROCESS_BYTES
+        + CUDA_HOST_BYTES
+        + page_locked_bytes(batch * arithmetic.length, facts.hidden, arithmetic)
+        + window
     )
-
-
-def _hessian_bytes(facts: ModelInfo, recipe: Recipe) -> int:
-    """Memory for the Hessians of one group's inputs (an attention's two, say), and for what is made of the largest."""
-    if "hessian" not in recipe.needs:
-        return 0
-    widest = max(into for layers in facts.layers for _, _, into in layers)
-    return 4 * (facts.hidden**2 + 4 * widest**2)
 
 
 def _kept_streams(recipe: Recipe) -> float:
@@ -138,7 +196,7 @@ def _kept_width(facts: ModelInfo, recipe: Recipe | None) -> float:
     kind = find_unit(recipe.reconstruct) if recipe is not None else None
     if kind is not None and kind.whole_blocks:
         return facts.travels
-    return facts.hidden * max(2, *map(len, facts.unit_parameters)) / 2
+    return facts.hidden * max(2, *map(len, facts.components)) / 2
 
 
 def choose_resident(
@@ -154,6 +212,16 @@ def choose_resident(
         f"resident {asked}: a shard would need {need / 1e9:.1f} GB and has {memory_per_shard / 1e9:.1f} GB; "
         "use fewer shards a node, a smaller --spool-memory, --resident one or --reconstruct none"
     )
+
+
+def check_host(estimates: list[ShardEstimate], memory_per_shard: int) -> None:
+    """Raises Refusal, with the figures, if GPUs' shards need more of the host's memory than there is."""
+    need = max(estimate.host for estimate in estimates)
+    if need > memory_per_shard:
+        raise Refusal(
+            f"host memory: a shard on a GPU would need {need / 1e9:.1f} GB and has {memory_per_shard / 1e9:.1f} GB; "
+            "use fewer shards a node or a smaller --spool-memory"
+        )
 
 
 def as_dicts(estimates: list[ShardEstimate]) -> list[dict[str, int]]:

@@ -19,6 +19,7 @@ from espalier.stages.loading.vision import SKELETONS
 from espalier.stages.model.anatomy import prunable
 from espalier.stages.model.families import Tower, sees_images
 from espalier.stages.precision import weights_dtype
+from espalier.stages.reconstruction.shapes import Routing, UnitShape, component_shapes
 from espalier.stages.storage.hf_checkpoint import Checkpoint
 
 SAMPLED_STRETCHES, STRETCH_BYTES = 64, 4096
@@ -39,13 +40,14 @@ class ModelInfo:
     context: int
     parameters: int
     ends_bytes: int  # outside the blocks, held by the first or the last shard
-    ends_parameters: int
+    first_parameters: int  # of these, what the first shard loads: all but the head
+    last_parameters: int  # what the last one loads: all but the embedding and what looks at images
+    only_parameters: int  # what one shard that is both loads; tied tensors count once
     copied_bytes: int  # outside the blocks, only copied
     copied_at_once: int  # of these, what is in memory together
     block_bytes: tuple[int, ...]
     block_parameters: tuple[int, ...]
-    unit_parameters: tuple[tuple[int, ...], ...]  # parameters of each component, block by block
-    largest_matrix: int
+    components: tuple[tuple[UnitShape, ...], ...]  # of each block
     linears: tuple[tuple[str, int, int], ...]  # (checkpoint name, out, in) of every prunable tensor, all its experts'
     stored: tuple[tuple[int, ...], ...]  # their shapes on disk
     layers: tuple[tuple[tuple[str, int, int], ...], ...]  # of each block's: (name as reports call it, out, in)
@@ -101,19 +103,16 @@ def model_facts(
         check_tensors(skeleton, checkpoint)
         unread = sum(checkpoint.entry(name).bytes for name in skeleton.storage.unread)
     linears, stored, units, sizes, counts, layers = [], [], [], [], [], []
-    largest = 0
+    routing = Routing.of(config)
     for index, layer in enumerate(skeleton.layers):
         tensors = layer.state_dict()
         names = skeleton.parameters_of(index)
         sizes.append(sum(held.bytes(names[inside], tensor.numel()) for inside, tensor in tensors.items()))
         counts.append(sum(tensor.numel() for tensor in tensors.values()))
-        components = prunable(layer, skeleton.layout)
-        parts = {name: tuple(f"{p}." for p in skeleton.layout.parts(name)) for name in components}
-        units.append(tuple(sum(t.numel() for n, t in tensors.items() if n.startswith(parts[c])) for c in components))
-        matrices = [weight for members in components.values() for weight in members]
+        units.append(component_shapes(layer, skeleton.layout, routing))
+        matrices = [weight for members in prunable(layer, skeleton.layout).values() for weight in members]
         layers.append(tuple((w.name, *w.of(layer.get_parameter(w.parameter)).shape) for w in matrices))
         weights = {weight.parameter: weight for weight in matrices}
-        largest = max(largest, *(tensors[parameter].numel() for parameter in weights))
         for parameter, weight in weights.items():
             into = weight.of(tensors[parameter]).shape[1]
             for name, matrix in skeleton.stored(index, {parameter: tensors[parameter]}).items():
@@ -122,6 +121,12 @@ def model_facts(
     tied = tied_names(skeleton.model)
     outside = {name: p.numel() for name, p in skeleton.model.named_parameters() if name not in tied}
     copied = [held.bytes(name, size) for name, size in outside.items() if name not in skeleton.ends]
+    sizes_outside = {name: p.numel() for name, p in skeleton.model.named_parameters()}
+
+    def ends_of(embedding: bool, head: bool) -> int:
+        names = set(skeleton.ends_wanted(embedding, head).values()) | (skeleton.vision if embedding else set())
+        return sum(sizes_outside[name] for name in names)
+
     return ModelInfo(
         path=path,
         family=config.model_type,
@@ -134,13 +139,14 @@ def model_facts(
         context=skeleton.context,
         parameters=sum(counts) + sum(outside.values()),
         ends_bytes=sum(held.bytes(name, size) for name, size in outside.items() if name in skeleton.ends),
-        ends_parameters=sum(size for name, size in outside.items() if name in skeleton.ends),
+        first_parameters=ends_of(embedding=True, head=False),
+        last_parameters=ends_of(embedding=False, head=True),
+        only_parameters=ends_of(embedding=True, head=True),
         copied_bytes=sum(copied) + unread,
         copied_at_once=min(sum(copied) + unread, max(ENDS_FILE_BYTES, max(copied, default=0))),
         block_bytes=tuple(sizes),
         block_parameters=tuple(counts),
-        unit_parameters=tuple(units),
-        largest_matrix=largest,
+        components=tuple(units),
         linears=tuple(linears),
         layers=tuple(layers),
         stored=tuple(stored),

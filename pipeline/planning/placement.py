@@ -10,6 +10,7 @@ from espalier.pipeline.planning.hardware import cores, memory_available
 from espalier.pipeline.planning.memory import (
     ShardEstimate,
     as_dicts,
+    check_host,
     choose_resident,
     estimate_shard,
     free_bytes,
@@ -29,15 +30,14 @@ STORE_BYTES = 128 << 20  # the least that Ray's object store is given
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What the shards will have to hold besides weights: windows set aside, and one fitting step's windows."""
+    """What the shards will have to hold besides weights: windows set aside, and what is done with them."""
 
     samples: int = 0
-    batch: int = 0
     recipe: Recipe | None = None
 
     @classmethod
     def of_pruning(cls, config: PruneConfig) -> "Load":
-        return cls(samples=config.samples, batch=config.batch, recipe=config.recipe)
+        return cls(samples=config.samples, recipe=config.recipe)
 
     @property
     def blocks_per_unit(self) -> int:
@@ -83,6 +83,8 @@ class Layout:
         compute = self.compute or chosen_compute(dtype_of(facts.dtype), _units(facts, members, device, config.threads))
         estimates = estimates_by_resident(config, facts, self.load, self.length, ranges, device == "cuda", compute)
         resident = choose_resident(config.resident, estimates, memory_per_process(members, shards, device))
+        if device == "cuda":
+            check_host(estimates[resident], memory_per_process(members, shards, "cpu"))
         specs = [
             ShardSpec(
                 index=index,
@@ -156,8 +158,9 @@ def estimates_by_resident(
                 last,
                 compute=compute,
                 resident=resident,
-                tokens=load.samples * length,
-                step_tokens=load.batch * length,
+                samples=load.samples,
+                length=length,
+                microbatch=microbatch_size(config.microbatch, length, facts.packed),
                 spool_memory=int(config.spool_memory),
                 recipe=load.recipe,
                 gpu=gpu,

@@ -198,8 +198,9 @@ class Skeleton:
                 value = torch.zeros((), dtype=self._computed[name], device=self.device).expand(shape)
             setattr(module, attribute, nn.Parameter(value, requires_grad=False))
 
-    def load_ends(self, checkpoint: Checkpoint, embedding: bool = True, head: bool = True) -> None:
-        """Load what lies outside the blocks: the embeddings, the output head, or both, and all smaller parts.
+    def ends_wanted(self, embedding: bool = True, head: bool = True) -> dict[str, str]:
+        """Parameters outside the blocks -> those that lie in the checkpoint for them: the embeddings, the output head,
+        or both, and all smaller parts but those that look at images.
 
         Where the config ties the head to the embedding, a checkpoint that lacks one of the two is read as tied.
         """
@@ -211,9 +212,14 @@ class Skeleton:
         of_head = _parameters_of(self.model, self.model.get_output_embeddings())
         unwanted = (set() if embedding else of_embedding) | (set() if head else of_head)
         unwanted |= self.vision  # text alone does not pass it
+        wanted = (name for name in self.outer if name not in unwanted)
+        return {name: name if name in self.storage else tied.get(name, name) for name in wanted}
+
+    def load_ends(self, checkpoint: Checkpoint, embedding: bool = True, head: bool = True) -> None:
+        """Load what `ends_wanted` names."""
         tensors: dict[str, Tensor] = {}
-        for name in (name for name in self.outer if name not in unwanted):
-            source = name if name in self.storage else tied.get(name, name)
+        wanted = self.ends_wanted(embedding, head)
+        for name, source in wanted.items():
             if source not in tensors:
                 tensors |= self._load_outer(checkpoint, [source])
             tensors[name] = tensors[source]

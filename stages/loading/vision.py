@@ -94,8 +94,9 @@ class VisionSkeleton(Skeleton):
         """How many positions the (first) image has: blocks are called for whole ones."""
         return int(first["image_grid_thw"].prod()) if self.layout.packed else self._patches
 
-    def load_ends(self, checkpoint: Checkpoint, embedding: bool = True, head: bool = True) -> None:
-        """Nothing to load before there are images; see `load_vision`."""
+    def ends_wanted(self, embedding: bool = True, head: bool = True) -> dict[str, str]:
+        """Nothing before there are images; see `load_vision`."""
+        return {}
 
 
 def _watched(model: nn.Module, hooks: ExitStack) -> set[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from espalier.stages.errors import Refusal, unknown
 from espalier.stages.model.anatomy import Anatomy, Weight
 from espalier.stages.model.calls import Call
+from espalier.stages.reconstruction.shapes import UnitShape
 
 PLAIN = Call((), {}, None)  # a module that takes its hidden states and nothing else
 
@@ -66,9 +67,8 @@ class UnitKind:
 
     groups: Callable[[Anatomies, Calls], list[Group]]
     """Anatomies and calls of some consecutive blocks -> their groups, in the order data passes them."""
-    parameters: Callable[[Sequence[Sequence[int]], int], int]
-    """Parameters of each component of each block, those of the model's largest matrix -> those of the largest unit, or
-    of its largest block."""
+    fits: Callable[[UnitShape], Sequence[UnitShape]]
+    """The shape of what is pruned together, a component or whole blocks -> those of what is then fitted."""
     streams: int
     """How often the activations of all tokens are set aside for a unit, as wide as the hidden states: what its fits
     read and what they gave when dense."""
@@ -142,14 +142,14 @@ def _whole(name: str) -> Callable[[Anatomies, Calls], list[Group]]:
     return group
 
 
-def _largest_block(components: Sequence[Sequence[int]], matrix: int) -> int:
-    return max(sum(block) for block in components)
+def _itself(unit: UnitShape) -> tuple[UnitShape, ...]:
+    return (unit,)
 
 
 UNITS = {
     "matrix": UnitKind(
         groups=_by_matrix,
-        parameters=lambda components, matrix: matrix,
+        fits=lambda unit: unit.alone,
         streams=16,  # what each reads and gives, some of it as wide as the MLP
         sweep_streams=None,
         written="matrix",
@@ -157,7 +157,7 @@ UNITS = {
     ),
     "component": UnitKind(
         groups=_by_component,
-        parameters=lambda components, matrix: max(max(block) for block in components),
+        fits=_itself,
         streams=4,
         sweep_streams=2,
         written="component (attention and MLP apart)",
@@ -165,7 +165,7 @@ UNITS = {
     ),
     "block": UnitKind(
         groups=_whole("block"),
-        parameters=_largest_block,
+        fits=_itself,
         streams=2,
         sweep_streams=1,
         written="block",
@@ -174,7 +174,7 @@ UNITS = {
     ),
     "window": UnitKind(
         groups=_whole("window"),
-        parameters=_largest_block,
+        fits=_itself,
         streams=2,
         sweep_streams=1,
         written="window:N (N blocks as one)",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.stages.device_errors import out_of_memory_refused
+from espalier.stages.devices import on_accelerator
 from espalier.stages.loading.skeleton import Skeleton
 from espalier.stages.masks import count_zeros, masked
 from espalier.stages.metrics.profile import Timeline, release_memory
@@ -21,14 +22,15 @@ from espalier.stages.model.hooks import activation_hooks
 from espalier.stages.precision import computing, fitted_in
 from espalier.stages.recipe import BlockTask, Recipe, derived_seed
 from espalier.stages.reconstruction.fit import FitSettings, fit, rate_unit
+from espalier.stages.reconstruction.shapes import Routing, component_shapes
 from espalier.stages.reconstruction.target import Target
 from espalier.stages.reconstruction.units import FitUnit, Group, UnitModules, groups_of
 from espalier.stages.shard.calibration import BlockCalibration
 from espalier.stages.shard.gathering import Dense, Gathered, Stage, batches, blocks_of, gather, stages_of
 from espalier.stages.shard.mask_selection import MaskSelector
+from espalier.stages.shard.memory import Arithmetic, work_bytes
 from espalier.stages.storage.spool import Spool
 
-TRAINING_BYTES = 13  # a parameter of the unit being fitted, beside its working weight: float32 master, moments, mask
 SWEEP_RATE = 0.4  # a sweep's learning rate, of the first fit's: the best of 0.25 to 1 on a trained model
 LESS_MEMORY = {  # what takes less of it
     "mask": "use --resident one, fewer shards a node, or no Gram matrices (--criterion wanda --refine dsnot)",
@@ -81,26 +83,20 @@ class BlockPruner:
             index: MaskSelector(recipe, index, ratio) for index, ratio in zip(order.blocks, ratios, strict=True)
         }
 
-    @property
-    def training_bytes(self) -> int:
-        """Memory that the most demanding group takes: one fit's weights, or the Hessians of its inputs."""
-        fits = [unit for group in self.groups for unit in group.fits] if self.recipe.reconstruct != "none" else []
-        each = TRAINING_BYTES + fitted_in(self.skeleton.dtype).itemsize
-        training = [each * sum(self._stored(*at).numel() for at in _parameters(unit)) for unit in fits]
-        hessians = [self._hessian_bytes(group.whole) for group in self.groups if "hessian" in self.recipe.needs]
-        return max([*training, *hessians, 0])
-
-    def _hessian_bytes(self, unit: FitUnit) -> int:
-        names = {weight.name for _, weight in unit.weights}
-        widths = [
-            group[0].of(self._stored(block, group[0].parameter)).shape[1]
-            for block in {step.block for step in unit.steps}
-            for group in self.calibrations[block].anatomy.reading_alike(names)
-        ]
-        if self.recipe.corrected:  # a stage's Gram matrix and cross sums, and what is made of them; the unit as it was
-            dense = sum(self._stored(*at).nbytes for at in _parameters(unit))
-            return 4 * 5 * max(width * width for width in widths) + dense
-        return 4 * (sum(width * width for width in widths) + 3 * max(width * width for width in widths))
+    def training_bytes(self, length: int) -> int:
+        """Memory that the most demanding phase takes, with samples of `length` tokens, as the plan has it."""
+        routing = Routing.of(self.skeleton.config)
+        blocks = [component_shapes(block, self.skeleton.layout, routing) for block in self.modules.values()]
+        stored = max(tensor.element_size() for block in self.modules.values() for tensor in block.parameters())
+        dtype = self.skeleton.dtype
+        arithmetic = Arithmetic(
+            stored=stored,
+            item=dtype.itemsize,
+            fitted=fitted_in(dtype).itemsize,
+            length=length,
+            accelerator=on_accelerator(self.skeleton.device),
+        )
+        return work_bytes(self.recipe, blocks, arithmetic)
 
     def _stored(self, block: int, parameter: str) -> Tensor:
         return self.modules[block].get_parameter(parameter).detach()
@@ -181,6 +177,7 @@ class BlockPruner:
                 if values is not None and (values.dtype != torch.float16 or bool(torch.isfinite(values).all())):
                     moved = stored.clone() if moved is stored else moved
                     weight.of(moved).copy_(values)
+                del kept, values  # or they would still be there while the next are found
             self.keep[f"{block}.{parameter}"] = keep
             self._put(block, {parameter: masked(moved, keep)})
 

@@ -283,7 +283,7 @@ class Shard:
         )
         del blocks
         self.blocks.release()  # the dense blocks go, matrix by matrix, as their pruned copies are made
-        self.gathered.make_room(work.training_bytes)
+        self.gathered.make_room(work.training_bytes(self.spec.length))
         work.run()
         self._commits.hand_over(work, dict(self._streamed))
         if carry:

@@ -16,7 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from espalier.pipeline.cli.main import main
 from espalier.pipeline.config.prune import PruneConfig
-from espalier.pipeline.planning.memory import ShardEstimate, choose_resident, estimate_shard, split_blocks
+from espalier.pipeline.planning.memory import (
+    CONTEXT_BYTES,
+    ShardEstimate,
+    choose_resident,
+    estimate_shard,
+    split_blocks,
+)
 from espalier.pipeline.planning.model_info import ModelInfo, check_headers, model_facts
 from espalier.pipeline.planning.resolve import resolve_auto
 from espalier.stages.devices import has_units
@@ -64,16 +70,21 @@ def facts(tiny_model: Callable[..., Path]) -> ModelInfo:
     return model_facts(read_config(tiny_model()), str(tiny_model()))
 
 
-def peak(facts: ModelInfo, first: int = 0, last: int = 4, **changes: object) -> int:
+def estimated(facts: ModelInfo, first: int = 0, last: int = 4, **changes: object) -> ShardEstimate:
     usual = {
         "compute": "fp32",
         "resident": "all",
-        "tokens": 1000,
-        "step_tokens": 64,
+        "samples": 20,
+        "length": 50,
+        "microbatch": 1,
         "spool_memory": 1 << 30,
         "recipe": Recipe(),
     }
-    return estimate_shard(facts, first, last, **(usual | {"gpu": False} | changes)).peak  # type: ignore[arg-type]
+    return estimate_shard(facts, first, last, **(usual | {"gpu": False} | changes))  # type: ignore[arg-type]
+
+
+def peak(facts: ModelInfo, first: int = 0, last: int = 4, **changes: object) -> int:
+    return estimated(facts, first, last, **changes).peak
 
 
 def test_facts_are_those_of_the_checkpoint(facts: ModelInfo, tiny_model: Callable[..., Path]) -> None:
@@ -92,7 +103,7 @@ def test_what_travels_beside_hidden_states_is_counted(tmp_path: Path, facts: Mod
     for recipe, wider in ((whole, 176 / 32), (part, 5 / 2)):
         spooled = [
             estimate_shard(
-                each, 0, 4, compute="fp32", resident="all", tokens=1000, step_tokens=64, spool_memory=1 << 30,
+                each, 0, 4, compute="fp32", resident="all", samples=20, length=50, microbatch=1, spool_memory=1 << 30,
                 recipe=recipe, gpu=False,
             ).spool_memory
             for each in (facts, more)
@@ -112,15 +123,17 @@ def test_estimates_grow_with_what_is_held(facts: ModelInfo) -> None:
     assert peak(facts, gpu=True) < peak(facts, gpu=False)
     assert peak(facts, recipe=None) < peak(facts)
     units = [
-        peak(facts, tokens=0, recipe=Recipe(reconstruct=unit)) for unit in ("none", "matrix", "component", "block")
+        estimated(facts, recipe=Recipe(reconstruct=unit)).training for unit in ("none", "matrix", "component", "block")
     ]
     assert units == sorted(units) and len(set(units)) == 4
-    assert peak(facts, tokens=0, recipe=Recipe(reconstruct="window", blocks_per_unit=2)) > units[-1]
-    wide = replace(facts, hidden=10_000)
-    assert peak(wide, recipe=Recipe(reconstruct="none", refine="swaps")) > peak(wide, recipe=Recipe(reconstruct="none"))
+    window = Recipe(reconstruct="window", blocks_per_unit=2)
+    assert estimated(facts, recipe=window).training > units[-1]
+    for demanding in ({"refine": "swaps"}, {"criterion": "sparsegpt"}, {"criterion": "alps"}, {"solve": True}):
+        assert estimated(facts, recipe=Recipe(reconstruct="none", **demanding)).training > units[0]
     assert peak(facts, recipe=Recipe(sweeps=1, corrections=(0.5,))) > peak(facts, recipe=Recipe())
-    assert peak(facts, tokens=1000) < peak(facts, tokens=2000)
-    assert peak(facts, step_tokens=64) < peak(facts, step_tokens=128)
+    assert peak(facts, samples=20) < peak(facts, samples=40)
+    assert peak(facts, length=50) < peak(facts, length=60)
+    assert estimated(facts, recipe=Recipe(batch=2)).training < estimated(facts, recipe=Recipe(batch=4)).training
 
 
 def test_weights_count_as_they_are_stored_and_a_block_and_activations_as_they_are_computed(
@@ -131,15 +144,16 @@ def test_weights_count_as_they_are_stored_and_a_block_and_activations_as_they_ar
     assert narrow.dtype == "bfloat16" and narrow.total_bytes == 2 * narrow.parameters
 
     def estimate(compute: Compute, **changes: Any) -> ShardEstimate:
-        usual = {"resident": "all", "tokens": 1000, "step_tokens": 64, "spool_memory": 1 << 30, "gpu": False}
+        usual = {"resident": "all", "samples": 20, "length": 50, "microbatch": 1, "spool_memory": 1 << 30, "gpu": False}
         return estimate_shard(narrow, 1, 3, compute=compute, **(usual | {"recipe": Recipe()} | changes))
 
     same, wide = estimate("bf16"), estimate("fp32")
     assert same.weights == wide.weights == sum(narrow.block_bytes[1:3])
     assert wide.spool_memory == 2 * same.spool_memory == 4 * 2 * 1000 * 32 * 4
-    assert wide.training - same.training == 2 * max(max(units) for units in narrow.unit_parameters)  # the working copy
-    idle = {"recipe": None, "tokens": 0}
-    assert estimate("fp32", **idle).peak - estimate("bf16", **idle).peak == 4 * narrow.block_parameters[1]
+    unit = max(component.parameters for component in narrow.components[1])
+    assert wide.training - same.training > 2 * unit, "the working copy, and activations"
+    idle = {"recipe": None, "samples": 0}
+    assert estimate("fp32", **idle).peak - estimate("bf16", **idle).peak > 4 * narrow.block_parameters[1]
 
 
 def test_a_plan_says_what_blocks_are_computed_in(
@@ -185,8 +199,9 @@ def test_activations_beyond_the_budget_go_to_disk(facts: ModelInfo) -> None:
             4,
             compute="fp32",
             resident="all",
-            tokens=1000,
-            step_tokens=64,
+            samples=20,
+            length=50,
+            microbatch=1,
             spool_memory=budget,
             recipe=Recipe(),
             gpu=False,
@@ -208,8 +223,9 @@ def test_blocks_stay_in_memory_if_they_fit_and_go_one_by_one_if_not(facts: Model
                 4,
                 compute="fp32",
                 resident=resident,
-                tokens=0,
-                step_tokens=0,
+                samples=0,
+                length=16,
+                microbatch=1,
                 spool_memory=0,
                 recipe=None,
                 gpu=False,
@@ -219,7 +235,7 @@ def test_blocks_stay_in_memory_if_they_fit_and_go_one_by_one_if_not(facts: Model
     }
     assert choose_resident("auto", estimates, 10 * 10**9) == "all"
     assert choose_resident("auto", estimates, 4 * 10**9) == "one"
-    with pytest.raises(Refusal, match=r"would need 5\.\d GB and has 4\.0 GB"):
+    with pytest.raises(Refusal, match=r"would need 4\.6 GB and has 4\.0 GB"):
         choose_resident("all", estimates, 4 * 10**9)
     with pytest.raises(Refusal, match=r"has 1\.0 GB"):
         choose_resident("auto", estimates, 10**9)
@@ -264,7 +280,7 @@ def test_a_config_alone_is_enough_to_plan(
     plan = planned(capsys, tmp_path / "alone" / "config.json", *options)
     assert [(shard["first"], shard["last"]) for shard in plan["shards"]] == [(0, 1), (2, 3)]
     assert plan["model"]["bytes"] == facts.total_bytes and plan["tokens"] == 8 * 64
-    assert plan["resident"] == "all" and plan["memory_per_shard"] == 80 * 10**9
+    assert plan["resident"] == "all" and plan["memory_per_shard"] == 80 * 10**9 - CONTEXT_BYTES
     assert plan["shards"] == planned(capsys, tmp_path / "alone", *options)["shards"], "as with the directory"
 
 
