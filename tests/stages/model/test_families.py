@@ -12,12 +12,13 @@ from family_models import LAYERS, NAMES, auto_class, config_of, family_checkpoin
 from safetensors.torch import load_file, save_file
 from streaming import GENTLE, make_shards, microbatches, prune, same_bits, stream
 from torch import Tensor, nn
-from transformers import AutoConfig, Gemma3nConfig, Gemma3nForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3nConfig, Gemma3nForCausalLM
 
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import Skeleton, read_config
 from espalier.stages.masks import keep_mask
 from espalier.stages.model.anatomy import Anatomy, Weight, prunable, trace
+from espalier.stages.model.empty import empty_model
 from espalier.stages.model.families import FAMILIES, BlockLayout
 from espalier.stages.model.hooks import activation_hooks
 from espalier.stages.recipe import Recipe
@@ -447,6 +448,16 @@ def test_what_is_no_decoder_of_text_is_refused(tmp_path, family, why) -> None:
     with pytest.raises(Refusal, match=rf"model family '{family}' is not supported: .*{why}") as refusal:
         read_config(tmp_path)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_package_that_transformers_asks_for_is_named(monkeypatch) -> None:
+    def without(*_: object, **__: object) -> None:
+        raise ImportError("\nTimmWrapperModel requires the timm library.\n`pip install timm`\n")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", without)
+    with pytest.raises(Refusal) as refusal:
+        empty_model(config_of("llama"), torch.float32)
+    assert str(refusal.value) == "llama: TimmWrapperModel requires the timm library. `pip install timm`"
 
 
 def test_a_linear_outside_the_components_is_refused() -> None:
