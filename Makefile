@@ -14,11 +14,11 @@ demo: $(STAMP)
 	$(BIN)/espalier demo
 
 test: $(STAMP)
-	@echo "espalier: all tests take about ten minutes on two cores; \`make fast\` those of a minute or two, without Ray"
+	@echo "espalier: all tests take about fifteen minutes on two cores; \`make fast\` about two, without Ray and what is slow"
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not ray and not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -97,6 +97,7 @@ def test_matrices_stored_transposed_and_experts_score_by_their_own_importance(fa
     ],
     ids=["bare", "swaps and a sweep", "pruned windows", "2:4"],
 )
+@pytest.mark.slow
 def test_the_same_bytes_for_any_cut_and_as_many_zeros_in_a_row_as_the_scores_say(
     recipe: Recipe,
     model: Path,

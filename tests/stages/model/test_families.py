@@ -165,6 +165,7 @@ def zeros_of_rows(name: str, family: str, tensor: Tensor, group: int) -> Tensor:
     ids=["50 %", "2:4"],
 )
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_a_family_is_pruned_exactly_reconstructed_and_loaded_back(
     checkpoint_of, tiny_tokens, tmp_path, name, dtype, ratio
 ) -> None:
@@ -209,6 +210,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["phi", "gemma3n_text"])
+@pytest.mark.slow
 def test_components_that_read_one_tensor_are_pruned_every_way(checkpoint_of, tiny_tokens, tmp_path, name, way) -> None:
     """The attention reads the very tensor that another component reads, and in Gemma 3n more than that."""
     recipe, blocks = WAYS[way], layers_of(name)
@@ -294,6 +296,7 @@ def test_a_gemma_that_also_sees_and_hears_is_pruned_as_the_text_model_in_it(
 
 
 @pytest.mark.parametrize("name", CUT)
+@pytest.mark.slow
 def test_any_cut_of_any_family_gives_the_same_bytes(checkpoint_of, tiny_tokens, tmp_path, name) -> None:
     directory, tokens = checkpoint_of(name, "bfloat16"), tiny_tokens(9, LENGTH)
     found = set()

@@ -25,6 +25,7 @@ from espalier.stages.shard.shard import Shard
 from espalier.stages.sparsegpt import sparsegpt
 from espalier.stages.statistics import InputStatistics
 
+pytestmark = pytest.mark.slow
 PLACES = 16  # float32 numbers in a cache line
 LINE = 64  # bytes
 THREADS = (1, 2)

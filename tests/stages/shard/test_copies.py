@@ -283,6 +283,7 @@ def test_a_fit_reads_what_was_computed(
     assert found != expected
 
 
+pytestmark = pytest.mark.slow
 RECIPES = {
     "masks": Recipe(reconstruct="none"),
     "fit": Recipe(learning_rate=GENTLE),

@@ -63,6 +63,8 @@ FITTED = {
 ALWAYS = ("wanda", "sparsegpt 2:4", "temporal", "wanda + swaps", "component", "pruned inputs", "sweep, corrected")
 ALWAYS_FAMILIES = ("llama", "gpt2", "opt", "qwen2_moe", "llava")
 
+pytestmark = pytest.mark.slow
+
 
 def some_always(names: Iterable[str], always: Iterable[str]) -> list[Any]:
     """The names as parameters, those slow that are not among `always`."""

@@ -54,6 +54,8 @@ RECIPES = {
 }
 RECIPES = {name: replace(recipe, learning_rate=GENTLE) for name, recipe in RECIPES.items()}
 
+pytestmark = pytest.mark.slow
+
 
 def files(home: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((home / "output").glob("*.safetensors"))}

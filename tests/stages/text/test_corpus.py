@@ -420,6 +420,7 @@ def test_memory_does_not_grow_with_the_records(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "parquet", "saved"])
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written_to_does_not_matter(tmp_path, plain, kind):
     if kind == "saved":
         datasets.Dataset.from_dict({"text": STORIES}).save_to_disk(tmp_path / f"a.{kind}")
