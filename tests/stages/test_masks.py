@@ -53,6 +53,27 @@ def test_a_matrix_loses_exactly_its_lowest(scores, sparsity) -> None:
     assert torch.equal(keep.reshape(1, -1), by_full_sort(scores.reshape(1, -1), drop))
 
 
+@pytest.mark.parametrize("levels", [1, 3, 1000, None], ids=["equals", "ties", "few-ties", "none"])
+def test_a_large_matrix_loses_exactly_its_lowest(levels) -> None:
+    """Where its threshold lies is looked for between two of a sample's scores."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(310, 450, generator=generator)
+    assert scores.numel() > masks.CHUNK_ELEMENTS
+    if levels:
+        scores = torch.randint(0, levels, scores.shape, generator=generator).float()
+    for sparsity in (1e-5, 0.003, 0.5, 0.83, 0.999995):
+        keep = keep_mask(scores, sparsity, scope="matrix")
+        assert torch.equal(keep.reshape(1, -1), by_full_sort(scores.reshape(1, -1), int(scores.numel() * sparsity)))
+
+
+def test_the_nth_lowest_is_found_where_a_sample_leads_astray(monkeypatch) -> None:
+    keys = torch.arange(5000).numpy()
+    for sampled in (1, 2, 50):
+        monkeypatch.setattr(masks, "SAMPLED", sampled)
+        for nth in (1, 2, 2500, 4999, 5000):
+            assert masks._nth_lowest(keys, nth) == nth - 1
+
+
 @pytest.mark.parametrize(
     "pattern", [(2, 4), (4, 8), (1, 4), (3, 4), (6, 8), (1, 1), (4, 4), (8, 16), (14, 16), (5, 12)]
 )
