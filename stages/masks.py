@@ -201,7 +201,7 @@ def _drop_lowest_of_long(row: Tensor, drop: int) -> Tensor:
 
 
 def _nth_lowest(keys: np.ndarray, nth: int) -> Any:
-    """The nth lowest of the keys, from 1: two of a sample's keys that are almost sure to enclose it leave few to part."""
+    """The nth lowest of the keys, from 1: two keys of a sample almost surely enclose it, and leave few to part."""
     sample = np.sort(keys[np.random.default_rng(0).integers(0, len(keys), SAMPLED)])
     place, margin = nth / len(keys) * SAMPLED, 2 * SAMPLED**0.5  # four standard deviations, at a half
     low, high = sample[max(0, int(place - margin))], sample[min(SAMPLED - 1, int(place + margin))]
