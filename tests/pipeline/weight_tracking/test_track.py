@@ -180,7 +180,7 @@ def test_the_report_shows_each_point_and_what_was_published_beside_it(small: dic
     said = report.read_text()
     assert all(row[0] in said for row in rows) and "30.00 % zeros" in said and "curve.png" in said
     assert "| dense training | 1.7 min | CPU 4.2 kJ | 3 TFLOP |" in said
-    assert "| tracking | 2 s | with dense training | 1 GFLOP |" in said and "| 2.0 min | not measured |" in said
+    assert "| tracking | 2.0 s | with dense training | 1 GFLOP |" in said and "| 2.0 min | not measured |" in said
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
     again = tmp_path / "again.yaml"
     again.write_text(said.partition("```yaml\n")[2].partition("```")[0])
