@@ -92,14 +92,16 @@ def _component(block: nn.Module, weights: Sequence[Weight], parts: tuple[str, ..
     first = [shapes[weight] for weight in weights if weight.expert == 0]
     experts = len({weight.expert for weight in weights if weight.expert is not None})
     inputs = [*_read(plain), *(_read(first) * experts)]
-    routed = _passing(first, min(routing.chosen or experts, experts))
+    chosen = min(routing.chosen or experts, experts)
+    width, last = _passing(first, chosen)
+    sent = chosen * (first[0][1] + first[-1][0]) if first else 0  # each expert's tokens brought together, and weighed
     unit = _unit(
         parameters=sum(tensors.values()),
         largest=max(tensors[weight.parameter] for weight in weights),
         matrices=tuple(shapes.values()),
         inputs=tuple(inputs),
         outputs=(first or plain)[-1][0],
-        passing=tuple(a + b for a, b in zip(_passing(plain, 1), routed, strict=True)),
+        passing=tuple(a + b for a, b in zip(_passing(plain, 1), (width + sent, last), strict=True)),
     )
     attends = bool(plain) and plain[-1][1] == routing.attention  # or is as wide as one
     return replace(
