@@ -86,6 +86,12 @@ class Recipe:
         return self.sequential or "hessian" in self.needs
 
     @property
+    def spares_held_out(self) -> bool:
+        """Whether statistics leave out the samples that judge a fit: values that were solved on them would look better
+        there than they are, and the fit that follows be put back."""
+        return "hessian" in self.needs and self.reconstruct != "none"
+
+    @property
     def streams_dense(self) -> bool:
         """Whether the dense model's activations are needed: not where only the pruned model's are, to score with."""
         return not self.sequential or self.reconstruct != "none" or self.allocation == "owl" or self.corrected

@@ -21,7 +21,7 @@ from espalier.stages.metrics.profile import Timeline, release_memory
 from espalier.stages.model.hooks import activation_hooks
 from espalier.stages.precision import computing, fitted_in
 from espalier.stages.recipe import BlockTask, Recipe, derived_seed
-from espalier.stages.reconstruction.fit import FitSettings, fit, rate_unit
+from espalier.stages.reconstruction.fit import FitSettings, fit, rate_unit, split_samples
 from espalier.stages.reconstruction.shapes import Routing, component_shapes
 from espalier.stages.reconstruction.target import Target
 from espalier.stages.reconstruction.units import FitUnit, Group, UnitModules, groups_of
@@ -144,16 +144,10 @@ class BlockPruner:
             gathered: Gathered = {}
             if recipe.gathers:
                 given = self._captured(unit, captured) if recipe.sequential else self._entry(unit).inputs[unit.source]
-                beside = dense if number or recipe.sequential else None  # the first reads what the dense unit reads
-                gathered = gather(
-                    unit,
-                    stage,
-                    self.modules,
-                    given,
-                    recipe.needs,
-                    self.skeleton.device,
-                    None if stage.experts else beside,
-                )
+                # The first of dense inputs reads what the dense unit reads; an expert's tokens have no counterpart.
+                beside = dense if (number or recipe.sequential) and not stage.experts else None
+                samples = split_samples(len(given))[0] if recipe.spares_held_out else None
+                gathered = gather(unit, stage, self.modules, given, recipe.needs, self.skeleton.device, beside, samples)
             self._mask_stage(stage, gathered)
 
     def _dense(self, unit: FitUnit) -> Dense:

@@ -80,11 +80,14 @@ def blocks_of(unit: FitUnit) -> list[int]:
     return list(dict.fromkeys(step.block for step in unit.steps))
 
 
-def batches(samples: Spool, device: str, *others: Spool) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """All samples in order, a few at a time, with their numbers, on the device, and those of `others` with them; the
-    next are on their way meanwhile."""
+def batches(
+    samples: Spool, device: str, *others: Spool, chosen: Sequence[int] | None = None
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """All samples, or those `chosen`, in order, a few at a time, with their numbers, on the device, and those of
+    `others` with them; the next are on their way meanwhile."""
     step = max(1, PASS_TOKENS // len(samples[0])) if len(samples) and not samples.ragged else 1
-    numbers = [list(range(start, min(start + step, len(samples)))) for start in range(0, len(samples), step)]
+    chosen = range(len(samples)) if chosen is None else chosen
+    numbers = [list(chosen[start : start + step]) for start in range(0, len(chosen), step)]
     made = ([functools.partial(spool.batch, indices) for spool in (samples, *others)] for indices in numbers)
     for indices, ready in zip(numbers, prefetch(made, device), strict=True):
         yield indices, [batch() for batch in ready]
@@ -106,9 +109,10 @@ def gather(
     needs: frozenset[str],
     device: str,
     dense: Dense | None = None,
+    samples: Sequence[int] | None = None,
 ) -> Gathered:
-    """Statistics of what the stage's weights read when the unit, as it is in `modules`, is given `given`; with `dense`
-    also the cross sums with what they read in the dense unit.
+    """Statistics of what the stage's weights read when the unit, as it is in `modules`, is given `given`, or `samples`
+    of it; with `dense` also the cross sums with what they read in the dense unit.
 
     Raises Refusal for a NaN or an infinity in what is read, naming block, weight and sample.
     """
@@ -128,12 +132,12 @@ def gather(
     dense_chain = chain if dense is None else UnitModules(unit, dense.modules)
     beside = () if dense is None or dense.inputs is given else (dense.inputs,)
     with computing(chain), computing(dense_chain):
-        for samples, batch in batches(given, device, *beside):
-            called = [call.at(samples) for call in calls]
+        for numbers, batch in batches(given, device, *beside, chosen=samples):
+            called = [call.at(numbers) for call in calls]
             if dense is not None:
-                with _watched(unit, stage, dense.modules, seen_dense, len(samples)):
+                with _watched(unit, stage, dense.modules, seen_dense, len(numbers)):
                     dense_chain(batch[-1], called)
-            with _watched(unit, stage, modules, seen, len(samples)):
+            with _watched(unit, stage, modules, seen, len(numbers)):
                 chain(batch[0], called)
             for count in counts.values():
                 count.settle()

@@ -189,4 +189,4 @@ def test_what_makes_no_sense_with_a_threshold_a_scope_or_a_shadow_is_refused(
     facts = model_facts(read_config(model), str(model))
     with pytest.raises(Refusal, match=message):
         wanted = {"model": str(model), "output": "out", "calibration": "text", **options}
-        check_recipe_fits(facts, build_config(wanted, PruneConfig).recipe)
+        check_recipe_fits(facts, build_config(wanted, PruneConfig).block_recipe)

@@ -1,6 +1,7 @@
 """The fit against plain AdamW on masked float32 parameters, and what it must never do to a pruned weight."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -112,7 +113,8 @@ def plainly(problem: Problem, settings: FitSettings) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("samples", "epochs", "batch"), [(2, 1, 2), (10, 1, 2), (10, 3, 4), (1, 2, 2)], ids=["one step", "5", "9", "alone"]
 )
-def test_the_fit_is_plain_adamw_on_masked_parameters(tmp_path, samples, epochs, batch) -> None:
+def test_the_fit_is_plain_adamw_on_masked_parameters(tmp_path, monkeypatch, samples, epochs, batch) -> None:
+    monkeypatch.setattr(reconstruct, "SHARES", (1.0,))
     problem = Problem(tmp_path, samples)
     settings = {"epochs": epochs, "batch": batch, "learning_rate": 0.01, "seed": 7}
     parameters, report = problem.fit(**settings)
@@ -204,12 +206,37 @@ def test_a_weight_that_outgrows_float16_puts_the_unit_back(tmp_path, monkeypatch
         return masters
 
     monkeypatch.setattr(reconstruct, "_train", beyond)
-    errors = iter([0.5, 0.1])
+    errors = iter([0.5, 0.1, 0.1, 0.1])
     monkeypatch.setattr(reconstruct, "relative_error", lambda *arguments: next(errors))
     parameters, report = problem.fit()
-    assert not report.improved and report.error_after == report.error_before == 0.5
+    assert not report.improved and report.error_after == report.error_before == 0.5 and report.share == 0
     for name, parameter in problem.pruned.named().items():
         assert parameters[name].dtype == torch.float16 and torch.equal(parameters[name], parameter)
+
+
+@pytest.mark.parametrize(
+    ("errors", "share"),
+    [
+        ((0.5, 0.3, 0.4), 1.0),
+        ((0.5, 0.3, 0.2, 0.25), 0.5),
+        ((0.5, 0.6, 0.4, 0.2), 0.25),
+        ((0.5, math.nan, 0.4, 0.45), 0.5),
+    ],
+)
+def test_the_unit_goes_back_on_its_way_while_that_helps(tmp_path, monkeypatch, errors, share) -> None:
+    monkeypatch.setattr(reconstruct, "SHARES", (1.0,))
+    problem = Problem(tmp_path)
+    ended, report = problem.fit(epochs=2)
+    assert report.improved and report.share == 1
+    given = iter(errors)
+    monkeypatch.setattr(reconstruct, "SHARES", (1.0, 0.5, 0.25))
+    monkeypatch.setattr(reconstruct, "relative_error", lambda *arguments: next(given))
+    parameters, report = problem.fit(epochs=2)
+    assert (report.share, report.error_after) == (share, min(error for error in errors if error == error))
+    assert next(given, None) is None, "no more was tried"
+    for name, parameter in problem.pruned.named().items():
+        there = parameter.detach() + share * (ended[name] - parameter.detach())
+        torch.testing.assert_close(parameters[name], there, rtol=0, atol=1e-6)
 
 
 def test_the_unit_that_came_in_is_left_as_it_was(tmp_path, either_path) -> None:

@@ -40,8 +40,8 @@ def test_a_line_is_all_that_a_new_unit_needs(
     monkeypatch.setitem(UNITS, "together", together)
 
     asked = {"model": "m", "output": "o", "calibration": "c"}
-    config = PruneConfig(**asked, reconstruct="together:2", sweeps=1)
-    assert (config.recipe.reconstruct, config.recipe.blocks_per_unit) == ("together", 2)
+    config = PruneConfig(**asked, criterion="wanda", reconstruct="together:2", sweeps=1)
+    assert (config.block_recipe.reconstruct, config.block_recipe.blocks_per_unit) == ("together", 2)
     with pytest.raises(ValueError, match="a sweep takes component, block, window:N or together:N"):
         PruneConfig(**asked, reconstruct="mlp", sweeps=1)
     assert "reconstructed 2 blocks in one" in sentence(
@@ -50,7 +50,7 @@ def test_a_line_is_all_that_a_new_unit_needs(
 
     model, tokens = tiny_checkpoint(), tiny_tokens(SAMPLES, LENGTH)
     window, _ = pruned(model, tokens, tmp_path / "w", Recipe(reconstruct="window", blocks_per_unit=2, sweeps=1))
-    same, _ = pruned(model, tokens, tmp_path / "t", config.recipe)
+    same, _ = pruned(model, tokens, tmp_path / "t", config.block_recipe)
     assert window == same
     _, names = pruned(model, tokens, tmp_path / "m", Recipe(reconstruct="mlp"))
     assert names == ["mlp"] * 4
