@@ -31,6 +31,7 @@ class Recipe:
     reconstruct: str = "component"  # a name of UNITS, in espalier.stages.reconstruction.units, or "none"
     blocks_per_unit: int = 1  # blocks reconstructed as one
     inputs: Literal["dense", "pruned"] = "dense"
+    tolerance: float = 0.0  # relative error up to which a unit is left as it is
     epochs: int = 1
     batch: int = 2
     learning_rate: float = 0.4

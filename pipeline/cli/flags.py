@@ -23,10 +23,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 LONGEST_METAVAR = 16  # characters of choices beside a flag; at 80 columns more would cut flags and break words
 PANELS = {
     "tower": "What",
+    "recipe": "What",
     **dict.fromkeys(("sparsity", "pattern", "threshold", "criterion", "criterion_options"), "Masks"),
     **dict.fromkeys(("scope", "allocation", "refine", "solve", "targets"), "Masks"),
     **dict.fromkeys(("reconstruct", "inputs", "sweeps", "correction"), "Reconstruction"),
-    **dict.fromkeys(("epochs", "batch", "learning_rate"), "Reconstruction"),
+    **dict.fromkeys(("tolerance", "epochs", "batch", "learning_rate"), "Reconstruction"),
     **dict.fromkeys(("samples", "length", "bos", "text_column", "eval", "seed"), "Text"),
     **dict.fromkeys(("masked", "mask"), "Masks"),
     **dict.fromkeys(("steps", "tokens", "microbatch", "schedule", "warmup"), "Training"),

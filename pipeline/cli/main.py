@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 from typer.core import TyperGroup
 
 from espalier.cluster.connection.redact import without_secrets
@@ -174,7 +175,9 @@ def evaluate(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="Checkpoint directory, config.json, or hub id.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint directory, config.json, or hub id; without: prints the recipe.")
+    ] = None,
     nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Machines.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, metavar="N", help="0: CPU shards, as many as --shards.")] = 0,
     gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="Of one GPU, such as 80GB.")] = "80GB",
@@ -187,9 +190,12 @@ def plan(
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Calibration windows.")] = 128,
     length: Annotated[str, typer.Option(metavar="N|auto", help="Tokens in a window.")] = "auto",
     spool_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of a shard for activations.")] = "1GiB",
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME", help="What is done to each layer: fast, balanced or best.")
+    ] = "balanced",
     reconstruct: Annotated[
-        str, typer.Option(metavar="NAME", help="As for prune: component, block, window:N, matrix or none.")
-    ] = "component",
+        str | None, typer.Option(metavar="NAME", help="Another unit than the recipe's, as for prune.")
+    ] = None,
     tower: Annotated[str, typer.Option(metavar="NAME", help="language or vision.")] = "language",
     compute: Annotated[
         str, typer.Option(metavar="NAME", help="What blocks are computed in: auto, fp32, bf16 or fp16.")
@@ -199,10 +205,16 @@ def plan(
     ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Shards, bytes and memory from a config alone: no weights, no GPU, no cluster needed.
+    """Shards, bytes and memory from a config alone: no weights, no GPU, no cluster needed. Without a model: a recipe.
 
     Example: espalier plan ./llama-70b/config.json --nodes 2 --gpus-per-node 4 --gpu-memory 80GB
     """
+    if model is None:
+        from espalier.pipeline.config.named_recipe import find_recipe, recipe_options, recipe_text
+
+        name = find_recipe(recipe)
+        show({"recipe": name} | recipe_options(name), as_json, lambda: Text(recipe_text(name), end=""))
+        return
     from espalier.pipeline.cli.tables import plan_table
     from espalier.pipeline.commands.plan import forecast
 
@@ -216,6 +228,7 @@ def plan(
         samples=samples,
         length=length,
         spool_memory=spool_memory,
+        recipe=recipe,
         reconstruct=reconstruct,
         dtype=dtype,
         compute=compute,

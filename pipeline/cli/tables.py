@@ -58,7 +58,7 @@ def plan_table(result: Mapping[str, Any]) -> Group:
     head = (
         f"{model['path']}: {model['family']}, {count(model['parameters'])} parameters in {model['blocks']} "
         f"blocks, {size(model['bytes'])} in {model['dtype']}, computed in "
-        f"{result['compute']}; {result['tokens']:,} calibration tokens"
+        f"{result['compute']}; {result['recipe']}, {result['tokens']:,} calibration tokens"
     )
     table = _table(
         "shard",
@@ -94,7 +94,7 @@ def demo_tables(result: Mapping[str, Any]) -> Group:
         )
     return Group(
         table, "",
-        f"Reconstruction recovered {100 * result['recovered']:.0f} % of the log-perplexity that Wanda alone lost.", "",
+        f"The last recipe recovered {100 * result['recovered']:.0f} % of the log-perplexity that Wanda alone lost.", "",
         f"The best checkpoint:  {result['checkpoint']}   (loads with transformers; exact zeros)",
         f"Its report:           {result['report']}",
         f"Compare the runs:     espalier compare {result['experiment']}",

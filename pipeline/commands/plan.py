@@ -31,12 +31,14 @@ def forecast(
     samples: int,
     length: str,
     spool_memory: str,
-    reconstruct: str,
+    recipe: str = "balanced",
+    reconstruct: str | None = None,
     dtype: str,
     compute: str = "auto",
     tower: str = "language",
 ) -> dict[str, Any]:
-    """What each shard would hold, and whether blocks stay resident. Reads config.json and headers only.
+    """What each shard would hold, and whether blocks stay resident, under the recipe of that name, or with another unit
+    reconstructed. Reads config.json and headers only.
 
     A family that nobody has tried is tried small, as `prune` does. Raises Refusal if the model cannot be read, cannot
     be pruned, or does not fit even one block at a time (with the figures).
@@ -51,7 +53,8 @@ def forecast(
             "samples": samples,
             "length": length,
             "spool_memory": spool_memory,
-            "reconstruct": reconstruct,
+            "recipe": recipe,
+            **({} if reconstruct is None else {"reconstruct": reconstruct}),
             "dtype": dtype,
             "compute": compute,
             "tower": tower,
@@ -65,7 +68,7 @@ def forecast(
     if gpus_per_node and count > places:
         raise Refusal(f"shards {count}: {nodes} nodes of {gpus_per_node} GPUs hold {places}; one shard a GPU")
     tokens_per_window = window_length(facts, config.length)
-    ranges = split_blocks(facts.block_bytes, count, config.recipe.blocks_per_unit)
+    ranges = split_blocks(facts.block_bytes, count, config.block_recipe.blocks_per_unit)
     estimates = estimates_by_resident(
         config, facts, Load.of_pruning(config), tokens_per_window, ranges, gpus_per_node > 0, chosen_in
     )
@@ -73,6 +76,7 @@ def forecast(
     resident = choose_resident("auto", estimates, room)
     chosen = estimates[resident]
     return {
+        "recipe": config.recipe_name,
         "model": facts.summary() | {"bytes": facts.total_bytes},
         "remarks": list(facts.remarks),
         "compute": chosen_in,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
+from espalier.pipeline.config.named_recipe import RecipeName, recipe_options
 from espalier.pipeline.config.options import BOS_HELP, COLUMN_HELP, Count, Length
 from espalier.stages.criteria.equations import CRITERIA
 from espalier.stages.criteria.scoring import check_criterion, check_options
@@ -82,13 +83,18 @@ class PruneConfig(ClusterConfig):
         description="Which blocks of a model that reads images are pruned; vision: those of its vision tower, the "
         "rest copied as it is.",
     )
+    recipe: RecipeName = Field(
+        "balanced",
+        description="What to do to each layer, by name: fast (masks alone), balanced or best; `espalier plan --recipe "
+        "NAME` prints it. Other options go before it.",
+    )
     sparsity: float = Field(0.5, description="Share of the weights to remove, at least 0 and below 1.")
     pattern: str | None = Field(None, description="N:M instead of --sparsity: keep N of every M inputs, such as 2:4.")
     threshold: float | None = Field(
         None, description="Instead of --sparsity: keep what scores above so many standard deviations of its matrix."
     )
     criterion: str = Field(
-        "wanda", description=f"How weights are scored: {', '.join(CRITERIA)}, or your own as module.function."
+        "alps", description=f"How weights are scored: {', '.join(CRITERIA)}, or your own as module.function."
     )
     criterion_options: dict[str, Any] = Field(
         {}, description="An option of the criterion, such as alpha=0.5; may be given again for another."
@@ -106,7 +112,7 @@ class PruneConfig(ClusterConfig):
     refine: Refine = Field(
         "auto",
         description="Exchange pruned for kept weights before reconstruction; auto: swaps where units are reconstructed "
-        "and that costs much more, else none.",
+        "and that costs much more, else none, as with alps.",
     )
     solve: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -120,7 +126,7 @@ class PruneConfig(ClusterConfig):
         "values are solved.",
     )
     reconstruct: str = Field(
-        "component",
+        "block",
         description="What is trained as one to give its dense output again: "
         f"{', '.join(unit.written for unit in UNITS.values())}, or none: the kept weights stay as they were.",
     )
@@ -139,6 +145,13 @@ class PruneConfig(ClusterConfig):
         description="Share of the accumulated error that a unit takes back in a sweep, one for all or C,C,...; auto, "
         "or foreseen: all that the units before it, reconstructed at the same time, are foreseen to leave.",
     )
+    tolerance: float = Field(
+        0.01,
+        ge=0,
+        lt=1,
+        description="Relative error of its output on held-out samples up to which a unit is left as it is: there is "
+        "little to gain.",
+    )
     epochs: Count = Field(1, description="Passes over the calibration in a reconstruction.")
     batch: Count = Field(2, description="Samples in one reconstruction step.")
     learning_rate: float = Field(
@@ -150,6 +163,14 @@ class PruneConfig(ClusterConfig):
     experiment: str = Field("espalier", description="MLflow experiment.")
     run_name: str | None = Field(None, description="Name of the run in MLflow; default: made from the recipe.")
     parent_run: str | None = Field(None, description="MLflow run that this one is part of.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """What the recipe of that name sets, where nothing else is said."""
+        if not isinstance(given, dict):
+            return given
+        return recipe_options(str(given.get("recipe", cls.model_fields["recipe"].default))) | given
 
     @field_validator("sparsity")
     @classmethod
@@ -231,7 +252,7 @@ class PruneConfig(ClusterConfig):
         check_options(self.criterion, self.criterion_options)
         self._check_sweeps()
         self.rules  # noqa: B018 refuses entries that are wrong in themselves
-        if self.targets == "corrected" and not self.recipe.solves:
+        if self.targets == "corrected" and not self.block_recipe.solves:
             raise Refusal(
                 "targets corrected: they are for values that are solved, and none are; use --solve on or "
                 "--criterion alps"
@@ -274,7 +295,7 @@ class PruneConfig(ClusterConfig):
         return tuple(resolve_overrides(self.overrides))
 
     @property
-    def recipe(self) -> Recipe:
+    def block_recipe(self) -> Recipe:
         """What every shard does to its blocks; `refine: auto` counts as none until the model is known."""
         unit, blocks_per_unit = parse_reconstruct(self.reconstruct)
         recipe = Recipe(
@@ -291,6 +312,7 @@ class PruneConfig(ClusterConfig):
             reconstruct=unit,
             blocks_per_unit=blocks_per_unit,
             inputs=self.inputs,
+            tolerance=self.tolerance,
             epochs=self.epochs,
             batch=self.batch,
             learning_rate=self.learning_rate,

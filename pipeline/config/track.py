@@ -9,7 +9,7 @@ from espalier.pipeline.config.options import BOS_HELP, Count, build_config, read
 from espalier.stages.errors import Refusal, unknown
 from espalier.stages.text.openings import Bos
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent / "recipes" / "track"
 # What data there is to track on: a name -> "module:function", a `espalier.pipeline.weight_tracking.data.Prepare`.
 DATA_KINDS = {
     "characters": "espalier.pipeline.weight_tracking.data:characters",

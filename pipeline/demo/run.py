@@ -24,9 +24,9 @@ EXPERIMENT = "espalier-demo"
 SAMPLES, LENGTH = 128, 256
 CALIBRATION_BYTES, HELD_OUT_BYTES = 400_000, 100_000
 RECIPES: dict[str, dict[str, Any]] = {
-    "magnitude 50 %": {"criterion": "magnitude", "reconstruct": "none"},
-    "wanda 50 %": {"criterion": "wanda", "reconstruct": "none"},
-    "wanda 50 % + reconstruction": {"criterion": "wanda", "refine": "none", "reconstruct": "component"},
+    "magnitude 50 %": {"recipe": "fast", "criterion": "magnitude"},
+    "wanda 50 %": {"recipe": "fast"},
+    "balanced 50 %": {"recipe": "balanced"},
 }
 
 
@@ -53,7 +53,7 @@ def run_demo(output: Path | None = None, address: str | None = None) -> dict[str
                     reporter.note(f"\n{title}")
                     config = PruneConfig(
                         model=str(dense_model),
-                        output=str(output / title.replace(" 50 %", "").replace(" + ", "-")),
+                        output=str(output / title.replace(" 50 %", "")),
                         calibration=str(calibration),
                         eval=str(held_out),
                         samples=SAMPLES,
@@ -70,10 +70,10 @@ def run_demo(output: Path | None = None, address: str | None = None) -> dict[str
                     rows.append(_row(title, run, run["perplexity"], run["sparsity"], "stream", "work", "assemble"))
     finally:
         reporter.close()
-    dense, _, bare, reconstructed = (row["perplexity"] for row in rows)
+    dense, _, bare, balanced = (row["perplexity"] for row in rows)
     return {
         "rows": rows,
-        "recovered": math.log(bare / reconstructed) / math.log(bare / dense),
+        "recovered": math.log(bare / balanced) / math.log(bare / dense),
         "checkpoint": os.path.relpath(run["output"]),
         "report": os.path.relpath(Path(run["output"]) / "espalier" / "report.md"),
         "experiment": EXPERIMENT,

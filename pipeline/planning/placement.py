@@ -37,7 +37,7 @@ class Load:
 
     @classmethod
     def of_pruning(cls, config: PruneConfig) -> "Load":
-        return cls(samples=config.samples, recipe=config.recipe)
+        return cls(samples=config.samples, recipe=config.block_recipe)
 
     @property
     def blocks_per_unit(self) -> int:

@@ -17,14 +17,15 @@ def resolve_auto(config: PruneConfig, facts: ModelInfo) -> PruneConfig:
     """The configuration with `refine: auto` decided for this model.
 
     A refinement is worth its time where reconstruction costs much more: `Refinement.auto_from` says from how many
-    tokens for each channel of the widest input. Of several the last in the table is chosen.
+    tokens for each channel of the widest input. Of several the last in the table is chosen. None where the criterion
+    finds mask and values together: exchanged one by one, ALPS' masks become worse (tests/benchmarks/README.md).
     """
     if config.refine != "auto":
         return config
     widest = max(into for layers in facts.layers for _, _, into in layers)
     tokens = config.samples * window_length(facts, config.length)
     worth = ["none"]
-    if config.reconstruct != "none":
+    if config.reconstruct != "none" and not find_criterion(config.criterion).exact:
         starts = {name: each.auto_from for name, each in REFINEMENTS.items() if each.auto_from is not None}
         worth += [name for name, start in starts.items() if tokens >= start * widest]
     return config.model_copy(update={"refine": worth[-1]})

@@ -103,7 +103,7 @@ def inspect(config: PruneConfig) -> tuple[ModelInfo, str]:
     model = resolve(config.model)
     checkpoint, settings = Checkpoint(model), read_config(model, config.trust_remote_code)
     facts = tried_facts(settings, config.model, config.dtype, checkpoint, config.tower)
-    check_recipe_fits(facts, config.recipe)
+    check_recipe_fits(facts, config.block_recipe)
     check_calibration(config, facts)
     fingerprint = check_headers(facts, checkpoint)
     if config.shadow is not None:

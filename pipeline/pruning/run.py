@@ -59,7 +59,7 @@ class PruneRun:
         self.config, self.facts, self.layout, self.directory, self.run = config, facts, layout, directory, run
         self.reporter = reporter or reporter_for(Console(stderr=True))
         self.length = window_length(facts, config.length)
-        self.recipe = config.recipe
+        self.recipe = config.block_recipe
         self.started = time.time()
         self.spending = CostMeter()
         self.nodes = 1

@@ -35,6 +35,7 @@ VALIDATION = 8  # one sample in this many is held out to judge the fit
 class FitSettings:
     """How a unit is fitted."""
 
+    tolerance: float = 0.0  # held-out error up to which the unit is left as it is
     epochs: int = 1
     batch: int = 2  # samples a step
     learning_rate: float = 0.4  # in units of `rate_unit`
@@ -211,31 +212,33 @@ def fit(
     the weights as they are stored.
     Taken is where the held-out error is least: at the end of the training, or half or a quarter of the way there, for
     a start that is nearly the best there is loses more to the noise of the steps than it gains by them.
+    A unit whose held-out error is at most the settings' tolerance is left as it is, in no step.
     If the held-out error did not fall, or a weight outgrew the dtype that it is stored in, the parameters come back as
     they were.
     """
     fitted, held = split_samples(len(inputs))
-    before = relative_error(unit, calls, inputs, targets, held)
+
+    def error_of(there: UnitModules) -> float:
+        return relative_error(there, calls, inputs, targets, held)
+
+    before = error_of(unit)
+    after, share, chosen, passes, steps = before, 0.0, unit, len(held), 0
     peak = settings.learning_rate * rate_unit
-    with deterministic():
-        masters = _train(unit, keep, calls, inputs, targets, settings, peak, fitted)
-    tried: list[tuple[float, float, UnitModules]] = []  # error, share of the way, the unit there
-    for share in SHARES:
-        there = _on_the_way(unit, masters, keep, share)
-        error = relative_error(there, calls, inputs, targets, held) if _finite(there) else math.inf
-        tried.append((error if error < math.inf else math.inf, share, there))  # of nan, too
-        if tried[-1][0] > tried[0][0]:
-            break
-    after, share, candidate = min(tried, key=lambda one: one[0])
-    improved = after < before
-    chosen = candidate if improved else unit
-    passes = 3 * len(fitted) * settings.epochs + (1 + len(tried)) * len(held)  # a backward pass costs two forward
+    if before > settings.tolerance:
+        with deterministic():
+            masters = _train(unit, keep, calls, inputs, targets, settings, peak, fitted)
+        tried = _on_the_way(unit, masters, keep, error_of)
+        best = min(tried, key=lambda one: one[0])
+        if best[0] < before:
+            after, share, chosen = best
+        passes += 3 * len(fitted) * settings.epochs + len(tried) * len(held)  # a backward pass costs two forward
+        steps = _steps(len(fitted), settings)
     report = Fit(
         error_before=before,
-        error_after=after if improved else before,
-        improved=improved,
-        share=share if improved else 0.0,
-        steps=_steps(len(fitted), settings),
+        error_after=after,
+        improved=share > 0,
+        share=share,
+        steps=steps,
         learning_rate=peak,
         flops=float(passes * forward_flops(unit, [call.at(held[:1]) for call in calls], inputs[held[0]])),
     )
@@ -243,15 +246,27 @@ def fit(
 
 
 def _on_the_way(
-    unit: UnitModules, masters: Mapping[str, Tensor], keep: Mapping[str, Tensor], share: float
-) -> UnitModules:
-    """The unit with its parameters that share of the way to `masters`, in its own dtypes; zeros stay exactly zero."""
-    there = copy.deepcopy(unit)
-    with torch.no_grad():
-        for name, parameter in there.named().items():
-            moved = masters[name] if share == 1 else torch.lerp(parameter.float(), masters[name], share)
-            parameter.copy_(moved if name not in keep else moved * keep[name])
-    return there
+    unit: UnitModules,
+    masters: Mapping[str, Tensor],
+    keep: Mapping[str, Tensor],
+    error_of: Callable[[UnitModules], float],
+) -> list[tuple[float, float, UnitModules]]:
+    """(error, share, the unit that share of the way to `masters`) for each of SHARES until going back helps no more.
+
+    In the unit's own dtypes; zeros stay exactly zero. Infinite is the error of what is not finite.
+    """
+    tried: list[tuple[float, float, UnitModules]] = []
+    for share in SHARES:
+        there = copy.deepcopy(unit)
+        with torch.no_grad():
+            for name, parameter in there.named().items():
+                moved = masters[name] if share == 1 else torch.lerp(parameter.float(), masters[name], share)
+                parameter.copy_(moved if name not in keep else moved * keep[name])
+        error = error_of(there) if _finite(there) else math.inf
+        tried.append((error if error < math.inf else math.inf, share, there))  # of nan, too
+        if tried[-1][0] > tried[0][0]:
+            break
+    return tried
 
 
 def _finite(unit: UnitModules) -> bool:

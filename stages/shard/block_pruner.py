@@ -236,6 +236,7 @@ class BlockPruner:
             inputs,
             target,
             FitSettings(
+                tolerance=recipe.tolerance,
                 epochs=recipe.epochs,
                 batch=recipe.batch,
                 learning_rate=recipe.learning_rate * (SWEEP_RATE if self.order.sweep else 1),

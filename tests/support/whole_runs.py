@@ -104,7 +104,7 @@ def prune_without_ray(config: PruneConfig) -> dict[str, str]:
         path=home / "tokens.arrow",
         vocab_size=facts.vocabulary,
     )
-    shards = make_shards(model, home, 1, config.length, blocks=facts.blocks, recipe=config.recipe)
+    shards = make_shards(model, home, 1, config.length, blocks=facts.blocks, recipe=config.block_recipe)
     prune(shards, torch.from_numpy(table.rows(0, len(table)).copy()), facts.blocks)
     shards[0].copy_ends()
     return weights_of(home / "output")

@@ -8,6 +8,7 @@ from typer.main import get_command
 
 from espalier.pipeline.cli import main as cli
 from espalier.pipeline.cli.flags import with_all_options
+from espalier.pipeline.config.named_recipe import NAMES, recipe_options, recipe_text
 from espalier.pipeline.config.options import build_config, read_yaml
 from espalier.pipeline.config.prune import EvalConfig, PruneConfig
 from espalier.pipeline.pruning import prune as driver
@@ -77,6 +78,7 @@ def test_every_field_is_a_flag_and_gets_there(asked: Any) -> None:
         "output": "o",
         "calibration": "c",
         "tower": "language",
+        "recipe": "fast",
         "sparsity": 0.25,
         "criterion": "stochria",
         "shadow": "s",
@@ -89,6 +91,7 @@ def test_every_field_is_a_flag_and_gets_there(asked: Any) -> None:
         "inputs": "dense",
         "sweeps": 2,
         "correction": [0.3, 0.6],
+        "tolerance": 0.02,
         "epochs": 6,
         "batch": 7,
         "learning_rate": 0.5,
@@ -119,7 +122,7 @@ def test_both_targets_are_refused_wherever_they_come_from() -> None:
 
 def test_values_are_solved_for_where_the_gram_matrix_is_there_unless_said_otherwise() -> None:
     def solves(**options: object) -> bool:
-        return build_config(LEAST | options, PruneConfig).recipe.solve
+        return build_config(LEAST | {"criterion": "wanda"} | options, PruneConfig).block_recipe.solve
 
     assert solves(refine="swaps") and solves(criterion="alps") and solves(criterion="sparsegpt")
     assert not solves() and not solves(refine="dsnot") and not solves(refine="swaps", solve="off")
@@ -129,7 +132,7 @@ def test_values_are_solved_for_where_the_gram_matrix_is_there_unless_said_otherw
 
 def test_targets_are_corrected_where_values_are_solved_unless_said_otherwise() -> None:
     def targets(**options: object) -> str:
-        return build_config(LEAST | options, PruneConfig).recipe.targets
+        return build_config(LEAST | options, PruneConfig).block_recipe.targets
 
     assert {targets(refine="swaps"), targets(criterion="alps"), targets(solve="on")} == {"corrected"}
     assert targets(criterion="alps", solve="off") == "corrected"  # its own values
@@ -175,17 +178,37 @@ def test_what_a_run_records_can_be_asked_for_again() -> None:
 
 
 def test_names_of_recipes() -> None:
-    assert PruneConfig(**LEAST).recipe_name == "wanda 50 % + component"
+    assert PruneConfig(**LEAST).recipe_name == "alps 50 % + block"
     assert PruneConfig(**LEAST, pattern="2:4", reconstruct="none", criterion="magnitude").recipe_name == "magnitude 2:4"
-    assert PruneConfig(**LEAST, sparsity=0.625, refine="none", reconstruct="window:4").recipe_name == (
+    wanda = LEAST | {"criterion": "wanda"}
+    assert PruneConfig(**wanda, sparsity=0.625, refine="none", reconstruct="window:4").recipe_name == (
         "wanda 62.5 % + window:4"
     )
     assert (
-        PruneConfig(**LEAST, inputs="pruned", refine="dsnot").recipe_name
+        PruneConfig(**wanda, reconstruct="component", inputs="pruned", refine="dsnot").recipe_name
         == "wanda 50 % + dsnot + component + pruned inputs"
     )
-    assert PruneConfig(**LEAST, refine="swaps").recipe_name == "wanda 50 % + swaps + component"
-    assert PruneConfig(**LEAST, sweeps=2).recipe_name == "wanda 50 % + component + 2 sweeps"
+    assert PruneConfig(**wanda, refine="swaps").recipe_name == "wanda 50 % + swaps + block"
+    assert PruneConfig(**LEAST, sweeps=2).recipe_name == "alps 50 % + block + 2 sweeps"
+
+
+def test_a_recipe_s_name_stands_for_its_options_and_others_go_before_it() -> None:
+    def options(**given: Any) -> dict[str, Any]:
+        return build_config(LEAST | given, PruneConfig).model_dump()
+
+    for name in NAMES:
+        for option, value in recipe_options(name).items():
+            assert options(recipe=name)[option] == value, (name, option)
+            assert f"\n{option}:" in recipe_text(name)
+    assert options() == options(recipe="balanced"), "the default"
+    assert options() == LEAST | {
+        name: field.default for name, field in PruneConfig.model_fields.items() if name not in LEAST
+    }, "and what a flag's help calls its default"
+    fast = options(recipe="fast", reconstruct="component")
+    assert fast["reconstruct"] == "component" and fast["criterion"] == "wanda"
+    assert options(recipe="best", epochs=1)["epochs"] == 1
+    with pytest.raises(Refusal, match="recipe"):
+        options(recipe="bset")
 
 
 @pytest.mark.parametrize(
@@ -217,11 +240,11 @@ def test_what_does_not_go_together_is_refused_in_one_line(wrong: dict[str, Any],
 
 
 def test_one_correction_serves_all_sweeps_and_a_list_one_each() -> None:
-    assert PruneConfig(**LEAST, sweeps=2, correction=0.5).recipe.corrections == (0.5, 0.5)
-    assert PruneConfig(**LEAST, sweeps=2, correction="0.3,0.6").recipe.corrections == (0.3, 0.6)
+    assert PruneConfig(**LEAST, sweeps=2, correction=0.5).block_recipe.corrections == (0.5, 0.5)
+    assert PruneConfig(**LEAST, sweeps=2, correction="0.3,0.6").block_recipe.corrections == (0.3, 0.6)
     for correction, predicts_inputs in (("auto", True), ("foreseen", True), (1, False)):
-        assert PruneConfig(**LEAST, sweeps=5, correction=correction).recipe.predicts_inputs == predicts_inputs
-    assert PruneConfig(**LEAST).recipe.corrections == ()
+        assert PruneConfig(**LEAST, sweeps=5, correction=correction).block_recipe.predicts_inputs == predicts_inputs
+    assert PruneConfig(**LEAST).block_recipe.corrections == ()
 
 
 def test_eval_has_the_flags_of_its_own_configuration() -> None:

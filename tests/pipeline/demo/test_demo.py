@@ -34,15 +34,13 @@ def test_a_small_demo_prunes_three_ways_and_shows_one_table(
         monkeypatch.setattr(demo, name, value)
     result: dict[str, Any] = demo.run_demo(tmp_path / "demo")
     recipes = [row["recipe"] for row in result["rows"]]
-    assert recipes == ["dense", "magnitude 50 %", "wanda 50 %", "wanda 50 % + reconstruction"]
-    dense, magnitude, wanda, reconstructed = result["rows"]
-    assert dense["perplexity"] < reconstructed["perplexity"] < wanda["perplexity"] < magnitude["perplexity"]
-    assert dense["sparsity"] == 0 and all(
-        abs(row["sparsity"] - 0.5) < 1e-3 for row in (magnitude, wanda, reconstructed)
-    )
+    assert recipes == ["dense", "magnitude 50 %", "wanda 50 %", "balanced 50 %"]
+    dense, magnitude, wanda, balanced = result["rows"]
+    assert dense["perplexity"] < balanced["perplexity"] < wanda["perplexity"] < magnitude["perplexity"]
+    assert dense["sparsity"] == 0 and all(abs(row["sparsity"] - 0.5) < 1e-3 for row in (magnitude, wanda, balanced))
     assert all(row["seconds"] > 0 and row["peak_memory"] > 50e6 for row in result["rows"])
     assert 0 < result["recovered"] < 1
-    assert result["checkpoint"] == "demo/wanda-reconstruction" and (tmp_path / result["report"]).is_file()
+    assert result["checkpoint"] == "demo/balanced" and (tmp_path / result["report"]).is_file()
     assert (tmp_path / result["checkpoint"] / "model.safetensors.index.json").is_file()
 
     console = Console(width=160, record=True, file=io.StringIO())

@@ -174,16 +174,18 @@ def test_a_plan_says_what_blocks_are_computed_in(
 
 def test_swaps_are_the_default_where_reconstruction_costs_much_more(facts: ModelInfo) -> None:
     def refine(**asked: Any) -> str:
-        return resolve_auto(PruneConfig(model="m", output="o", calibration="c", length=32, **asked), facts).refine
+        config = PruneConfig(model="m", output="o", calibration="c", length=32, **{"criterion": "wanda"} | asked)
+        return resolve_auto(config, facts).refine
 
     assert refine(samples=6) == "swaps", "6 × 32 tokens are four times the widest input, 48"
     assert refine(samples=5) == "none"
     assert refine(samples=100, reconstruct="none") == "none"
+    assert refine(samples=100, criterion="alps") == "none", "its masks become worse"
     assert refine(samples=1, refine="swaps", reconstruct="none") == "swaps" and refine(refine="dsnot") == "dsnot"
 
 
 def test_auto_chooses_among_the_lines_of_the_table(facts: ModelInfo, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = PruneConfig(model="m", output="o", calibration="c", length=32, samples=9)
+    asked = PruneConfig(model="m", output="o", calibration="c", length=32, samples=9, criterion="wanda")
     chosen = [resolve_auto(asked, facts).refine]
     for start in (7, 6, None):  # 9 × 32 tokens are six times the widest input
         monkeypatch.setitem(REFINEMENTS, "slow", Refinement(function=lambda *_: None, auto_from=start))

@@ -12,7 +12,7 @@ from espalier.pipeline.planning.resolve import removes_nothing
 from espalier.stages.loading.skeleton import read_config
 from espalier.stages.storage.hf_checkpoint import Checkpoint
 
-LEAST: dict[str, Any] = {"model": "m", "output": "o", "calibration": "c"}
+WANDA: dict[str, Any] = {"model": "m", "output": "o", "calibration": "c", "criterion": "wanda"}
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def facts(tiny_checkpoint: Callable[..., Path]) -> ModelInfo:
     ],
 )
 def test_a_run_that_removes_nothing_says_so(facts: ModelInfo, given: dict[str, Any], said: str) -> None:
-    line = removes_nothing(facts, PruneConfig(**LEAST, **given, refine="none").recipe)
+    line = removes_nothing(facts, PruneConfig(**WANDA | given, refine="none").block_recipe)
     assert line is not None and line.startswith(said) and "\n" not in line
 
 
@@ -58,4 +58,4 @@ def test_a_run_that_removes_nothing_says_so(facts: ModelInfo, given: dict[str, A
     ],
 )
 def test_a_run_that_removes_something_does_not(facts: ModelInfo, given: dict[str, Any]) -> None:
-    assert removes_nothing(facts, PruneConfig(**LEAST, **given, refine="none").recipe) is None
+    assert removes_nothing(facts, PruneConfig(**WANDA | given, refine="none").block_recipe) is None

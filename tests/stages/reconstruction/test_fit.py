@@ -214,6 +214,16 @@ def test_a_weight_that_outgrows_float16_puts_the_unit_back(tmp_path, monkeypatch
         assert parameters[name].dtype == torch.float16 and torch.equal(parameters[name], parameter)
 
 
+def test_a_unit_within_the_tolerance_is_left_as_it_is(tmp_path) -> None:
+    problem = Problem(tmp_path)
+    _, report = problem.fit()
+    assert report.improved and report.steps
+    parameters, report = problem.fit(tolerance=report.error_before)
+    assert (report.improved, report.share, report.steps) == (False, 0, 0)
+    assert report.error_after == report.error_before > 0 and report.flops > 0
+    assert all(torch.equal(parameters[name], parameter) for name, parameter in problem.pruned.named().items())
+
+
 @pytest.mark.parametrize(
     ("errors", "share"),
     [
