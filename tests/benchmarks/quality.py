@@ -31,6 +31,7 @@ from espalier import PruneConfig, prune
 from espalier.cluster.connection.connect import local_cluster
 from espalier.cluster.shard_actor import ShardWorker
 from espalier.cluster.shard_group import ShardGroup
+from espalier.pipeline.config.named_recipe import NAMES
 from espalier.pipeline.pruning import run as prune_run
 from espalier.stages.metrics.profile import release_memory
 
@@ -79,11 +80,19 @@ def _recipes() -> dict[str, dict[str, Any]]:
     for unit in ("component", "block", "window:2"):
         recipes[f"alps + {unit}, 2 epochs"] = reconstructed | {"reconstruct": unit}
     recipes["alps + component + 1 sweep: 4 epochs in all"] = reconstructed | {"reconstruct": "component", "sweeps": 1}
+    for options in recipes.values():
+        options["targets"] = "plain"  # as the rows up to here were read
+    for inputs in ("dense", "pruned"):
+        name = "alps, corrected" + (", pruned inputs" if inputs == "pruned" else "")
+        recipes[name] = bare | {"criterion": "alps", "targets": "corrected", "inputs": inputs}
+    for name in NAMES:
+        recipes[f"recipe {name}"] = {"recipe": name}
     return recipes
 
 
 RECIPES = _recipes()
 TELLING = (
+    *(f"recipe {name}" for name in NAMES),
     *("magnitude", "wanda", "ria", "sparsegpt"),
     *("wanda + dsnot", "wanda + r2-dsnot", "wanda + swaps", "magnitude + swaps"),
     *("wanda + component", "magnitude + component", "wanda + swaps + matrix", "wanda + swaps + component"),
