@@ -287,6 +287,7 @@ pytestmark = pytest.mark.slow
 RECIPES = {
     "masks": Recipe(reconstruct="none"),
     "fit": Recipe(learning_rate=GENTLE),
+    "corrected": Recipe(solve=True, criterion="magnitude", targets="corrected", inputs="pruned", learning_rate=GENTLE),
     "pruned inputs": Recipe(inputs="pruned", criterion="magnitude", learning_rate=GENTLE),
     "sweep": Recipe(sweeps=1, learning_rate=GENTLE),
 }

@@ -55,12 +55,14 @@ FITTED = {
     "matrix": Recipe(reconstruct="matrix"),
     "block": Recipe(reconstruct="block", criterion="alps"),
     "window": Recipe(reconstruct="window", blocks_per_unit=2),
+    "corrected": Recipe(reconstruct="block", criterion="alps", targets="corrected"),
+    "corrected, pruned inputs": Recipe(solve=True, criterion="magnitude", targets="corrected", inputs="pruned"),
     "pruned inputs": Recipe(inputs="pruned", criterion="magnitude"),  # of masks that hang on inputs some bits tip over
     "sweep": Recipe(sweeps=1),
     "sweep, corrected": Recipe(sweeps=1, corrections=(0.3,), reconstruct="block"),
     "temporal, refined": Recipe(criterion="temporal", refine="swaps"),
 }
-ALWAYS = ("wanda", "sparsegpt 2:4", "temporal", "wanda + swaps", "component", "pruned inputs", "sweep, corrected")
+ALWAYS = ("wanda", "sparsegpt 2:4", "temporal", "wanda + swaps", "component", "corrected", "pruned inputs")
 ALWAYS_FAMILIES = ("llama", "gpt2", "opt", "qwen2_moe", "llava")
 
 pytestmark = pytest.mark.slow
