@@ -48,7 +48,7 @@ def solve_alps(
     target: Target,
     keep_OI: Tensor | None,
     *,
-    damping: Share = 0.01,
+    damping: Share = 0.003,
     update: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """ALPS whole: mask and values by ADMM on the inputs' Gram matrix, then the exact values on that mask. (Its scores
