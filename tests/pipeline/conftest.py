@@ -57,7 +57,8 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def request_for(tmp_path: Path, tiny_model: Callable[..., Path], text: Path) -> Callable[..., PruneConfig]:
-    """make(**options) -> a small pruning request; the tiny Llama into tmp_path/"out" unless they say otherwise."""
+    """make(**options) -> a small pruning request; the tiny Llama into tmp_path/"out" by Wanda, component by component,
+    unless they say otherwise."""
 
     def make(**options: Any) -> PruneConfig:
         usual = {
@@ -68,6 +69,8 @@ def request_for(tmp_path: Path, tiny_model: Callable[..., Path], text: Path) -> 
             "length": LENGTH,
             "microbatch": MICROBATCH,
             "shards": 1,
+            "criterion": "wanda",
+            "reconstruct": "component",
         }
         return PruneConfig(**(usual | options))
 
