@@ -98,7 +98,7 @@ def test_a_submitted_run_gives_the_same_bytes_and_a_complete_record(
     command = flags(wanted, output="out", shards=2, experiment="submitted")
     assert main(["submit", "--address", member.dashboard_url, "--", *command]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^block \d/4", out, re.MULTILINE) and str(tmp_path / "out") in out
+    assert re.search(r"^block \d .* \d/4 blocks", out, re.MULTILINE) and str(tmp_path / "out") in out
     assert weights_of(tmp_path / "out") == expected
     run = json.loads((tmp_path / "out" / "espalier" / "run.json").read_text())
     assert run["tracking_uri"] == database and run["warnings"] == []
