@@ -45,4 +45,4 @@ def test_a_run_compares_with_the_dense_model_even_when_what_was_kept_of_it_is_go
     assert result.top1_agreement == pytest.approx(agreement, abs=1e-9) and 0 < agreement < 1
     assert result.run["kl"] == result.kl and result.summary()["top1_agreement"] == agreement
     report = (result.output / "espalier" / "report.md").read_text()
-    assert f"{result.kl:.4g}" in report and "most likely token" in report
+    assert f"{result.kl:.4f}" in report and "most likely token" in report
