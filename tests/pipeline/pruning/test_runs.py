@@ -90,6 +90,8 @@ def wanda(
         samples=SAMPLES,
         length=LENGTH,
         microbatch=MICROBATCH,
+        criterion="wanda",
+        reconstruct="component",
         shards=2,
         experiment=EXPERIMENT,
         run_name="reconstructed",
