@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from espalier.stages.model.families import head_width
+
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
@@ -51,8 +53,7 @@ def shapes_of(matrices: Iterable[tuple[str, int, int]], config: Any) -> Shapes:
     share = getattr(text, "num_experts_per_tok", experts) / experts if experts else 1.0
     inside = sum(out * into * (share if ".experts." in name else 1.0) for name, out, into in matrices)
     heads = text.num_attention_heads
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return Shapes(round(inside) + text.hidden_size * text.vocab_size, text.num_hidden_layers, heads * head_width)
+    return Shapes(round(inside) + text.hidden_size * text.vocab_size, text.num_hidden_layers, heads * head_width(text))
 
 
 def encoder_shapes(matrices: Iterable[tuple[str, int, int]], layers: int, width: int) -> Shapes:

@@ -66,7 +66,7 @@ class Anatomy:
     """What `trace` found in one block."""
 
     units: list[Unit]
-    shared_inputs: list[tuple[Weight, ...]]  # weights that read the very same tensor; experts', then as data passes
+    shared_inputs: list[tuple[Weight, ...]]  # weights that read the very same tensor, as data passes; experts' last
     calls: dict[str, Call]  # how the block called each component
     hidden: int | None = None  # how many columns of what the block gives are hidden states; None: all
     opens: bool = True  # the first component reads what the block is given
@@ -174,7 +174,7 @@ def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> A
     for weight in (weight for unit in units for weight in unit.weights):
         groups.setdefault(id(inputs[weight.module]) if weight.expert is None else weight.name, []).append(weight)
     order = {name: place for place, name in enumerate(passed)}
-    shared = sorted(groups.values(), key=lambda group: order.get(group[0].module, -1))
+    shared = sorted(groups.values(), key=lambda group: order.get(group[0].module, len(order)))
     return Anatomy(
         units,
         [tuple(group) for group in shared],

@@ -7,7 +7,7 @@ is not written down: `trace` watches one forward pass.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from espalier.stages.errors import Refusal
 
@@ -65,6 +65,15 @@ def vision_of(family: str) -> BlockLayout:
         seeing = ", ".join(name for name, other in sorted(FAMILIES.items()) if other.images)
         raise Refusal(f"tower vision: {family} reads text only; leave --tower out, or give a model that sees: {seeing}")
     return vision
+
+
+def head_width(text: Any) -> int:
+    """Channels of an attention head by a text model's config: the widest where layers differ, as Gemma 4's do; 0 where
+    nothing says."""
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else (text,)
+    widths = [int(width) for layer in layers if (width := getattr(layer, "head_dim", None))]
+    heads = getattr(text, "num_attention_heads", None) or 1
+    return max(widths, default=int(getattr(text, "hidden_size", 0)) // heads)
 
 
 def _within(module: str, parts: Sequence[str]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from espalier.stages.model.anatomy import Weight, prunable
-from espalier.stages.model.families import BlockLayout
+from espalier.stages.model.families import BlockLayout, head_width
 
 CHOSEN = ("num_experts_per_tok", "moe_top_k", "top_k_experts", "moe_topk")  # what configs call it
 HEAD = 128  # channels of an attention head where a config does not say
@@ -28,7 +28,7 @@ class Routing:
         """As the text model's config has it, or the vision tower's own."""
         text = config.get_text_config()
         heads = getattr(text, "num_attention_heads", None) or 1
-        head = getattr(text, "head_dim", None) or (getattr(text, "hidden_size", 0) // heads) or HEAD
+        head = head_width(text) or HEAD
         chosen = next((n for name in CHOSEN if (n := getattr(text, name, None))), 0)
         return cls(int(chosen), heads * head, head)
 

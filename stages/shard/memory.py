@@ -199,7 +199,10 @@ def swaps_bytes(outputs: int, inputs: int, recipe: Recipe, arithmetic: Arithmeti
     weights = outputs * inputs
     if not arithmetic.accelerator:
         return 2 * weights + 56 * min(weights, max(inputs, sparse_swaps.CHUNK_ELEMENTS))
-    return 2 * weights + (65 if recipe.pattern else 36) * min(weights, sparse_swaps.ACCELERATOR_ELEMENTS)
+    each = 65 if recipe.pattern else 36
+    if weights > sparse_swaps.ACCELERATOR_ELEMENTS:
+        each += 20  # of the rows before, while the next begin
+    return 2 * weights + each * min(weights, sparse_swaps.ACCELERATOR_ELEMENTS)
 
 
 def sparsegpt_bytes(outputs: int, inputs: int, recipe: Recipe, arithmetic: Arithmetic) -> int:
@@ -211,14 +214,14 @@ def sparsegpt_bytes(outputs: int, inputs: int, recipe: Recipe, arithmetic: Arith
 
 
 def alps_bytes(outputs: int, inputs: int, recipe: Recipe, arithmetic: Arithmetic) -> int:
-    """The scaled Hessian and the inverse of it shifted; a dozen matrices as large as the weight."""
+    """The scaled Hessian and the inverse of it shifted; eight or nine matrices as large as the weight."""
     weights, square = outputs * inputs, inputs**2
-    return max(8 * square + (47 if arithmetic.accelerator else 36) * weights, 12 * square + 27 * weights)
+    return max(8 * square + (33 if arithmetic.accelerator else 36) * weights, 12 * square + 27 * weights)
 
 
 def solve_bytes(outputs: int, inputs: int) -> int:
-    """The scaled Hessian, and what conjugate gradients hold: six numbers a weight, and the mask."""
-    return 4 * inputs**2 + 25 * outputs * inputs
+    """The scaled Hessian, and what conjugate gradients hold: seven numbers a weight, and the mask."""
+    return 4 * inputs**2 + 29 * outputs * inputs
 
 
 CRITERIA_BYTES = {"sparsegpt": sparsegpt_bytes, "alps": alps_bytes}

@@ -178,7 +178,7 @@ def test_a_shadow_of_another_model_is_refused_as_is_none_and_an_empty_one(
         ({"threshold": 1, "criterion": "alps"}, "self_attn.q_proj: threshold 1 with criterion alps"),
         ({"scope": "row", "criterion": "sparsegpt"}, "self_attn.q_proj: scope row with criterion sparsegpt"),
         ({"criterion": "temporal"}, "criterion temporal: scores by a shadow; give --shadow DIR"),
-        ({"shadow": "there"}, "shadow there: criterion wanda does not read it"),
+        ({"shadow": "there", "criterion": "wanda"}, "shadow there: criterion wanda does not read it"),
         ({"overrides": [{"match": "*", "threshold": "1"}]}, "threshold '1': must be a number"),
         ({"overrides": [{"match": "*", "threshold": 1, "sparsity": 0.5}]}, "sparsity and threshold are given"),
     ],

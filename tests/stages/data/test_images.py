@@ -159,7 +159,7 @@ def test_a_model_is_pruned_exactly_on_images_and_reconstructed(seeing, folder, t
 
 
 @pytest.mark.parametrize(
-    "recipe", [{}, {"reconstruct": "block"}, {"reconstruct": "window", "window": 2}, {"inputs": "pruned"}]
+    "recipe", [{}, {"reconstruct": "block"}, {"reconstruct": "window", "blocks_per_unit": 2}, {"inputs": "pruned"}]
 )
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
 def test_units_are_run_on_each_sample_as_the_model_runs_them(seeing, folder, tmp_path, name, recipe) -> None:
