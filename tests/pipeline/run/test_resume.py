@@ -23,6 +23,7 @@ from espalier.pipeline.pruning.prune import prune, resume
 from espalier.pipeline.run.directory import RunDirectory, check_free
 from espalier.stages.errors import Refusal
 
+MADE_OF = {"criterion": "wanda", "reconstruct": "component"}  # as `request_for` has it
 EPOCHS = 3  # so that a block takes long enough to be interrupted
 moments = random.Random(20261122)
 
@@ -39,6 +40,7 @@ def expected(tiny_model: Callable[..., Path], text: Path, tmp_path_factory: pyte
             length=LENGTH,
             microbatch=MICROBATCH,
             epochs=EPOCHS,
+            **MADE_OF,
         )
     )
 
@@ -53,7 +55,8 @@ def command(
     def start(*more: object) -> Command:
         usual = ("prune", tiny_model(), "--output", tmp_path / "out", "--calibration", text, "--epochs", EPOCHS)
         sizes = ("--samples", SAMPLES, "--length", LENGTH, "--microbatch", MICROBATCH)
-        started.append(Command([*usual, *sizes, *more], {"MLFLOW_TRACKING_URI": database}, tmp_path))
+        made_of = [part for name, value in MADE_OF.items() for part in (f"--{name}", value)]
+        started.append(Command([*usual, *sizes, *made_of, *more], {"MLFLOW_TRACKING_URI": database}, tmp_path))
         return started[-1]
 
     yield start
@@ -174,7 +177,9 @@ def expected_of(
     def make(**options: Any) -> dict[str, str]:
         sizes = {"samples": SAMPLES, "length": LENGTH, "microbatch": MICROBATCH}
         output = str(tmp_path_factory.mktemp("expected") / "out")
-        config = PruneConfig(model=str(tiny_model()), output=output, calibration=str(text), **sizes, **options)
+        config = PruneConfig(
+            model=str(tiny_model()), output=output, calibration=str(text), **sizes, **(MADE_OF | options)
+        )
         return prune_without_ray(config)
 
     return make
