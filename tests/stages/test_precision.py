@@ -98,7 +98,9 @@ def test_a_dtype_that_was_asked_for_is_that_of_all_that_is_written(tiny_checkpoi
     assert {t.dtype for file in files for t in load_file(tmp_path / "output" / file).values()} == {torch.float16}
 
 
-@pytest.mark.parametrize("recipe", [{}, {"inputs": "pruned"}, {"reconstruct": "window", "window": 2, "sweeps": 1}])
+@pytest.mark.parametrize(
+    "recipe", [{}, {"inputs": "pruned"}, {"reconstruct": "window", "blocks_per_unit": 2, "sweeps": 1}]
+)
 @pytest.mark.parametrize(("stored", "compute"), [("bfloat16", "fp32"), ("float16", "fp32"), ("float32", "bf16")])
 def test_the_files_are_the_same_for_any_cut_and_the_errors_fall(
     tiny_checkpoint, tiny_tokens, tmp_path, stored, compute, recipe
