@@ -224,7 +224,7 @@ def fit(
     before = error_of(unit)
     after, share, chosen, passes, steps = before, 0.0, unit, len(held), 0
     peak = settings.learning_rate * rate_unit
-    if before > settings.tolerance:
+    if before > settings.tolerance or not settings.tolerance:
         with deterministic():
             masters = _train(unit, keep, calls, inputs, targets, settings, peak, fitted)
         tried = _on_the_way(unit, masters, keep, error_of)

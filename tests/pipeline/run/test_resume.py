@@ -221,7 +221,7 @@ def test_killed_in_a_sweep_a_run_resumes_with_other_shards_to_the_same_bytes(
     def copy_what_a_killed_run_leaves(block: int) -> None:
         done.append(block)
         if len(done) == 5:
-            shutil.copytree(tmp_path / "out", killed)
+            shutil.copytree(tmp_path / "out", killed, ignore=shutil.ignore_patterns("*.tmp"))
 
     config = request_for(shards=2, **options)
     whole = weights_of(prune(config, Listener(on_block=copy_what_a_killed_run_leaves)).output)
