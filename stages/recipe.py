@@ -54,20 +54,23 @@ class Recipe:
         return layer_rule(self.overrides, block, layer, default)
 
     @property
+    def criteria(self) -> frozenset[str]:
+        """The names of its criteria: its own, and those of its overrides."""
+        return frozenset({self.criterion, *(o.changes.get("criterion", self.criterion) for o in self.overrides)})
+
+    @property
     def needs(self) -> frozenset[str]:
         """What its criteria and its refinement need beyond sums over the inputs: see `Criterion.needs`."""
-        overridden = (override.changes.get("criterion", self.criterion) for override in self.overrides)
-        names = {self.criterion, *overridden}
         refinement = find_refinement(self.refine)
-        needs = frozenset[str](refinement.needs if refinement else ()).union(*(find_criterion(n).needs for n in names))
+        of_criteria = (find_criterion(name).needs for name in self.criteria)
+        needs = frozenset[str](refinement.needs if refinement else ()).union(*of_criteria)
         return needs | {"hessian"} if self.solve or self.corrected else needs
 
     @property
     def solves(self) -> bool:
         """Whether layers are given values that are the best for their mask, by `solve` or by their criterion."""
-        overridden = (override.changes.get("criterion", self.criterion) for override in self.overrides)
         moves = self.criterion_options.get("update", True)
-        return self.solve or any(find_criterion(name).exact and moves for name in (self.criterion, *overridden))
+        return self.solve or any(find_criterion(name).exact and moves for name in self.criteria)
 
     @property
     def corrected(self) -> bool:

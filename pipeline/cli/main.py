@@ -210,10 +210,10 @@ def plan(
     Example: espalier plan ./llama-70b/config.json --nodes 2 --gpus-per-node 4 --gpu-memory 80GB
     """
     if model is None:
-        from espalier.pipeline.config.named_recipe import find_recipe, recipe_options, recipe_text
+        from espalier.pipeline.config.named_recipe import recipe_options, recipe_text
 
-        name = find_recipe(recipe)
-        show({"recipe": name} | recipe_options(name), as_json, lambda: Text(recipe_text(name), end=""))
+        text = recipe_text(recipe)
+        show({"recipe": recipe} | recipe_options(recipe), as_json, lambda: Text(text, end=""))
         return
     from espalier.pipeline.cli.tables import plan_table
     from espalier.pipeline.commands.plan import forecast

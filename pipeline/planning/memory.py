@@ -106,7 +106,7 @@ def estimate_shard(
         batch = max(microbatch, recipe.batch if recipe else 1)
         host = _host(facts, window, batch, arithmetic) + in_memory + copied
     else:
-        room = max(0, max(training, spool_memory) - training)  # activations make room for the work
+        room = max(0, spool_memory - training)  # activations make room for the work
         peak = PROCESS_BYTES + weights + copied + max(streaming + in_memory, working + min(in_memory, room))
         host = 0
     return ShardEstimate(
@@ -190,10 +190,10 @@ def _kept_streams(recipe: Recipe) -> float:
     return (kind.streams + (kind.sweep_streams or 0 if recipe.sweeps else 0)) / recipe.blocks_per_unit
 
 
-def _kept_width(facts: ModelInfo, recipe: Recipe | None) -> float:
+def _kept_width(facts: ModelInfo, recipe: Recipe) -> float:
     """How wide these streams are: of a whole block all that goes from block to block, of components the hidden states
     of each; two of them are what is usual."""
-    kind = find_unit(recipe.reconstruct) if recipe is not None else None
+    kind = find_unit(recipe.reconstruct)
     if kind is not None and kind.whole_blocks:
         return facts.travels
     return facts.hidden * max(2, *map(len, facts.components)) / 2

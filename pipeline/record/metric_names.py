@@ -121,8 +121,8 @@ def block_metrics(report: Mapping[str, Any]) -> dict[str, float]:
 
 def total_metrics(run: Mapping[str, Any]) -> dict[str, float]:
     """MLflow metrics of a whole run.json, logged once at the end. Peak memory in MB (1e6 bytes)."""
-    values = named({name: run.get(name) for name in ("sparsity", "perplexity", "dense_perplexity", "kl", "loss")})
-    values |= named({"top1_agreement": run.get("top1_agreement")})
+    alone = ("sparsity", "perplexity", "dense_perplexity", "kl", "loss", "top1_agreement")
+    values = named({name: run.get(name) for name in alone})
     for what in ("seconds", "flops"):
         for phase, amount in run.get(what, {}).items():
             values |= named({f"{what}/{{phase}}": amount}, phase=phase)

@@ -212,7 +212,7 @@ def fit(
     the weights as they are stored.
     Taken is where the held-out error is least: at the end of the training, or half or a quarter of the way there, for
     a start that is nearly the best there is loses more to the noise of the steps than it gains by them.
-    A unit whose held-out error is at most the settings' tolerance is left as it is, in no step.
+    With a tolerance a unit whose held-out error is at most that is left as it is, in no step.
     If the held-out error did not fall, or a weight outgrew the dtype that it is stored in, the parameters come back as
     they were.
     """

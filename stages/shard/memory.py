@@ -165,8 +165,7 @@ def finding_bytes(recipe: Recipe, group: UnitShape, arithmetic: Arithmetic) -> i
 
 def method_bytes(recipe: Recipe, outputs: int, inputs: int, arithmetic: Arithmetic) -> int:
     """What finding the mask of a matrix takes, its Gram matrix aside: by criterion, refinement and solution."""
-    names = {recipe.criterion, *(o.changes.get("criterion", recipe.criterion) for o in recipe.overrides)}
-    taken = [CRITERIA_BYTES.get(name, scores_bytes)(outputs, inputs, recipe, arithmetic) for name in names]
+    taken = [CRITERIA_BYTES.get(name, scores_bytes)(outputs, inputs, recipe, arithmetic) for name in recipe.criteria]
     if recipe.refine in REFINE_BYTES:
         taken.append(REFINE_BYTES[recipe.refine](outputs, inputs, recipe, arithmetic))
     if recipe.solve:
@@ -177,7 +176,7 @@ def method_bytes(recipe: Recipe, outputs: int, inputs: int, arithmetic: Arithmet
 def scores_bytes(outputs: int, inputs: int, recipe: Recipe, arithmetic: Arithmetic) -> int:
     """Scores in float32 and what selects among them, some rows at a time; of a whole matrix, a sort of it."""
     weights = outputs * inputs
-    if recipe.scope == "matrix" or any(not find_criterion(name).row_wise for name in (recipe.criterion,)):
+    if recipe.scope == "matrix" or not find_criterion(recipe.criterion).row_wise:
         return 16 * weights
     at_once = min(weights, DEVICE_WEIGHTS if arithmetic.accelerator else CPU_WEIGHTS)
     return weights + 11 * at_once

@@ -7,19 +7,13 @@ where it is ours: in exact arithmetic, too, one row of one fixture comes out dif
 
 import pytest
 import torch
+from reference_masks import LINEARS, PATTERNS
 from safetensors.torch import load_file
 from torch import Tensor
 
 from espalier.stages.sparsegpt import sparsegpt
 from espalier.stages.statistics import InputStatistics
 
-PATTERNS = {
-    "unstructured50": {"sparsity": 0.5},
-    "unstructured60": {"sparsity": 0.6},
-    "2of4": {"pattern": (2, 4)},
-    "4of8": {"pattern": (4, 8)},
-}
-LINEARS = {"q_proj": "self_attn.q_proj", "fc": "mlp.fc"}
 ALLOWED_BITS = 1e-3
 ALLOWED_ERROR = 1e-3  # relative, Frobenius, on the surviving mask
 

@@ -47,7 +47,7 @@ def two_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REFINEMENTS, "swaps", short)
 
 
-def held(config: PreTrainedConfig, recipe: Recipe, *, device: str = "meta", length: int = 2048) -> None:
+def assert_held(config: PreTrainedConfig, recipe: Recipe, *, device: str = "meta", length: int = 2048) -> None:
     """Raises AssertionError unless the estimates of a pass, of masks and of fits are near what is counted."""
     counted = count_work(config, recipe, device=device, length=length)
     blocks, arithmetic = shapes_in(config, recipe, device=device, length=length)
@@ -64,7 +64,7 @@ def held(config: PreTrainedConfig, recipe: Recipe, *, device: str = "meta", leng
 
 @pytest.mark.parametrize(("size", "unit"), [*(("8B", unit) for unit in UNITS), ("70B", "component")])
 def test_fits_on_an_accelerator(size: str, unit: str) -> None:
-    held(llama(*SHAPES[size]), UNITS[unit])
+    assert_held(llama(*SHAPES[size]), UNITS[unit])
 
 
 @pytest.mark.parametrize(
@@ -72,21 +72,21 @@ def test_fits_on_an_accelerator(size: str, unit: str) -> None:
     [("8B", "swaps"), ("8B", "alps"), ("8B", "dsnot"), ("8B", "solve"), ("405B", "swaps"), ("405B", "alps")],
 )
 def test_masks_on_an_accelerator(size: str, method: str) -> None:
-    held(llama(*SHAPES[size]), MASKS[method])
+    assert_held(llama(*SHAPES[size]), MASKS[method])
 
 
 @pytest.mark.parametrize("method", ["swaps", "sparsegpt"])
 def test_masks_on_a_cpu(method: str) -> None:
-    held(llama(*SMALL), MASKS[method], device="cpu", length=256)
+    assert_held(llama(*SMALL), MASKS[method], device="cpu", length=256)
 
 
 @pytest.mark.parametrize("unit", ["component", "block"])
 def test_fits_on_a_cpu(unit: str) -> None:
-    held(llama(*SMALL), UNITS[unit], device="cpu", length=256)
+    assert_held(llama(*SMALL), UNITS[unit], device="cpu", length=256)
 
 
 def test_fits_of_experts_on_a_cpu() -> None:
-    held(mixtral(512, 1024, 8, 4, experts=8, chosen=2), UNITS["component"], device="cpu", length=256)
+    assert_held(mixtral(512, 1024, 8, 4, experts=8, chosen=2), UNITS["component"], device="cpu", length=256)
 
 
 @pytest.mark.parametrize("dense", [False, True])
