@@ -28,6 +28,8 @@ from espalier.stages.shard.calibration import BlockCalibration
 from espalier.stages.shard.memory import Arithmetic
 from espalier.stages.storage.spool import SpoolBudget
 
+DTYPE = torch.bfloat16  # of weights and of what is computed
+
 
 class Samples:
     """A spool of so many samples that makes each anew when it is asked for; none is kept."""
@@ -89,26 +91,22 @@ def count_work(
     config: PreTrainedConfig,
     recipe: Recipe,
     *,
-    compute: torch.dtype = torch.bfloat16,
-    stored: torch.dtype = torch.bfloat16,
     device: str = "meta",
-    samples: int = VALIDATION + 1,
     length: int = 2048,
-    passed: int = 1,
 ) -> Peaks:
-    """Peaks of `recipe` on the first blocks of a model of `config`, `passed` windows of `length` passing at a time."""
+    """Peaks of `recipe` on the first blocks of a model of `config`, a window of `length` passing at a time."""
     blocks = range(recipe.blocks_per_unit)
-    skeleton = Skeleton(config, compute, device, weights=stored)
+    skeleton = Skeleton(config, DTYPE, device, weights=DTYPE)
     with Counted() as counted, as_on_a_gpu(device), torch.no_grad():
-        held = {index: _block(skeleton, index, stored, device) for index in blocks}
+        held = {index: _block(skeleton, index, device) for index in blocks}
         calls = LayerCalls(skeleton.calls)
-        spools = Samples(samples, length, skeleton.hidden_size, compute, device)
+        spools = Samples(VALIDATION + 1, length, skeleton.hidden_size, DTYPE, device)
         calibrations = {index: _calibration(skeleton, calls, held, index, recipe, spools, length) for index in blocks}
         passing = 0
         for index, block in held.items():
             with computing(block), calibrations[index].watching(block):
                 alone = counted.restart()
-                calls.following(index, passed, length).run(block, spools.batch(list(range(passed))))
+                calls.following(index, 1, length).run(block, spools.batch([0]))
                 passing = max(passing, counted.peak - alone)
         del block
         order = BlockTask(blocks=tuple(blocks))
@@ -146,9 +144,9 @@ def _phases(work: BlockPruner, counted: Counted) -> tuple[int, dict[str, int], s
     return masking, fitting, what
 
 
-def _block(skeleton: Skeleton, index: int, stored: torch.dtype, device: str) -> nn.Module:
+def _block(skeleton: Skeleton, index: int, device: str) -> nn.Module:
     made = {
-        name: torch.randn(tensor.shape, dtype=stored, device=device).mul_(0.02)
+        name: torch.randn(tensor.shape, dtype=DTYPE, device=device).mul_(0.02)
         for name, tensor in skeleton.layers[index].state_dict().items()
     }
     return skeleton.assembled(index, made)
@@ -221,18 +219,16 @@ def shapes_in(
     config: PreTrainedConfig,
     recipe: Recipe,
     *,
-    compute: torch.dtype = torch.bfloat16,
-    stored: torch.dtype = torch.bfloat16,
     device: str = "meta",
     length: int = 2048,
 ) -> tuple[list[tuple[UnitShape, ...]], Arithmetic]:
     """What the estimates of `count_work` are made of."""
-    skeleton, routing = Skeleton(config, compute, "meta", weights=stored), Routing.of(config)
+    skeleton, routing = Skeleton(config, DTYPE, "meta", weights=DTYPE), Routing.of(config)
     blocks = [component_shapes(skeleton.layers[i], skeleton.layout, routing) for i in range(recipe.blocks_per_unit)]
     return blocks, Arithmetic(
-        stored=stored.itemsize,
-        item=compute.itemsize,
-        fitted=fitted_in(compute).itemsize,
+        stored=DTYPE.itemsize,
+        item=DTYPE.itemsize,
+        fitted=fitted_in(DTYPE).itemsize,
         length=length,
         accelerator=device != "cpu",
     )
