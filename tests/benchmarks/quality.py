@@ -1,20 +1,20 @@
-"""What each recipe is worth: perplexity and KL to the dense model, seconds and memory, over targets and seeds.
+"""What each recipe is worth: log-perplexity lost beside SparseGPT's, perplexity, KL, choices, seconds, memory.
 
-    python tests/benchmarks/quality.py [--model DIR] [--scratch DIR] [--limit 4]
+    python tests/benchmarks/quality.py [--models pystdlib-5m stories260k bundled] [--scratch DIR] [--limit 4]
     python tests/benchmarks/quality.py --table
 
-Every run is an ordinary `prune` on two shards of one thread, whose processes serve one run after the other. It is
-recorded in the MLflow experiment `quality` in SCRATCH/mlflow.db and, when it is finished, in one line of
-SCRATCH/quality.jsonl. Runs that are there are not made again, so the whole can be stopped and gone on with; the most
-telling ones come first. A seed decides which calibration windows are taken, and everything random. Defaults:
-pystdlib-5m and its texts in a folder `shared` beside the repository; where that is missing, the bundled model,
-calibrated and evaluated on the standard library's own sources.
+Every run is an ordinary `prune` in one shard of one thread, whose process serves one run after the other. When it is
+finished it is a line of quality.jsonl beside this file. Runs that are there are not made again, so the whole can be
+stopped and gone on with; the most telling ones come first. A seed decides which calibration windows are taken, and
+everything random. Of the models two lie in a folder `shared` beside the repository, with their texts; the bundled one
+is calibrated and evaluated on the standard library's own sources.
 """
 
 import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -24,95 +24,75 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
+import torch
 import trained_model
-from trained_model import Quiet, commit, texts_for
+from choices import accuracy, questions_for
+from trained_model import ROOT, SHARED, Quiet, commit, texts_for
 
-from espalier import PruneConfig, prune
+from espalier import PruneConfig, load, prune
 from espalier.cluster.connection.connect import local_cluster
-from espalier.cluster.shard_actor import ShardWorker
+from espalier.cluster.shard_actor import OPTIONS, ShardWorker
 from espalier.cluster.shard_group import ShardGroup
-from espalier.pipeline.config.named_recipe import NAMES
+from espalier.pipeline.demo import sources
 from espalier.pipeline.pruning import run as prune_run
 from espalier.stages.metrics.profile import release_memory
 
-SHARDS, SEEDS = 2, (0, 1, 2)
+RECORD = Path(__file__).with_name("quality.jsonl")
+SEEDS, SAMPLES, LENGTH, WINDOWS = (0, 1, 2), 64, 256, 64
+MODELS = {
+    "pystdlib-5m": SHARED / "models" / "pystdlib-5m",
+    "stories260k": SHARED / "models" / "stories260k",
+    "bundled": ROOT / "pipeline" / "demo" / "model",
+}
 TARGETS: dict[str, dict[str, Any]] = {
     "50 %": {"sparsity": 0.5},
     "60 %": {"sparsity": 0.6},
     "70 %": {"sparsity": 0.7},
     "2:4": {"pattern": "2:4"},
+    "4:8": {"pattern": "4:8"},
 }
-
-
-def _recipes() -> dict[str, dict[str, Any]]:
-    """Name in the table -> options of `prune` beyond the target, in the table's order."""
-    bare = {"refine": "none", "reconstruct": "none"}
-    recipes: dict[str, dict[str, Any]] = {}
-    for criterion in ("magnitude", "wanda", "owanda", "symwanda", "ria", "stochria", "lp-ria", "sparsegpt"):
-        recipes[criterion] = bare | {"criterion": criterion}
-    # Within a row ‖Y_i‖ is one number: per row, owanda would be magnitude.
-    recipes["owanda"]["scope"] = "matrix"
-    for criterion in ("magnitude", "wanda"):
-        for refine in ("dsnot", "r2-dsnot", "swaps"):
-            recipes[f"{criterion} + {refine}"] = bare | {"criterion": criterion, "refine": refine}
-    for criterion in ("ria", "sparsegpt"):
-        recipes[f"{criterion} + swaps"] = bare | {"criterion": criterion, "refine": "swaps"}
-    for criterion in ("magnitude", "wanda", "ria", "sparsegpt"):
-        recipes[f"{criterion} + component"] = {"criterion": criterion, "refine": "none", "reconstruct": "component"}
-    best = {"criterion": "wanda", "refine": "swaps"}
-    for unit in ("matrix", "component", "block", "window:2"):
-        recipes[f"wanda + swaps + {unit}"] = best | {"reconstruct": unit}
-    fitted = best | {"reconstruct": "component"}
-    for epochs in (2, 3):
-        recipes[f"wanda + swaps + component, {epochs} epochs"] = fitted | {"epochs": epochs}
-    for sweeps in (1, 2):  # of one epoch each, after one of dense inputs
-        name = f"wanda + swaps + component + {sweeps} sweep{'s' * (sweeps > 1)}: {sweeps + 1} epochs in all"
-        recipes[name] = fitted | {"sweeps": sweeps}
-    recipes["wanda + swaps + component, pruned inputs"] = fitted | {"inputs": "pruned"}
-    for epochs in (2, 3):
-        name = f"wanda + swaps + component, pruned inputs, {epochs} epochs"
-        recipes[name] = fitted | {"inputs": "pruned", "epochs": epochs}
-    for options in recipes.values():
-        options["solve"] = "off"  # as the table's rows were read, and as the papers have them
-    for name, more in {"alps": bare, "alps, pruned inputs": bare | {"inputs": "pruned"}}.items():
-        recipes[name] = more | {"criterion": "alps"}
-    reconstructed = {"criterion": "alps", "refine": "none", "epochs": 2}
-    for unit in ("component", "block", "window:2"):
-        recipes[f"alps + {unit}, 2 epochs"] = reconstructed | {"reconstruct": unit}
-    recipes["alps + component + 1 sweep: 4 epochs in all"] = reconstructed | {"reconstruct": "component", "sweeps": 1}
-    for options in recipes.values():
-        options["targets"] = "plain"  # as the rows up to here were read
-    for inputs in ("dense", "pruned"):
-        name = "alps, corrected" + (", pruned inputs" if inputs == "pruned" else "")
-        recipes[name] = bare | {"criterion": "alps", "targets": "corrected", "inputs": inputs}
-    for name in NAMES:
-        recipes[f"recipe {name}"] = {"recipe": name}
-    return recipes
-
-
-RECIPES = _recipes()
-TELLING = (
-    *(f"recipe {name}" for name in NAMES),
-    *("magnitude", "wanda", "ria", "sparsegpt"),
-    *("wanda + dsnot", "wanda + r2-dsnot", "wanda + swaps", "magnitude + swaps"),
-    *("wanda + component", "magnitude + component", "wanda + swaps + matrix", "wanda + swaps + component"),
-    *("wanda + swaps + component + 1 sweep: 2 epochs in all", "wanda + swaps + component, 2 epochs"),
-    *("wanda + swaps + component, pruned inputs", "wanda + swaps + component, pruned inputs, 2 epochs"),
+BASE = "sparsegpt"  # whose loss others' are shares of
+_MASKS = {"refine": "none", "solve": "off", "targets": "plain", "reconstruct": "none"}
+RECIPES: dict[str, dict[str, Any]] = {  # name in the table -> options of `prune` beyond the target, in its order
+    "recipe fast (wanda)": {"recipe": "fast"},
+    "wanda + swaps": _MASKS | {"criterion": "wanda", "refine": "swaps"},
+    "sparsegpt": _MASKS | {"criterion": "sparsegpt", "inputs": "pruned"},  # as published: one block after the other
+    "alps": _MASKS | {"criterion": "alps"},
+    "alps, pruned inputs": _MASKS | {"criterion": "alps", "inputs": "pruned"},
+    "alps, corrected": _MASKS | {"criterion": "alps", "targets": "auto"},
+    "wanda, fitted as best": {"recipe": "best", "criterion": "wanda", "refine": "none"},
+    "wanda + swaps, fitted as best": {"recipe": "best", "criterion": "wanda", "refine": "swaps"},
+    "sparsegpt, fitted as best": {"recipe": "best", "criterion": "sparsegpt"},
+    "wanda + swaps + component, 2 epochs, pruned inputs": _MASKS
+    | {"criterion": "wanda", "refine": "swaps", "reconstruct": "component", "epochs": 2, "inputs": "pruned"},
+    "recipe balanced": {"recipe": "balanced"},
+    "recipe best": {"recipe": "best"},
+    "recipe best, pruned inputs": {"recipe": "best", "inputs": "pruned"},
+}
+ORDER = (
+    ("recipe best", BASE, "recipe balanced"),
+    ("recipe fast (wanda)", "alps", "alps, pruned inputs", "recipe best, pruned inputs"),
 )
-Job = tuple[str, str, int]  # recipe, target, seed
+Job = tuple[str, str, str, int]  # model, recipe, target, seed
 
 
 def jobs() -> list[Job]:
-    """All of them, the most telling first, of those the usual ratios; and in each a seed after the other."""
+    """All of them, the most telling first: three models' worth of recipes, 4:8 and the bundled model last."""
     everything = [
-        (recipe, target, seed)
+        (model, recipe, target, seed)
+        for model in MODELS
         for recipe in RECIPES
         for target in TARGETS
         for seed in SEEDS
-        if not ("scope" in RECIPES[recipe] and "pattern" in TARGETS[target])  # N:M compares within groups
+        if (model, target) != ("stories260k", "4:8")  # its rows of 172 weights hold no whole groups of 8
     ]
-    usual = list(TARGETS)[:2]
-    return sorted(everything, key=lambda job: (job[0] not in TELLING, job[1] not in usual, job[2]))
+
+    def rank(job: Job) -> tuple[int, int, int]:
+        model, recipe, target, seed = job
+        tier = next((tier for tier, recipes in enumerate(ORDER) if recipe in recipes), len(ORDER))
+        return 2 if model == "bundled" else target == "4:8", tier, seed
+
+    return sorted(everything, key=rank)
 
 
 class WarmWorker(ShardWorker):
@@ -129,142 +109,234 @@ class WarmWorker(ShardWorker):
             Path("/proc/self/clear_refs").write_text("5")
         super().__init__(*run)
 
+    def cpu_seconds(self) -> float:
+        return time.process_time()
+
 
 class WarmShardGroup(ShardGroup):
-    """A group of shards whose actors outlive it."""
+    """A group of one shard whose actor outlives it."""
 
-    workers: ClassVar[list[Any]] = []
+    worker: ClassVar[Any] = None
+    spent: ClassVar[list[float]] = []  # the shard's CPU seconds as each pass of evaluation began, and as it ended
 
     def _started(self, threads: int, run_file: str | None) -> list[Any]:
-        while len(self.workers) < len(self.specs):
-            self.workers.append(ray.remote(WarmWorker).options(num_cpus=threads).remote())
-        actors = self.workers[: len(self.specs)]
-        pairs = zip(actors, self.specs, strict=True)
-        ray.get([actor.take_up.remote(spec, threads, run_file) for actor, spec in pairs])
-        return actors
+        kept = type(self)
+        kept.worker = kept.worker or ray.remote(num_cpus=threads, **OPTIONS)(WarmWorker).remote()
+        kept.spent = []
+        ray.get(kept.worker.take_up.remote(*self.specs, threads, run_file))
+        return [kept.worker]
+
+    def measure(self, *stream: Any, **options: Any) -> Any:
+        self.spent.append(ray.get(self.worker.cpu_seconds.remote()))
+        measures = super().measure(*stream, **options)
+        self.spent.append(ray.get(self.worker.cpu_seconds.remote()))
+        return measures
 
     def __exit__(self, *exception: object) -> None:
         pass
 
 
-def run(job: Job, texts: tuple[Path, Path], settings: argparse.Namespace) -> dict[str, Any]:
-    """One run's line of the record; its checkpoint is deleted."""
-    recipe, target, seed = job
-    with tempfile.TemporaryDirectory(dir=settings.scratch) as home:
-        result = prune(
-            PruneConfig(
-                model=str(settings.model),
-                output=f"{home}/out",
-                calibration=str(texts[0]),
-                eval=str(texts[1]),
-                samples=settings.samples,
-                length=settings.length,
-                shards=SHARDS,
-                seed=seed,
-                experiment="quality",
-                run_name=f"{recipe}, {target}, seed {seed}",
-                **TARGETS[target],
-                **RECIPES[recipe],
-            ),
-            Quiet(),
+class Subject:
+    """A model with its texts, and what the dense one makes of the questions."""
+
+    def __init__(self, name: str, scratch: Path) -> None:
+        self.name, self.model, self.scratch = name, str(MODELS[name]), scratch / name
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        calibration, held_out = _texts(name, self.scratch)
+        settings = argparse.Namespace(
+            model=self.model,
+            calibration=calibration,
+            eval=held_out,
+            scratch=self.scratch,
+            windows=WINDOWS,
+            length=LENGTH,
         )
-    seconds = result.run["seconds"]
-    return {
-        "recipe": recipe,
-        "target": target,
-        "seed": seed,
-        "perplexity": result.perplexity,
-        "dense_perplexity": result.dense_perplexity,
-        "kl": result.kl,
-        "top1_agreement": result.top1_agreement,
-        "sparsity": result.sparsity,
-        "seconds": seconds.get("stream", 0.0) + seconds["work"],
-        "seconds_in_all": seconds["total"],
-        "peak_memory": max(result.run["peak_memory"]["shards"]),
-        "put_back": sum(not unit["improved"] for block in result.run["blocks"] for unit in block["units"]),
-        "mlflow_run_id": result.run["mlflow_run_id"],
-        "commit": commit(),
-    }
+        self.calibration, self.evaluation = texts_for(settings)
+        dense, tokenizer = load(self.model)
+        self.questions = questions_for(tokenizer, held_out.read_text(), "identifier")
+        self.dense_choices = accuracy(dense, self.questions)
+
+    def run(self, recipe: str, target: str, seed: int) -> dict[str, Any]:
+        """One run's line of the record; its checkpoint is deleted."""
+        with tempfile.TemporaryDirectory(dir=self.scratch) as home:
+            result = prune(
+                PruneConfig(
+                    model=self.model,
+                    output=f"{home}/out",
+                    calibration=str(self.calibration),
+                    eval=str(self.evaluation),
+                    samples=SAMPLES,
+                    length=LENGTH,
+                    shards=1,
+                    threads=1,
+                    seed=seed,
+                    experiment="quality",
+                    run_name=f"{self.name}, {recipe}, {target}, seed {seed}",
+                    **TARGETS[target],
+                    **RECIPES[recipe],
+                ),
+                Quiet(),
+            )
+            pruned, _ = load(result.output)
+            choices = accuracy(pruned, self.questions)
+        assert result.perplexity and result.dense_perplexity and result.kl is not None
+        _, begun, ended, _ = WarmShardGroup.spent
+        units = [unit for block in result.run["blocks"] for unit in block["units"]]
+        seconds = result.run["seconds"]
+        return {
+            "model": self.name,
+            "recipe": recipe,
+            "target": target,
+            "seed": seed,
+            "perplexity": round(result.perplexity, 5),
+            "dense_perplexity": round(result.dense_perplexity, 5),
+            "kl": round(result.kl, 5),
+            "top1_agreement": round(result.top1_agreement or 0.0, 5),
+            "choice_accuracy": round(choices, 4),
+            "dense_choice_accuracy": round(self.dense_choices, 4),
+            "seconds": round(seconds.get("stream", 0.0) + seconds["work"], 2),
+            "cpu_seconds": round(ended - begun, 2),
+            "peak_memory": max(result.run["peak_memory"]["shards"]),
+            "put_back": sum(not unit["improved"] for unit in units),
+            "commit": commit(),
+        }
+
+
+def _texts(model: str, scratch: Path) -> tuple[Path, Path]:
+    """Calibration and held-out text of a model."""
+    if model == "bundled":
+        calibration, held_out = scratch / "calibration.txt", scratch / "held-out.txt"
+        calibration.write_text(sources.calibration_text())
+        held_out.write_text(sources.held_out_text())
+        return calibration, held_out
+    name = {"pystdlib-5m": "pystdlib", "stories260k": "stories"}[model]
+    return SHARED / "data" / f"{name}-calib.txt", SHARED / "data" / f"{name}-valid.txt"
 
 
 def read(record: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
 
 
-def make(settings: argparse.Namespace, record: Path) -> None:
+def make(settings: argparse.Namespace) -> None:
     """Up to `limit` of the runs that the record lacks, on one Ray cluster."""
-    done = {(line["recipe"], line["target"], line["seed"]) for line in read(record)}
+    done = {(line["model"], line["recipe"], line["target"], line["seed"]) for line in read(settings.record)}
     wanted = set(settings.only or RECIPES)
-    todo = [job for job in jobs() if job not in done and job[0] in wanted and job[2] in settings.seeds]
-    print(f"{len(done)} runs are done, {len(todo)} are to do")
-    if not todo:
-        return
-    texts = texts_for(settings)
+    todo = [job for job in jobs() if job not in done and job[0] in settings.models and job[1] in wanted]
+    print(f"{len(done)} runs are done, {len(todo)} are to do", flush=True)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{settings.scratch / 'mlflow.db'}"
     prune_run.ShardGroup = WarmShardGroup  # type: ignore[misc]
-    with local_cluster(cpus=SHARDS, object_store_bytes=256 << 20):
-        made = 0
-        for job in todo:
-            if made == settings.limit:
-                break
+    torch.set_num_threads(1)
+    subjects: dict[str, Subject] = {}
+    with local_cluster(cpus=1, object_store_bytes=256 << 20):
+        for model, recipe, target, seed in todo[: settings.limit]:
             started = time.perf_counter()
+            subject = subjects[model] = subjects.get(model) or Subject(model, settings.scratch)
             try:
-                line = run(job, texts, settings)
+                line = subject.run(recipe, target, seed)
             except Exception as error:  # the others are none the worse for it; it is tried again the next time
-                print(f"{', '.join(map(str, job))}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+                why = str(error).strip().splitlines()[:1]
+                print(f"{model}, {recipe}, {target}, seed {seed}: {type(error).__name__}: {why}", flush=True)
                 continue
-            made += 1
-            with record.open("a") as file:
+            with settings.record.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(
-                f"{', '.join(map(str, job))}: perplexity {line['perplexity']:.3f}, KL {line['kl']:.4f}, "
-                f"{time.perf_counter() - started:.1f} s",
+                f"{model}, {recipe}, {target}, seed {seed}: perplexity {line['perplexity']:.3f}, "
+                f"KL {line['kl']:.4f}, choices {line['choice_accuracy']:.3f}, {time.perf_counter() - started:.1f} s",
                 flush=True,
             )
 
 
-def table(lines: Iterable[dict[str, Any]]) -> str:
-    """Markdown: a row a recipe; for each target perplexity and KL, mean ± standard deviation over the seeds; seconds of
-    stream and work, and the larger shard's peak memory, medians over all runs of the recipe."""
-    lines = list(lines)
-    dense = {f"{line['dense_perplexity']:.2f}" for line in lines}
-    header = ["recipe", *(f"{target} {what}" for target in TARGETS for what in ("perplexity", "KL")), "s", "MB", "runs"]
-    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+def losses(lines: Iterable[dict[str, Any]]) -> dict[Job, float]:
+    """Log-perplexity lost by each run, as a share of what BASE lost on the same model, target and seed."""
+    lost = {
+        (line["model"], line["recipe"], line["target"], line["seed"]): math.log(
+            line["perplexity"] / line["dense_perplexity"]
+        )
+        for line in lines
+    }
+    return {
+        (model, recipe, target, seed): loss / lost[model, BASE, target, seed]
+        for (model, recipe, target, seed), loss in lost.items()
+        if (model, BASE, target, seed) in lost
+    }
+
+
+def tables(lines: list[dict[str, Any]]) -> str:
+    """Markdown: for each model the shares of BASE's loss, then what else was read."""
+    drawn = []
+    for model in MODELS:
+        if of_model := [line for line in lines if line["model"] == model]:
+            first = of_model[0]
+            drawn.append(
+                f"**{model}**: dense perplexity {first['dense_perplexity']:.2f}, choices "
+                f"{first['dense_choice_accuracy']:.3f}\n\n{_shares(of_model)}\n\n{_readings(of_model)}"
+            )
+    return "\n\n".join(drawn)
+
+
+def _shares(lines: list[dict[str, Any]]) -> str:
+    """A row a recipe, a column a target: the share of BASE's loss, seed by seed and then its mean ± standard deviation;
+    CPU seconds of the shard's stream and work, its peak memory: medians over all runs."""
+    shares = losses(lines)
+    rows = []
     for recipe in RECIPES:
         of_recipe = [line for line in lines if line["recipe"] == recipe]
-        if not of_recipe:
-            continue
-        cells = [recipe]
+        cells = [
+            _mean([share for (_, name, to, _), share in shares.items() if (name, to) == (recipe, target)], 3)
+            for target in TARGETS
+        ]
+        if of_recipe:
+            rows.append([recipe, *cells, *_costs(of_recipe), str(len(of_recipe))])
+    return _drawn([f"share of {BASE}'s loss", *TARGETS, "CPU s", "MB", "runs"], rows)
+
+
+def _readings(lines: list[dict[str, Any]]) -> str:
+    """A row a recipe, a column a target: perplexity / KL / top-1 agreement / choices, means over the seeds."""
+    shown: tuple[tuple[str, int], ...] = (("perplexity", 2), ("kl", 3), ("top1_agreement", 3), ("choice_accuracy", 3))
+    rows = []
+    for recipe in RECIPES:
+        cells = []
         for target in TARGETS:
-            runs = [line for line in of_recipe if line["target"] == target]
-            cells += [_mean(line["perplexity"] for line in runs), _mean((line["kl"] for line in runs), 3)]
-        cells.append(f"{statistics.median(line['seconds'] for line in of_recipe):.1f}")
-        cells.append(f"{statistics.median(line['peak_memory'] for line in of_recipe) / 1e6:.0f}")
-        rows.append([*cells, str(len(of_recipe))])
-    drawn = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"Dense perplexity {', '.join(sorted(dense))}.\n\n{drawn}"
+            runs = [line for line in lines if (line["recipe"], line["target"]) == (recipe, target)]
+            means = [f"{statistics.fmean(line[name] for line in runs):.{places}f}" for name, places in shown if runs]
+            cells.append(" / ".join(means))
+        if any(cells):
+            rows.append([recipe, *cells])
+    return _drawn(["perplexity / KL / top-1 / choices", *TARGETS], rows)
 
 
-def _mean(values: Iterable[float], places: int = 2) -> str:
-    values = list(values)
+def _costs(lines: list[dict[str, Any]]) -> list[str]:
+    seconds = statistics.median(line["cpu_seconds"] for line in lines)
+    return [f"{seconds:.1f}", f"{statistics.median(line['peak_memory'] for line in lines) / 1e6:.0f}"]
+
+
+def _mean(values: list[float], places: int) -> str:
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
+    spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else " (one seed)"
     return f"{statistics.fmean(values):.{places}f}{spread}"
 
 
+def _drawn(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
 def main() -> None:
-    parser = trained_model.parser(__doc__, "espalier-quality")
-    parser.add_argument("--limit", type=int, help="runs to finish before it ends; default: all")
-    parser.add_argument("--only", action="append", metavar="RECIPE", help="may be given again")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--table", action="store_true", help="print the table of what is there, and end")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=[name for name in MODELS if MODELS[name].exists()]
+    )
+    parser.add_argument("--only", action="append", metavar="RECIPE", choices=RECIPES, help="may be given again")
+    parser.add_argument("--limit", type=int, help="runs to try before it ends; default: all")
+    parser.add_argument("--record", type=Path, default=RECORD)
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "espalier-quality")
+    parser.add_argument("--table", action="store_true", help="print the tables of what is there, and end")
     settings = trained_model.parsed(parser)
-    record = settings.scratch / "quality.jsonl"
     if settings.table:
-        print(table(read(record)))
+        print(tables(read(settings.record)))
     else:
-        make(settings, record)
+        make(settings)
 
 
 if __name__ == "__main__":
