@@ -17,43 +17,19 @@ from espalier.cluster.connection.redact import storable
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from espalier.pipeline.config.options import Panel
+
     M = TypeVar("M", bound=BaseModel)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", metavar="")]
 LONGEST_METAVAR = 16  # characters of choices beside a flag; at 80 columns more would cut flags and break words
-PANELS = {
-    "tower": "What",
-    "recipe": "What",
-    **dict.fromkeys(("sparsity", "pattern", "threshold", "criterion", "criterion_options"), "Masks"),
-    **dict.fromkeys(("scope", "allocation", "refine", "solve", "targets"), "Masks"),
-    **dict.fromkeys(("reconstruct", "inputs", "sweeps", "correction"), "Reconstruction"),
-    **dict.fromkeys(("tolerance", "epochs", "batch", "learning_rate"), "Reconstruction"),
-    **dict.fromkeys(("samples", "length", "bos", "text_column", "eval", "seed"), "Text"),
-    **dict.fromkeys(("masked", "mask"), "Masks"),
-    **dict.fromkeys(("steps", "tokens", "microbatch", "schedule", "warmup"), "Training"),
-    **dict.fromkeys(("weight_decay", "beta2", "clip", "eval_every", "checkpoint_every"), "Training"),
-    **dict.fromkeys(("shadow", "shadow_schedule", "shadow_decay", "shadow_signed", "shadow_window"), "Shadow"),
-    **dict.fromkeys(("shadow_dtype", "shadow_rounding", "shadow_every"), "Shadow"),
-    **dict.fromkeys(("data_kind", "data_options", "held_out"), "Text"),
-    **dict.fromkeys(("score", "rates", "sparsities"), "Masks"),
-    **dict.fromkeys(("finetune_epochs", "finetune_steps", "finetune_learning_rate"), "Training"),
-    **dict.fromkeys(("experiment", "run_name", "parent_run"), "Record"),
-}
-ORDER = ("What", "Masks", "Reconstruction", "Training", "Shadow", "Text", "Where and how it runs", "Record")
-# Of the names that several commands have, which panel they are shown in where it is another one.
-PANELS_OF = {
-    **dict.fromkeys(("RetrainConfig", "TrackConfig"), dict.fromkeys(("epochs", "batch", "learning_rate"), "Training")),
-    "PruneConfig": {"microbatch": "Where and how it runs", "shadow": "Masks"},
-    "EvalConfig": {"microbatch": "Where and how it runs", "against": "What"},
-}
 
 
 def options_of(config: "type[BaseModel]") -> list[inspect.Parameter]:
-    """A flag for every field of a configuration but `model`, in its order; values are checked by the configuration."""
+    """A flag for every field of a configuration but `model`, as the help shows them; the configuration checks them."""
     parameters = []
-    for name, field in config.model_fields.items():
-        if name in ("model", "overrides", "published"):  # an argument; YAML only
-            continue
+    for name, panel, text in _shown(config):
+        field = config.model_fields[name]
         many = get_origin(field.annotation) is dict  # --criterion-option alpha=0.5 --criterion-option seed=1
         flag = f"--{(name.removesuffix('s') if many else name).replace('_', '-')}"
         is_bool = field.annotation is bool
@@ -66,22 +42,41 @@ def options_of(config: "type[BaseModel]") -> list[inspect.Parameter]:
             if field.is_required() or field.default in (None, {}) or field.default is False
             else _default(field.default)
         )
-        help_text = listed + (field.description or "") + (" [red]required[/red]" if field.is_required() else default)
-        usual = PANELS.get(name, "What" if field.is_required() else "Where and how it runs")
-        panel = PANELS_OF.get(config.__name__, {}).get(name, usual)
+        help_text = listed + text + (" [red]required[/red]" if field.is_required() else default)
         metavar = "" if is_bool else "NAME=VALUE" if many else _metavar(field.annotation)
         option = typer.Option(
             flag,
             help=help_text,
             metavar=metavar,
-            rich_help_panel=panel,
+            rich_help_panel=panel.value,
             show_default=False,
             autocompletion=_one_of(_words(field.annotation)),
         )
         kind = list[str] | None if many else bool | None if is_bool else str | None
         annotation = Annotated[kind, option]  # type: ignore[valid-type]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    return sorted(parameters, key=lambda p: ORDER.index(p.annotation.__metadata__[0].rich_help_panel))
+    return parameters
+
+
+def _shown(config: "type[BaseModel]") -> "list[tuple[str, Panel, str]]":
+    """The fields that have a flag, as the help shows them: name, panel, text.
+
+    What a field does not say of its flag itself, it has from the field of that name in the nearest base class.
+    """
+    from espalier.pipeline.config.options import Before, Panel
+
+    names = [name for name in config.model_fields if name not in ("model", "overrides", "published")]  # argument; YAML
+    panels, texts = {}, {}
+    for name in list(names):
+        bases = (getattr(base, "model_fields", {}) for base in config.__mro__)
+        said = [fields[name] for fields in bases if name in fields]
+        marks = [mark for field in said for mark in field.metadata]
+        texts[name] = next((field.description for field in said if field.description), "")
+        panels[name] = next((mark for mark in marks if isinstance(mark, Panel)), Panel.WHERE)
+        if later := next((mark.name for mark in marks if isinstance(mark, Before)), None):
+            names.remove(name)
+            names.insert(names.index(later), name)
+    return [(name, panel, texts[name]) for panel in Panel for name in names if panels[name] == panel]
 
 
 def _default(value: Any) -> str:

@@ -1,6 +1,8 @@
 """Options as they are given, by name in YAML, on the command line and in Python, made into a checked configuration."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -11,6 +13,30 @@ from espalier.stages.errors import Refusal, unknown
 
 Config = TypeVar("Config", bound=BaseModel)
 Count = Annotated[int, Field(ge=1)]
+
+
+class Panel(Enum):
+    """The panel of a command's help that a field's flag is shown in, as a mark beside its type; without one WHERE.
+
+    They are shown in this order, and in each its flags in the order of the fields, a base class's first.
+    """
+
+    WHAT = "What"
+    MASKS = "Masks"
+    RECONSTRUCTION = "Reconstruction"
+    TRAINING = "Training"
+    SHADOW = "Shadow"
+    TEXT = "Text"
+    WHERE = "Where and how it runs"
+    RECORD = "Record"
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """A mark beside a field's type: the help shows its flag before that of the field `name`."""
+
+    name: str
+
 
 # What the commands that read text say alike.
 BOS_HELP = (

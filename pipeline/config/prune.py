@@ -1,12 +1,12 @@
 """The configuration of `espalier prune`: one frozen, typed object, the same names as flags, in YAML and in Python."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 from espalier.pipeline.config.named_recipe import RecipeName, recipe_options
-from espalier.pipeline.config.options import BOS_HELP, COLUMN_HELP, Count, Length
+from espalier.pipeline.config.options import BOS_HELP, COLUMN_HELP, Count, Length, Panel
 from espalier.stages.criteria.equations import CRITERIA
 from espalier.stages.criteria.scoring import check_criterion, check_options
 from espalier.stages.errors import Refusal
@@ -30,11 +30,11 @@ class ClusterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(description="Checkpoint directory (safetensors) or hub id.")
-    length: Length = Field(
+    length: Annotated[Length, Panel.TEXT] = Field(
         "auto", description="Tokens in a window; auto: 2048, or the model's context if that is shorter."
     )
-    bos: Bos = Field("auto", description=BOS_HELP)
-    text_column: str | None = Field(None, description=COLUMN_HELP)
+    bos: Annotated[Bos, Panel.TEXT] = Field("auto", description=BOS_HELP)
+    text_column: Annotated[str | None, Panel.TEXT] = Field(None, description=COLUMN_HELP)
     shards: Count | Literal["auto"] = Field(
         "auto", description="Actors that share the blocks; auto: one a GPU or core."
     )
@@ -66,103 +66,117 @@ class ClusterConfig(BaseModel):
 class EvalConfig(ClusterConfig):
     """What `espalier eval` was asked for."""
 
-    data: str = Field(description="Text: text file, JSONL, CSV, Parquet, a folder of those, or hub data set.")
-    against: str | None = Field(None, description="A second checkpoint, the dense one say, measured on the same text.")
+    data: Annotated[str, Panel.WHAT] = Field(
+        description="Text: text file, JSONL, CSV, Parquet, a folder of those, or hub data set."
+    )
+    against: Annotated[str | None, Panel.WHAT] = Field(
+        None, description="A second checkpoint, the dense one say, measured on the same text."
+    )
 
 
 class PruneConfig(ClusterConfig):
     """Everything that decides a pruning run. Each field is also a flag of `espalier prune` and a key of its YAML."""
 
-    output: str = Field(description="Directory for the pruned checkpoint; must be new or empty.")
-    calibration: str | list[str] | list[list[int]] = Field(
+    output: Annotated[str, Panel.WHAT] = Field(description="Directory for the pruned checkpoint; must be new or empty.")
+    calibration: Annotated[str | list[str] | list[list[int]], Panel.WHAT] = Field(
         description="Calibration text: text file, JSONL, CSV, Parquet, a folder of those, or hub data set; for a model "
         "that reads images also a folder of them with captions.jsonl."
     )
-    tower: Tower = Field(
+    tower: Annotated[Tower, Panel.WHAT] = Field(
         "language",
         description="Which blocks of a model that reads images are pruned; vision: those of its vision tower, the "
         "rest copied as it is.",
     )
-    recipe: RecipeName = Field(
+    recipe: Annotated[RecipeName, Panel.WHAT] = Field(
         "balanced",
         description="What to do to each layer, by name: fast (masks alone), balanced or best; `espalier plan --recipe "
         "NAME` prints it. Other options go before it.",
     )
-    sparsity: float = Field(0.5, description="Share of the weights to remove, at least 0 and below 1.")
-    pattern: str | None = Field(None, description="N:M instead of --sparsity: keep N of every M inputs, such as 2:4.")
-    threshold: float | None = Field(
+    sparsity: Annotated[float, Panel.MASKS] = Field(
+        0.5, description="Share of the weights to remove, at least 0 and below 1."
+    )
+    pattern: Annotated[str | None, Panel.MASKS] = Field(
+        None, description="N:M instead of --sparsity: keep N of every M inputs, such as 2:4."
+    )
+    threshold: Annotated[float | None, Panel.MASKS] = Field(
         None, description="Instead of --sparsity: keep what scores above so many standard deviations of its matrix."
     )
-    criterion: str = Field(
+    criterion: Annotated[str, Panel.MASKS] = Field(
         "alps", description=f"How weights are scored: {', '.join(CRITERIA)}, or your own as module.function."
     )
-    criterion_options: dict[str, Any] = Field(
+    criterion_options: Annotated[dict[str, Any], Panel.MASKS] = Field(
         {}, description="An option of the criterion, such as alpha=0.5; may be given again for another."
     )
-    shadow: str | None = Field(
+    shadow: Annotated[str | None, Panel.MASKS] = Field(
         None, description="For criterion temporal: the shadow/ that a training run left in its output."
     )
-    scope: Literal["auto", "row", "matrix"] = Field(
+    scope: Annotated[Literal["auto", "row", "matrix"], Panel.MASKS] = Field(
         "auto", description="Compare scores within each output row or the matrix; auto: rows, with alps the matrix."
     )
-    allocation: Literal["uniform", "owl"] = Field(
+    allocation: Annotated[Literal["uniform", "owl"], Panel.MASKS] = Field(
         "uniform", description="The same sparsity in every block, or less in those with more outliers."
     )
     overrides: list[Any] = Field([], description="What is different in some layers, in YAML only.")
-    refine: Refine = Field(
+    refine: Annotated[Refine, Panel.MASKS] = Field(
         "auto",
         description="Exchange pruned for kept weights before reconstruction; auto: swaps where units are reconstructed "
         "and that costs much more, else none, as with alps.",
     )
-    solve: Literal["auto", "on", "off"] = Field(
+    solve: Annotated[Literal["auto", "on", "off"], Panel.MASKS] = Field(
         "auto",
         description="Give the weights that stay the values that are best for their mask, by least squares, before any "
         "reconstruction; auto: where the inputs' Gram matrix is there anyway (swaps, sparsegpt, alps).",
     )
-    targets: Literal["auto", "plain", "corrected"] = Field(
+    targets: Annotated[Literal["auto", "plain", "corrected"], Panel.MASKS] = Field(
         "auto",
         description="What solved values aim at: what the layer makes of what it reads (plain), or what it gave in the "
         "dense model, so that it also takes back what the layers before it lost (corrected); auto: corrected where "
         "values are solved.",
     )
-    reconstruct: str = Field(
+    reconstruct: Annotated[str, Panel.RECONSTRUCTION] = Field(
         "block",
         description="What is trained as one to give its dense output again: "
         f"{', '.join(unit.written for unit in UNITS.values())}, or none: the kept weights stay as they were.",
     )
-    inputs: Literal["dense", "pruned"] = Field(
+    inputs: Annotated[Literal["dense", "pruned"], Panel.RECONSTRUCTION] = Field(
         "dense",
         description="What a unit reads while it is scored and reconstructed: the dense model's activations, all blocks "
         "at once, or those of the blocks pruned so far, one after the other.",
     )
-    sweeps: int = Field(
+    sweeps: Annotated[int, Panel.RECONSTRUCTION] = Field(
         0,
         ge=0,
         description="Reconstruct all blocks again, at once, this often: each time on what the pruned model gives.",
     )
-    correction: Literal["auto", "foreseen"] | list[float] = Field(
+    correction: Annotated[Literal["auto", "foreseen"] | list[float], Panel.RECONSTRUCTION] = Field(
         "auto",
         description="Share of the accumulated error that a unit takes back in a sweep, one for all or C,C,...; auto, "
         "or foreseen: all that the units before it, reconstructed at the same time, are foreseen to leave.",
     )
-    tolerance: float = Field(
+    tolerance: Annotated[float, Panel.RECONSTRUCTION] = Field(
         0.01,
         ge=0,
         lt=1,
         description="Relative error of its output on held-out samples up to which a unit is left as it is: there is "
         "little to gain.",
     )
-    epochs: Count = Field(1, description="Passes over the calibration in a reconstruction.")
-    batch: Count = Field(2, description="Samples in one reconstruction step.")
-    learning_rate: float = Field(
+    epochs: Annotated[Count, Panel.RECONSTRUCTION] = Field(
+        1, description="Passes over the calibration in a reconstruction."
+    )
+    batch: Annotated[Count, Panel.RECONSTRUCTION] = Field(2, description="Samples in one reconstruction step.")
+    learning_rate: Annotated[float, Panel.RECONSTRUCTION] = Field(
         0.4, gt=0, description="Peak, in units of the weights' RMS over the root of the hidden width."
     )
-    samples: Count = Field(128, description="Calibration windows.")
-    eval: str | None = Field(None, description="Text to measure perplexity on, dense and pruned; same forms.")
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
-    experiment: str = Field("espalier", description="MLflow experiment.")
-    run_name: str | None = Field(None, description="Name of the run in MLflow; default: made from the recipe.")
-    parent_run: str | None = Field(None, description="MLflow run that this one is part of.")
+    samples: Annotated[Count, Panel.TEXT] = Field(128, description="Calibration windows.")
+    eval: Annotated[str | None, Panel.TEXT] = Field(
+        None, description="Text to measure perplexity on, dense and pruned; same forms."
+    )
+    seed: Annotated[int, Panel.TEXT] = Field(0, ge=0, description="Seed of everything random.")
+    experiment: Annotated[str, Panel.RECORD] = Field("espalier", description="MLflow experiment.")
+    run_name: Annotated[str | None, Panel.RECORD] = Field(
+        None, description="Name of the run in MLflow; default: made from the recipe."
+    )
+    parent_run: Annotated[str | None, Panel.RECORD] = Field(None, description="MLflow run that this one is part of.")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,13 +1,13 @@
 """The configuration of `espalier track`: a recipe's YAML, the same names as flags, one frozen object."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from espalier.pipeline.config.options import BOS_HELP, Count, build_config, read_yaml
+from espalier.pipeline.config.options import Before, Count, Panel, build_config, read_yaml
+from espalier.pipeline.config.training import NotNegative, Positive, TrainingConfig
 from espalier.stages.errors import Refusal, unknown
-from espalier.stages.text.openings import Bos
 
 RECIPES = Path(__file__).parent / "recipes" / "track"
 # What data there is to track on: a name -> "module:function", a `espalier.pipeline.weight_tracking.data.Prepare`.
@@ -18,35 +18,39 @@ DATA_KINDS = {
 }
 
 
-class TrackConfig(BaseModel):
+class TrackConfig(TrainingConfig):
     """Everything that decides a tracking experiment. Each field is also a key of a recipe, and most are flags."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str | dict[str, Any] = Field(
         description="A checkpoint to go on from, or what a config.json says, to begin from random weights."
     )
     data: str = Field(description="What to train on: a text file, or whatever the recipe's kind of data asks for.")
-    output: str = Field("tracked", description="Directory of the experiment; given again, it goes on.")
-    data_kind: str = Field("characters", description=f"How the data is read: {', '.join(DATA_KINDS)}.")
-    data_options: dict[str, Any] = Field({}, description="An option of the kind of data; may be given again.")
-    held_out: float = Field(0.1, gt=0, lt=1, description="Share of the data, at its end, that is evaluated on.")
+    output: Annotated[str, Panel.WHERE, Before("zero_stage")] = Field(
+        "tracked", description="Directory of the experiment; given again, it goes on."
+    )
+    data_kind: Annotated[str, Panel.TEXT, Before("length")] = Field(
+        "characters", description=f"How the data is read: {', '.join(DATA_KINDS)}."
+    )
+    data_options: Annotated[dict[str, Any], Panel.TEXT, Before("length")] = Field(
+        {}, description="An option of the kind of data; may be given again."
+    )
+    held_out: Annotated[float, Panel.TEXT, Before("length")] = Field(
+        0.1, gt=0, lt=1, description="Share of the data, at its end, that is evaluated on."
+    )
     length: int = Field(256, ge=2, description="Tokens in a window.")
-    bos: Bos = Field("auto", description=BOS_HELP)
 
     steps: Count = Field(5000, description="Optimizer steps of the training that is tracked.")
-    batch: Count = Field(64, description="Windows in an optimizer step, over all ranks.")
+    batch: Count = 64
     microbatch: Count | Literal["auto"] = Field("auto", description="Windows in a forward pass on one rank.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak, of Adam with decoupled decay.")
+    learning_rate: Positive = 1e-3
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls.")
-    warmup: int = Field(100, ge=0, description="Steps over which the learning rate climbs.")
-    weight_decay: float = Field(0.1, ge=0, description="Of matrices; biases and norm gains do not decay.")
+    warmup: NotNegative = 100
+    weight_decay: float = Field(0.1, ge=0)
     beta2: float = Field(0.99, gt=0, lt=1, description="Adam's decay of squared gradients.")
-    clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0: as it is.")
-    eval_every: int = Field(0, ge=0, description="Steps between evaluations while training; 0: one at the end.")
-    checkpoint_every: int = Field(0, ge=0, description="Steps between checkpoints while training; 0: one at the end.")
+    eval_every: NotNegative = Field(0, description="Steps between evaluations while training; 0: one at the end.")
+    checkpoint_every: NotNegative = Field(0, description="Steps between checkpoints while training; 0: one at the end.")
 
-    score: Literal["temporal", "final"] = Field(
+    score: Annotated[Literal["temporal", "final"], Panel.MASKS] = Field(
         "temporal", description="What a weight is pruned by: its shadow's size, or its own after the last step."
     )
     shadow_schedule: Literal["linear", "exponential", "uniform"] = Field(
@@ -56,29 +60,31 @@ class TrackConfig(BaseModel):
     shadow_signed: bool = Field(True, description="Average the weights; else their magnitudes.")
     shadow_window: Count | None = Field(None, description="Only so many snapshots count, the last ones; default: all.")
     shadow_dtype: Literal["fp32", "bf16", "int8"] = Field("fp32", description="How the shadow is kept in memory.")
-    shadow_every: Count = Field(10, description="Optimizer steps between snapshots.")
 
-    rates: list[float] | None = Field(
+    rates: Annotated[list[float] | None, Panel.MASKS] = Field(
         None,
         description="Thresholds, R,R,...: a weight goes if its score is below R deviations of its matrix's.",
     )
-    sparsities: list[float] | None = Field(
+    sparsities: Annotated[list[float] | None, Panel.MASKS] = Field(
         None, description="Instead of rates: shares to remove, S,S,...; each rate is the one that lands there."
     )
-    finetune_epochs: float | None = Field(None, gt=0, description="Passes over the data after pruning.")
-    finetune_steps: Count | None = Field(None, description="Instead of passes: optimizer steps after pruning.")
-    finetune_learning_rate: float = Field(5e-4, gt=0, description="Peak while fine-tuning.")
+    finetune_epochs: Annotated[float | None, Panel.TRAINING] = Field(
+        None, gt=0, description="Passes over the data after pruning."
+    )
+    finetune_steps: Annotated[Count | None, Panel.TRAINING] = Field(
+        None, description="Instead of passes: optimizer steps after pruning."
+    )
+    finetune_learning_rate: Annotated[Positive, Panel.TRAINING] = Field(5e-4, description="Peak while fine-tuning.")
 
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
-    zero_stage: int = Field(1, ge=0, le=3, description="What ZeRO partitions, see `espalier retrain`.")
-    offload: bool = Field(False, description="Keep optimizer state in CPU memory; stages 2 and 3.")
-    ranks: Count | Literal["auto"] = Field("auto", description="Processes to train on; auto: one a GPU, or one a core.")
-    threads: Count = Field(1, description="CPU threads of a rank.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of weights and activations.")
+    zero_stage: int = Field(1, description="What ZeRO partitions, see `espalier retrain`.")
+    offload: Annotated[bool, Before("ranks")] = Field(
+        False, description="Keep optimizer state in CPU memory; stages 2 and 3."
+    )
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Before("device")] = Field(
+        "auto", description="Of weights and activations."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to work; auto: GPUs if there are.")
-    address: str | None = Field(None, description="An existing Ray cluster (host:port); default: one of its own.")
-    experiment: str = Field("espalier-track", description="MLflow experiment.")
-    run_name: str | None = Field(None, description="Name of the run in MLflow; default: made from the options.")
+    experiment: str = "espalier-track"
     published: dict[str, list[tuple[float, float]]] = Field(
         {}, description="Curves to show beside this one: name -> (sparsity, loss) points."
     )

@@ -7,10 +7,13 @@ import pytest
 from typer.main import get_command
 
 from espalier.pipeline.cli import main as cli
-from espalier.pipeline.cli.flags import with_all_options
+from espalier.pipeline.cli.flags import options_of, with_all_options
 from espalier.pipeline.config.named_recipe import NAMES, recipe_options, recipe_text
 from espalier.pipeline.config.options import build_config, read_yaml
 from espalier.pipeline.config.prune import EvalConfig, PruneConfig
+from espalier.pipeline.config.retrain import RetrainConfig
+from espalier.pipeline.config.track import TrackConfig
+from espalier.pipeline.config.training import TrainingConfig
 from espalier.pipeline.pruning import prune as driver
 from espalier.stages.errors import Refusal
 from espalier.stages.masks import parse_pattern
@@ -250,3 +253,17 @@ def test_one_correction_serves_all_sweeps_and_a_list_one_each() -> None:
 def test_eval_has_the_flags_of_its_own_configuration() -> None:
     command = with_all_options(get_command(cli.app).commands["eval"])  # type: ignore[attr-defined]
     assert set(EvalConfig.model_fields) <= {parameter.name for parameter in command.params}
+
+
+def test_what_track_says_again_of_a_flag_of_training_keeps_its_panel_and_its_words() -> None:
+    retrain, track = (
+        {option.name: option.annotation.__metadata__[0] for option in options_of(kind)}
+        for kind in (RetrainConfig, TrackConfig)
+    )
+    assert track["batch"].help.startswith("Windows in an optimizer step") and "[64]" in track["batch"].help
+    for name in set(TrainingConfig.model_fields) - {"model", "output"}:
+        assert track[name].rich_help_panel == retrain[name].rich_help_panel, name
+    assert [name for name in retrain if name in ("steps", "epochs", "tokens", "batch")] == [
+        *("steps", "epochs", "tokens", "batch")
+    ], "a flag of its own is shown where its kind is"
+    assert all(option.help for option in [*retrain.values(), *track.values()])
