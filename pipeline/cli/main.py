@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from espalier.cluster.connection.redact import without_secrets
 from espalier.cluster.connection.watchdog import end_clusters
 from espalier.pipeline.cli import retrain as cli_retrain
+from espalier.pipeline.cli import submit as cli_submit
 from espalier.pipeline.cli import track as cli_track
 from espalier.pipeline.cli.flags import Json, given, request_of, show, stdout_kept, with_all_options, with_options
 from espalier.pipeline.run.stopping import at_the_last, exit_code, how_to_go_on
@@ -255,21 +256,7 @@ def compare(
         errors.print(f"wrote {file}")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def submit(
-    context: typer.Context,
-    address: Annotated[str | None, typer.Option(help="Cluster (host:port) or its dashboard (http://...).")] = None,
-    follow: Annotated[bool, typer.Option(help="Show the job's output and wait for its end.")] = True,
-) -> None:
-    """Run an espalier command as a job on a Ray cluster; its output and exit code come back.
-
-    Example: espalier submit --address head:6379 -- prune /data/llama --output /data/out --calibration /data/text.txt
-    """
-    if not context.args:
-        raise Refusal("submit: nothing to run; write `espalier submit -- prune ...`")
-    from espalier.pipeline.commands.submit import submit_command
-
-    raise typer.Exit(submit_command(context.args, address=address, follow=follow))
+app.add_typer(cli_submit.app, name="submit")
 
 
 @app.command()

@@ -1,14 +1,18 @@
 """The tables that commands print, with rich."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from espalier.pipeline.record.mlflow_client import ui_command
 from espalier.pipeline.reports.format import count, duration, nats, percent, perplexity, size
+
+if TYPE_CHECKING:
+    from espalier.cluster.connection.jobs import JobState
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
@@ -100,6 +104,18 @@ def demo_tables(result: Mapping[str, Any]) -> Group:
         f"Compare the runs:     espalier compare {result['experiment']}",
         f"Look at them:         {ui_command(result['tracking_uri'])}",
     )  # fmt: skip
+
+
+def job_table(jobs: Sequence["JobState"]) -> Group:
+    """A job in a few lines: which, how it is doing and what Ray says of it, what it runs. The newest first."""
+    lines = []
+    for job in jobs:
+        lasted = f", {duration(job.seconds)}" if job.seconds is not None else ""
+        code = f", exit code {job.exit_code}" if job.exit_code is not None else ""
+        begun = f", begun {job.started}" if job.started else ""
+        lines += [Text(f"{job.id}  {job.status}{code}{begun}{lasted}", style="bold")]
+        lines += [Text(f"    {line}") for line in (job.command, job.message) if line]
+    return Group(*(lines or [Text("no jobs")]))
 
 
 def training_table(run: Mapping[str, Any]) -> Group:

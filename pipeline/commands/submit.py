@@ -3,11 +3,14 @@
 import itertools
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from espalier.cluster.connection.jobs import submit
+from espalier.cluster.connection.jobs import NOTHING_MORE, SHIPPED, JobNeeds, checked_runtime_env, submit
 from espalier.cluster.connection.redact import is_secret, without_credentials
+from espalier.pipeline.config.options import read_yaml
 from espalier.pipeline.record.mlflow_client import default_tracking_uri
 from espalier.pipeline.run.own_modules import criteria_in, own_files
 from espalier.stages.errors import Refusal
@@ -19,13 +22,18 @@ PASSED_ON = ("MLFLOW_", "HF_", "TRANSFORMERS_", "TOKENIZERS_")
 
 
 def submit_command(
-    args: list[str], *, address: str | None, follow: bool = True, on_line: Callable[[str], None] = typer.echo
+    args: list[str],
+    *,
+    address: str | None,
+    follow: bool = True,
+    on_line: Callable[[str], None] = typer.echo,
+    needs: JobNeeds = NOTHING_MORE,
 ) -> int:
     """Runs `espalier ARGS` as a Ray job and gives its exit code (0 at once with follow=False).
 
     The job runs in another directory, maybe on another machine: paths become absolute (see `absolute`), and what they
-    name must be on storage that the nodes share. MLflow is the submitter's: MLFLOW_TRACKING_URI, else mlflow.db here.
-    Raises Refusal for a URI with credentials in `args`.
+    name must be on storage that the nodes share, or in the working directory that goes along (see `shipped`). MLflow
+    is the submitter's: MLFLOW_TRACKING_URI, else mlflow.db here. Raises Refusal for a URI with credentials in `args`.
     """
     for argument in args:
         if without_credentials(argument) != argument:
@@ -40,9 +48,27 @@ def submit_command(
             "dashboard; the job uses the MLFLOW_TRACKING_URI of its node"
         )
     own = own_files(criteria_in(args))
-    entrypoint = ["python", "-m", "espalier", *absolute(args)]
-    outcome = submit(entrypoint, address=address, env=job_environment(), on_line=on_line, follow=follow, own=own)
+    words = absolute(args) if needs.working_dir is None else shipped(absolute(args), needs.working_dir.absolute())
+    entrypoint = ["python", "-m", "espalier", *words]
+    outcome = submit(
+        entrypoint, address=address, env=job_environment(), on_line=on_line, follow=follow, own=own, needs=needs
+    )
     return outcome.exit_code or 0
+
+
+def job_needs(
+    working_dir: Path | None, runtime_env: Path | None, cpus: float | None, gpus: float | None, memory: str | None
+) -> JobNeeds:
+    """What --working-dir, --runtime-env and --entrypoint-… ask for; `memory` is a size such as 8GB. Raises Refusal."""
+    for name, amount in (("cpus", cpus), ("gpus", gpus)):
+        if amount is not None and amount < 0:
+            raise Refusal(f"--entrypoint-{name} {amount:g}: must be 0 or more")
+    try:
+        size = None if memory is None else int(TypeAdapter(ByteSize).validate_python(memory))
+    except ValidationError:
+        raise Refusal(f"--entrypoint-memory {memory}: no size; write it as 8GB or 512MiB") from None
+    fields = {} if runtime_env is None else checked_runtime_env(read_yaml(runtime_env), str(runtime_env))
+    return JobNeeds(working_dir, fields, cpus, gpus, size)
 
 
 def absolute(args: list[str]) -> list[str]:
@@ -59,6 +85,19 @@ def absolute(args: list[str]) -> list[str]:
             done.append(f"{option}={_absolute(value, option)}")
         else:
             done.append(_absolute(argument, before if before.startswith("--") and "=" not in before else ""))
+    return done
+
+
+def shipped(args: list[str], working_dir: Path) -> list[str]:
+    """`args` (`absolute`) with what exists within `working_dir` named within the job's copy of it, but for what the
+    command writes: the copy goes with the job."""
+    done = args[:1]
+    for before, argument in itertools.pairwise(args):
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        within = os.path.exists(value) and Path(value).is_relative_to(working_dir)
+        if within and (option or before) not in WRITTEN:
+            value = SHIPPED + value.removeprefix(str(working_dir))
+        done.append(f"{option}{equals}{value}")
     return done
 
 

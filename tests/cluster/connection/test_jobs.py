@@ -1,4 +1,4 @@
-"""Jobs on a real cluster: their output, their exit codes, their code, and the refusals before one is made."""
+"""Jobs on a real cluster: their output, their exit codes, what goes along, what becomes of them, and the refusals."""
 
 import signal
 import socket
@@ -7,7 +7,7 @@ import pytest
 from timed import within
 
 from espalier.cluster.connection import code_package as package
-from espalier.cluster.connection.jobs import _Lines, submit
+from espalier.cluster.connection.jobs import SHIPPED, JobNeeds, logs, state, states, stop, submit
 from espalier.stages.errors import Refusal
 
 pytestmark = pytest.mark.ray
@@ -65,12 +65,14 @@ def test_a_job_that_succeeds_gives_zero_through_the_address_of_the_cluster(membe
     assert "it is a  b" in lines
 
 
-def test_a_job_that_nobody_waits_for_is_handed_back_at_once(member) -> None:
-    outcome = submit(["true"], address=member.dashboard_url, env={}, on_line=print, follow=False)
+def test_a_job_that_nobody_waits_for_is_handed_back_at_once_with_how_to_look_at_it(member) -> None:
+    lines: list[str] = []
+    outcome = submit(["true"], address=member.dashboard_url, env={}, on_line=lines.append, follow=False)
     assert outcome.job_id and outcome.exit_code is None
+    assert f"espalier submit logs -f {outcome.job_id} --address {member.dashboard_url}" in lines[1]
 
 
-def test_ctrl_c_stops_the_job_which_still_gets_to_say_how_to_resume(member) -> None:
+def test_ctrl_c_leaves_the_job_to_itself_which_can_be_looked_at_followed_and_stopped(member) -> None:
     lines: list[str] = []
 
     def press(line: str) -> None:
@@ -78,11 +80,83 @@ def test_ctrl_c_stops_the_job_which_still_gets_to_say_how_to_resume(member) -> N
         if line == "waiting":
             signal.raise_signal(signal.SIGINT)
 
-    outcome = submit(["python", "-c", WAITS], address=member.dashboard_url, env={}, on_line=press)
-    assert (outcome.status, outcome.exit_code) == ("STOPPED", 130)
-    assert "resume with: espalier resume DIR" in lines
-    assert any(line.startswith("Ctrl-C: stopping job") for line in lines)
-    assert lines.count("waiting") == 1  # the log is sent anew after Ctrl-C, and passed on once
+    with pytest.raises(KeyboardInterrupt) as pressed:
+        submit(["python", "-c", WAITS, "a b"], address=member.dashboard_url, env={}, on_line=press)
+    job_id = lines[0].split()[1]
+    (note,) = pressed.value.__notes__
+    where = f"{job_id} --address {member.dashboard_url}"
+    assert note.startswith(f"job {job_id} goes on; ") and f"`espalier submit logs -f {where}`" in note
+    assert f"`espalier submit stop {where}`" in note
+
+    running = state(job_id, member.address)
+    assert (running.status, running.exit_code) == ("RUNNING", None) and running.command.endswith("'a b'")
+    assert job_id in [job.id for job in states(member.dashboard_url)]
+    so_far: list[str] = []
+    assert logs(job_id, member.dashboard_url, follow=False, on_line=so_far.append).exit_code is None
+    assert so_far[-1] == "waiting"
+
+    assert stop(job_id, member.dashboard_url).status == "STOPPED"
+    all_of_it: list[str] = []
+    assert logs(job_id, member.dashboard_url, follow=True, on_line=all_of_it.append).exit_code == 130
+    assert {"waiting", "resume with: espalier resume DIR"} <= set(all_of_it)
+    assert stop(job_id, member.dashboard_url).status == "STOPPED", "told again, it has ended already"
+
+
+def test_a_job_that_there_is_not_is_one_line_with_what_lists_those_there_are(member) -> None:
+    for ask in (state, stop, lambda *job: logs(*job, follow=True, on_line=print)):
+        with within(10), pytest.raises(Refusal, match=r"^job raysubmit_none: .* none .* submit status --address http"):
+            ask("raysubmit_none", member.dashboard_url)
+
+
+def test_a_folder_and_variables_go_along_and_no_secret_comes_out(member, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "mine with space"
+    (folder / "espalier").mkdir(parents=True)  # of the same name as ours: it stays apart
+    (folder / "text.txt").write_text("sent along")
+    (folder / ".env").write_text("what is hidden stays")
+    monkeypatch.setenv("SOME_TOKEN", "planted-secret")
+    code = (
+        "import os, sys, espalier.stages.errors; print(open(sys.argv[1][7:]).read(), sorted(os.listdir()), "
+        "os.environ['GIVEN'], 'planted-' + 'secret')"
+    )
+    lines: list[str] = []
+    outcome = submit(
+        ["python", "-c", code, f"--text={SHIPPED}/text.txt"],
+        address=member.dashboard_url,
+        env={"GIVEN": "by us"},
+        on_line=lines.append,
+        needs=JobNeeds(working_dir=folder, runtime_env={"env_vars": {"GIVEN": "by the user"}}),
+    )
+    assert outcome.exit_code == 0, lines
+    assert "sent along ['espalier', 'text.txt'] by the user ***" in lines
+    assert state(outcome.job_id, member.address).command.endswith("--text=WORKING_DIR/text.txt")
+
+
+def test_a_job_that_waits_for_room_is_said_to_and_to_end_when_it_begins(member, monkeypatch) -> None:
+    monkeypatch.setattr("espalier.cluster.connection.jobs.UNSTARTED_SECONDS", 1)
+    monkeypatch.setattr("espalier.cluster.connection.job_output.WAITING_SECONDS", 0)
+    lines: list[str] = []
+
+    def press(line: str) -> None:
+        lines.append(line)
+        if "has not started" in line:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        submit(["true"], address=member.dashboard_url, env={}, on_line=press, needs=JobNeeds(memory=1 << 60))
+    assert "waiting for resources" in lines[-1]
+    job_id = lines[0].split()[1]
+    with pytest.raises(Refusal, match=rf"^job {job_id} still waits for room.* will end as soon as it has begun$"):
+        stop(job_id, member.dashboard_url)
+
+
+def test_a_runtime_environment_that_ray_refuses_and_a_folder_that_is_too_large(member, tmp_path, monkeypatch) -> None:
+    with pytest.raises(Refusal, match=r"^--runtime-env: .*pip"):
+        submit(["true"], address=member.dashboard_url, env={}, on_line=print, needs=JobNeeds(runtime_env={"pip": 3}))
+    (tmp_path / "model.bin").write_bytes(b"0" * 100)
+    monkeypatch.setattr(package, "MOST_SHIPPED", 50)
+    for folder, said in ((tmp_path, "MiB"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(Refusal, match=rf"^--working-dir {folder}: .*{said}"):
+            submit(["true"], address=member.dashboard_url, env={}, on_line=print, needs=JobNeeds(working_dir=folder))
 
 
 def test_a_wrong_token_is_refused_within_ten_seconds(stranger) -> None:
@@ -104,15 +178,3 @@ def test_nobody_listening_is_refused_within_ten_seconds() -> None:
 
 def test_a_listener_that_is_no_dashboard_is_refused_within_ten_seconds(member) -> None:
     assert "does not answer" in refusal(f"http://{member.address}")  # the control service: speaks, but not HTTP/1
-
-
-def test_lines_are_passed_on_once_however_the_log_is_cut_and_sent_again() -> None:
-    seen: list[str] = []
-    lines = _Lines(seen.append)
-    for chunk in ("a\nb", "b\nc"):
-        lines.feed(chunk)
-    lines.restart()  # the connection broke: the log comes from its start, cut elsewhere
-    for chunk in ("a\n", "bb\ncc\n", "d"):
-        lines.feed(chunk)
-    lines.finish("a\nbb\ncc\ndd")
-    assert seen == ["a", "bb", "cc", "dd"]

@@ -1,10 +1,12 @@
 """What `espalier submit` makes of its arguments and environment before it makes a job of them."""
 
+from pathlib import Path
+
 import pytest
 
-from espalier.cluster.connection.jobs import JobOutcome
+from espalier.cluster.connection.jobs import JobNeeds, JobOutcome
 from espalier.pipeline.commands import submit
-from espalier.pipeline.commands.submit import absolute, job_environment
+from espalier.pipeline.commands.submit import absolute, job_environment, job_needs, shipped
 from espalier.stages.errors import Refusal
 
 
@@ -81,3 +83,46 @@ def test_an_argument_with_credentials_is_refused(here) -> None:
     with pytest.raises(Refusal, match=r"submit: --eval=https://host/x\?token=\*\*\* holds .*--config") as caught:
         submit.submit_command(["eval", "model", "--eval=https://ann:planted@host/x?token=planted"], address=None)
     assert "planted" not in str(caught.value)
+
+
+def test_what_goes_along_is_named_within_its_copy_but_for_what_is_written(here) -> None:
+    given = ["prune", f"{here}/model", "--output", f"{here}/sub", f"--calibration={here}/text.txt", "--eval", "/data/x"]
+    assert shipped(given, here) == [
+        *("prune", "\0/model", "--output", f"{here}/sub", "--calibration=\0/text.txt", "--eval", "/data/x")
+    ]
+    assert shipped(["eval", str(here), "--data", f"{here}/none.txt"], here) == [
+        "eval",
+        "\0",
+        "--data",
+        f"{here}/none.txt",
+    ]
+
+
+def test_what_a_job_needs_is_read_from_sizes_and_a_file(here) -> None:
+    Path("env.yaml").write_text("pip: [einops]\nenv_vars: {HF_HOME: /data/hub}\n")
+    needs = job_needs(Path("sub"), Path("env.yaml"), 2, None, "8GB")
+    assert needs == JobNeeds(Path("sub"), {"pip": ["einops"], "env_vars": {"HF_HOME": "/data/hub"}}, 2, None, 8 * 10**9)
+    assert job_needs(None, None, None, None, None) == JobNeeds()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("pipp: [einops]", r"pipp is unknown; did you mean pip\?"),
+        ("working_dir: .", "--working-dir says which folder"),
+        ("env_vars: {HF_TOKEN: planted-token}", "env_vars HF_TOKEN holds a secret"),
+        ("pip: ['--index-url https://ann:planted-token@host/simple']", "a URI in it holds a secret"),
+        ("[a]", "must hold options"),
+    ],
+)
+def test_a_runtime_environment_that_cannot_be_is_one_line(here, text: str, said: str) -> None:
+    Path("env.yaml").write_text(text)
+    with pytest.raises(Refusal, match=rf"env\.yaml: .*{said}") as caught:
+        job_needs(None, Path("env.yaml"), None, None, None)
+    assert "planted" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("cpus", "memory", "said"), [(-1, None, "cpus -1: "), (None, "much", "memory much: no size")])
+def test_amounts_that_cannot_be_are_one_line(cpus: float | None, memory: str | None, said: str) -> None:
+    with pytest.raises(Refusal, match=f"^--entrypoint-{said}"):
+        job_needs(None, None, cpus, None, memory)
