@@ -22,6 +22,7 @@ import ray
 from espalier.cluster.connection import authentication
 from espalier.cluster.connection import code_package as package
 from espalier.cluster.connection.folders import own_folder
+from espalier.cluster.connection.versions import check_nodes
 from espalier.cluster.connection.watchdog import watched
 from espalier.stages.errors import Refusal
 
@@ -111,7 +112,7 @@ def existing_cluster(address: str, own: Mapping[str, Path] = NOTHING) -> Iterato
     Its workers run this process's own copy of the project, in its directory, beside the user's modules in `own` (file
     names there -> the files here): give them absolute paths. Raises Refusal
     within ten seconds when nothing listens there, what listens is no Ray cluster, the token is missing or wrong, or
-    this machine is no node of the cluster.
+    this machine is no node of the cluster; and for a node with other versions than here.
     """
     credentials = authentication.find_credentials()
     endpoint = endpoint_of(address)
@@ -119,6 +120,7 @@ def existing_cluster(address: str, own: Mapping[str, Path] = NOTHING) -> Iterato
         probe(endpoint, credentials)
         try:
             _attach(endpoint, own)
+            check_nodes()
             yield
         finally:
             _disconnect()
@@ -194,6 +196,9 @@ def _attach(endpoint: str, own: Mapping[str, Path]) -> None:
         try:
             ray.init(address=endpoint, runtime_env=shipped, **_quiet())
         except (ConnectionError, RuntimeError, ValueError) as error:
+            if "Version mismatch" in str(error):  # of Ray and Python: both sides are in it, a line each
+                both = " ".join(str(error).split())
+                raise Refusal(f"the Ray cluster at {endpoint} refuses: {both}; install the same on both") from error
             raise Refusal(f"the Ray cluster at {endpoint} answers but refuses: {_first_line(error)}") from error
 
 
