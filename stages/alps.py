@@ -152,9 +152,7 @@ class _Scaled:
         return found_OI
 
 
-def _admm(
-    problem: _Scaled, keep_OI: Tensor, largest: Callable[[Tensor], Tensor], steps: int = STEPS
-) -> tuple[Tensor, Tensor]:
+def _admm(problem: _Scaled, keep_OI: Tensor, largest: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """The mask and values that ADMM ends with, from the mask that it starts with. V is kept in units of ρ.
 
     Every step reuses the same four matrices (O, I): fresh ones cost as much as the arithmetic on them.
@@ -164,8 +162,8 @@ def _admm(
     values_OI = dense_OI * keep_OI
     dual_OI = torch.sub(dense_OI, values_OI).mul_(FIRST_DUAL)
     pull_OI, free_OI = torch.empty_like(dense_OI), torch.empty_like(dense_OI)
-    for step in range(steps):
-        share = step / max(1, steps - 1)
+    for step in range(STEPS):
+        share = step / max(1, STEPS - 1)
         schedules = (RELAXATION, IN_MASK, IN_VALUES, DUAL_STEP)
         relaxation, in_mask, in_values, dual_step = (first + (last - first) * share for first, last in schedules)
         torch.sub(values_OI, dual_OI, out=pull_OI).sub_(dense_OI)

@@ -12,9 +12,9 @@ from random_layers import weight_of
 from torch import Tensor
 from trained import BUNDLED, layers
 
-from espalier.stages.alps import LAST_GAIN, LAST_STEPS, _admm, _conjugate_gradients, _Scaled, alps, solve
+from espalier.stages import alps as method
+from espalier.stages.alps import alps, solve
 from espalier.stages.errors import Refusal
-from espalier.stages.masks import keep_mask
 from espalier.stages.sparsegpt import sparsegpt
 
 correlated = partial(correlated_inputs, mixed=2.0)
@@ -147,20 +147,16 @@ def test_the_end_lowers_the_error_and_is_below_that_of_sparsegpt(target, tokens)
     assert best < loss(weight, least_squares(weight, peer != 0, damped(gram)), damped(gram))
 
 
-def admm_of(weight: Tensor, gram: Tensor, target: dict) -> tuple[_Scaled, Tensor, Tensor]:
-    """The scaled problem, and the mask and values that ADMM ends with."""
-    problem = _Scaled("ALPS", weight, gram, 0.01, None)
-    largest = partial(keep_mask, **({"scope": "matrix"} if "sparsity" in target else {}) | target)
-    return problem, *_admm(problem, largest(problem.dense_OI.abs()), largest)
-
-
 @pytest.mark.parametrize("target", TARGETS)
-def test_where_admm_comes_to_rest_it_is_at_least_squares_on_its_mask(target) -> None:
+def test_where_admm_comes_to_rest_it_is_at_least_squares_on_its_mask(target, monkeypatch) -> None:
     """The mask held: a mask that ADMM would change is no place of rest."""
     weight, x = weight_of(20, 40), correlated(400, 40)
     gram = (x.T @ x).float()
-    problem, keep, _ = admm_of(weight, gram, TARGETS[target])
-    values = problem.unscaled(_admm(problem, keep, lambda _: keep, steps=400)[1], keep)
+    monkeypatch.setattr(method, "LAST_STEPS", 0)  # ADMM alone
+    _, keep = alps(weight, gram, **TARGETS[target])
+    monkeypatch.setattr(method, "STEPS", 400)
+    monkeypatch.setattr(method, "keep_mask", lambda *_: keep)
+    values, _ = alps(weight, gram, **TARGETS[target])
     best = least_squares(weight, keep, damped(gram))
     torch.testing.assert_close(values.double(), best, rtol=1e-3, atol=1e-4)
     assert loss(weight, values, damped(gram)) <= loss(weight, best, damped(gram)) * (1 + 1e-6)
@@ -168,12 +164,13 @@ def test_where_admm_comes_to_rest_it_is_at_least_squares_on_its_mask(target) -> 
 
 @pytest.mark.parametrize("tokens", [1, 30, 600], ids=["one-token", "rank-deficient", "full-rank"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_conjugate_gradients_never_raise_the_error(target, tokens) -> None:
+def test_conjugate_gradients_never_raise_the_error(target, tokens, monkeypatch) -> None:
     weight, x = weight_of(50, 120), correlated(tokens, 120)
     gram = (x.T @ x).float()
-    problem, keep, values = admm_of(weight, gram, TARGETS[target])
-    before = problem.unscaled(values, keep)
-    after = problem.unscaled(_conjugate_gradients(problem, values, keep, LAST_STEPS, LAST_GAIN), keep)
+    after, keep = alps(weight, gram, **TARGETS[target])
+    monkeypatch.setattr(method, "LAST_STEPS", 0)
+    before, same = alps(weight, gram, **TARGETS[target])
+    assert torch.equal(keep, same) and not torch.equal(before, after)
     assert loss(weight, after, damped(gram)) <= loss(weight, before, damped(gram)) * (1 + 1e-6)
 
 

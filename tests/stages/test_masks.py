@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pretended_device import NAME, PretendedDevice
 
 from espalier.stages import masks
 from espalier.stages.errors import Refusal
@@ -67,11 +68,12 @@ def test_a_large_matrix_loses_exactly_its_lowest(levels) -> None:
 
 
 def test_the_nth_lowest_is_found_where_a_sample_leads_astray(monkeypatch) -> None:
-    keys = torch.arange(5000).numpy()
+    monkeypatch.setattr(masks, "CHUNK_ELEMENTS", 1000)
+    scores = torch.arange(5000.0).view(50, 100)
     for sampled in (1, 2, 50):
         monkeypatch.setattr(masks, "SAMPLED", sampled)
-        for nth in (1, 2, 2500, 4999, 5000):
-            assert masks._nth_lowest(keys, nth) == nth - 1
+        for nth in (1, 2, 2500, 4998, 4999):
+            assert torch.equal(keep_mask(scores, (nth + 0.5) / 5000, scope="matrix"), scores >= nth)
 
 
 @pytest.mark.parametrize(
@@ -100,11 +102,14 @@ def test_selection_in_chunks_equals_selection_at_once(monkeypatch) -> None:
 @quick
 @given(matrices(multiple=4), st.floats(0.01, 0.999))
 def test_what_a_gpu_runs_gives_the_same_masks(scores, sparsity) -> None:
-    """The functions for other devices use plain torch and run anywhere."""
-    if drop := int(scores.shape[-1] * sparsity):
-        assert torch.equal(masks._drop_lowest_on_device(scores, drop), by_full_sort(scores, drop))
-    groups = scores.reshape(-1, 4)
-    assert torch.equal(masks._keep_stronger(groups.unbind(-1), 3), by_full_sort(groups, 1))
+    with PretendedDevice():
+        there = scores.to(NAME)
+        rows, matrix = keep_mask(there, sparsity).cpu(), keep_mask(there, sparsity, scope="matrix").cpu()
+        groups = keep_mask(there, pattern=(3, 4)).cpu()
+    assert torch.equal(rows, by_full_sort(scores, int(scores.shape[-1] * sparsity)))
+    flat = scores.reshape(1, -1)
+    assert torch.equal(matrix.reshape(1, -1), by_full_sort(flat, int(flat.shape[-1] * sparsity)))
+    assert torch.equal(groups.reshape(-1, 4), by_full_sort(scores.reshape(-1, 4), 1))
 
 
 def test_the_scores_are_left_as_they_were() -> None:

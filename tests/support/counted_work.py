@@ -109,39 +109,38 @@ def count_work(
                 calls.following(index, 1, length).run(block, spools.batch([0]))
                 passing = max(passing, counted.peak - alone)
         del block
-        order = BlockTask(blocks=tuple(blocks))
-        work = BlockPruner(recipe, order, held, calibrations, skeleton, Timeline(), lambda name: spools)  # type: ignore[arg-type,return-value]
+        order, phases = BlockTask(blocks=tuple(blocks)), _Phases(counted)
+        work = BlockPruner(recipe, order, held, calibrations, skeleton, phases, lambda name: spools)  # type: ignore[arg-type,return-value]
+        phases.units = [unit.name for group in work.groups for unit in group.fits]
         del held
         alone = counted.restart()
-        masking, fitting, what = _phases(work, counted)
-    return Peaks(alone, passing, masking - alone, {name: peak - alone for name, peak in fitting.items()}, what)
-
-
-def _phases(work: BlockPruner, counted: Counted) -> tuple[int, dict[str, int], str]:
-    """The work done; the most while masks were found, and while each unit was fitted."""
-    masking, fitting, most, what = 0, dict[str, int](), 0, ""
-    mask, fit = work._mask, work._fit
-
-    def masked(group: Any, captured: Any) -> None:
-        nonlocal masking, most, what
-        counted.restart()
-        mask(group, captured)
-        masking = max(masking, counted.peak)
-        if counted.peak > most:
-            most, what = counted.peak, counted.what
-
-    def fitted(unit: Any, captured: Any) -> None:
-        nonlocal most, what
-        counted.restart()
-        with torch.enable_grad():
-            fit(unit, captured)
-        fitting[unit.name] = max(fitting.get(unit.name, 0), counted.peak)
-        if counted.peak > most:
-            most, what = counted.peak, counted.what
-
-    with patch.object(work, "_mask", masked), patch.object(work, "_fit", fitted):
         work.run()
-    return masking, fitting, what
+    fitting = {name: peak - alone for name, peak in phases.fitting.items()}
+    return Peaks(alone, passing, phases.masking - alone, fitting, phases.what)
+
+
+class _Phases(Timeline):
+    """The most while masks were found, and while each of `units` was fitted, in their order."""
+
+    def __init__(self, counted: Counted) -> None:
+        super().__init__()
+        self.units: list[str] = []
+        self.masking, self.fitting, self.what = 0, dict[str, int](), ""
+        self._counted, self._most = counted, 0
+
+    @contextmanager
+    def phase(self, name: str, block: int | None = None) -> Iterator[None]:
+        counted = self._counted
+        counted.restart()
+        with torch.enable_grad() if name == "reconstruct" else nullcontext():
+            yield
+        if name == "mask":
+            self.masking = max(self.masking, counted.peak)
+        else:
+            unit = self.units.pop(0)
+            self.fitting[unit] = max(self.fitting.get(unit, 0), counted.peak)
+        if counted.peak > self._most:
+            self._most, self.what = counted.peak, counted.what
 
 
 def _block(skeleton: Skeleton, index: int, device: str) -> nn.Module:

@@ -109,7 +109,7 @@ def test_auto_without_any_cluster_is_refused(monkeypatch) -> None:
 
 
 def test_a_cluster_without_a_node_on_this_machine_is_refused_and_not_waited_for(member, monkeypatch) -> None:
-    monkeypatch.setattr(connect, "_raylets_here", set)
+    monkeypatch.setattr("ray._private.services.find_node_ids", set)
     assert "espalier submit" in refusal(member.address)
 
 

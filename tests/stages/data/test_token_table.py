@@ -165,18 +165,18 @@ def test_same_seed_gives_the_same_rows_and_another_seed_other_rows(build):
     assert first.path.read_bytes() == again.path.read_bytes()
 
 
-def test_sample_reads_no_further_than_sixteen_windows_for_each(tmp_path):
+def test_sample_reads_no_further_than_sixteen_windows_for_each(build, monkeypatch):
     taken = []
 
-    def endless():
+    def endless(*_):
         while True:
             taken.append(4)
-            yield np.array([1, 2, 3, 4], dtype="<i4")
+            yield Document(ids=np.array([1, 2, 3, 4]))
 
-    with (tmp_path / "spool").open("wb") as spool:
-        found, _ = tokens._spool_windows(endless(), spool, 4, tokens.CANDIDATES * 3)
-    assert found == 48
-    assert len(taken) == 48
+    monkeypatch.setattr(tokens.corpus, "documents", endless)
+    monkeypatch.setattr(tokenise, "BATCH_PIECES", 1)
+    assert len(build("endless", samples=3, length=4, tokenizer=None)) == 3
+    assert len(taken) == 48 == 3 * tokens.CANDIDATES
 
 
 def test_parquet_jsonl_text_and_list_of_one_document_agree(build, tmp_path, small_pieces):

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from espalier.stages.alps import alps, solve
 from espalier.stages.masks import keep_mask
+from espalier.stages.model.calls import LayerCalls
+from espalier.stages.precision import computing
 from espalier.stages.recipe import Recipe
 from espalier.stages.refine import swaps
-from espalier.stages.shard.shard import Shard
 from espalier.stages.sparsegpt import sparsegpt
 from espalier.stages.statistics import InputStatistics
 
@@ -106,16 +107,16 @@ def test_a_block_wherever_its_weights_and_inputs_lie(
     for hidden in (32, 48):
         (shard,) = make_shards(tiny_checkpoint(hidden=hidden), tmp_path / str(hidden), 1, 12)
         block = shard.blocks.hold([1])[1]
-        compute = partial(through_a_moved_block, shard, block)
+        compute = partial(through_a_moved_block, LayerCalls(shard.skeleton.calls), block)
         for samples, tokens in ((1, 1), (1, 12), (2, 12)):  # one row is what MKL is most particular about
             assert len(outcomes(compute, random(samples, tokens, hidden))) == 1
 
 
-def through_a_moved_block(shard: Shard, block: nn.Module, x: Tensor) -> Tensor:
+def through_a_moved_block(calls: LayerCalls, block: nn.Module, x: Tensor) -> Tensor:
     for parameter in block.parameters():
         parameter.data = placed(parameter.data, x.data_ptr() % LINE // 4)
-    shard.begin(1)
-    return shard._run(1, block, x)
+    with torch.no_grad(), computing(block):
+        return calls.following(1, *x.shape[:2]).run(block, x)
 
 
 def correlated(tokens: int, inputs: int) -> Tensor:

@@ -5,26 +5,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_fit import Problem, reconstruct
+from fitting import Problem
+from pretended_device import NAME, PretendedDevice
 
 from espalier.cluster.shard_actor import ShardWorker
 from espalier.stages import devices
-from espalier.stages.masks import _drop_lowest_on_device, keep_mask
+from espalier.stages.masks import keep_mask
 from espalier.stages.statistics import InputStatistics
 
 
-def test_algorithms_are_deterministic_within_the_fit_alone(tmp_path, monkeypatch) -> None:
-    seen, train = [], reconstruct._train
+def test_algorithms_are_deterministic_within_the_fit_alone(tmp_path) -> None:
+    seen = set()
 
-    def watched(*args):
-        seen.append(
-            (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
-        )
-        return train(*args)
+    def watched(*_) -> None:
+        asked = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        seen.add((torch.is_grad_enabled(), *asked))
 
-    monkeypatch.setattr(reconstruct, "_train", watched)
-    Problem(tmp_path, samples=4).fit()
-    assert seen == [(True, False)] and not torch.are_deterministic_algorithms_enabled()
+    problem = Problem(tmp_path, samples=4)
+    problem.pruned.parts[1].register_forward_hook(watched)
+    problem.fit()
+    assert seen == {(True, True, False), (False, False, False)}, "in training, and not where errors are measured"
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_mode_that_was_set_is_set_again_after_an_error() -> None:
@@ -70,4 +71,5 @@ def test_a_whole_matrix_is_sorted_and_its_mask_stays(monkeypatch) -> None:
     scores = torch.randint(-4, 4, (30, 40)).float()  # many ties
     expected = keep_mask(scores, 0.4, scope="matrix")
     monkeypatch.setattr(torch.Tensor, "kthvalue", None, raising=False)  # nobody is to call it
-    assert torch.equal(_drop_lowest_on_device(scores.view(1, -1), 480).view(30, 40), expected)
+    with PretendedDevice():
+        assert torch.equal(keep_mask(scores.to(NAME), 0.4, scope="matrix").cpu(), expected)
