@@ -69,10 +69,8 @@ RECIPES: dict[str, dict[str, Any]] = {  # name in the table -> options of `prune
     "recipe best": {"recipe": "best"},
     "recipe best, pruned inputs": {"recipe": "best", "inputs": "pruned"},
 }
-ORDER = (
-    ("recipe best", BASE, "recipe balanced"),
-    ("recipe fast (wanda)", "alps", "alps, pruned inputs", "recipe best, pruned inputs"),
-)
+FIRST = ("recipe best", BASE)
+NEXT = ("recipe balanced", "recipe fast (wanda)", "alps", "alps, pruned inputs", "recipe best, pruned inputs")
 Job = tuple[str, str, str, int]  # model, recipe, target, seed
 
 
@@ -89,7 +87,7 @@ def jobs() -> list[Job]:
 
     def rank(job: Job) -> tuple[int, int, int, bool]:
         model, recipe, target, seed = job
-        tier = next((tier for tier, recipes in enumerate(ORDER) if recipe in recipes), len(ORDER))
+        tier = 0 if recipe in FIRST else 3 if recipe not in NEXT else 2 if seed else 1
         return 2 if model == "bundled" else target == "4:8", tier, seed, model != "stories260k"
 
     return sorted(everything, key=rank)
