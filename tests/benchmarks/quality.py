@@ -6,8 +6,9 @@
 Every run is an ordinary `prune` in one shard of one thread, whose process serves one run after the other. When it is
 finished it is a line of quality.jsonl beside this file. Runs that are there are not made again, so the whole can be
 stopped and gone on with; the most telling ones come first. A seed decides which calibration windows are taken, and
-everything random. Of the models two lie in a folder `shared` beside the repository, with their texts; the bundled one
-is calibrated and evaluated on the standard library's own sources.
+everything random. Measured is on 64 k held-out tokens from all over the text: a loss of 0.02 nats a token is 0.002
+uncertain on 16 k of them, 0.001 on these. Of the models two lie in a folder `shared` beside the repository, with their
+texts; the bundled one is calibrated and evaluated on the standard library's own sources.
 """
 
 import argparse
@@ -27,18 +28,21 @@ import ray
 import torch
 import trained_model
 from choices import accuracy, questions_for
-from trained_model import ROOT, SHARED, Quiet, commit, texts_for
+from torch import Tensor
+from trained_model import ROOT, SHARED, Quiet, commit
+from transformers import PreTrainedModel
 
 from espalier import PruneConfig, load, prune
 from espalier.cluster.connection.connect import local_cluster
-from espalier.cluster.shard_actor import OPTIONS, ShardWorker
+from espalier.cluster.shard_actor import OPTIONS, ShardFacts, ShardWorker
 from espalier.cluster.shard_group import ShardGroup
 from espalier.pipeline.demo import sources
 from espalier.pipeline.pruning import run as prune_run
+from espalier.stages.metrics.perplexity import measure
 from espalier.stages.metrics.profile import release_memory
 
 RECORD = Path(__file__).with_name("quality.jsonl")
-SEEDS, SAMPLES, LENGTH, WINDOWS = (0, 1, 2), 64, 256, 64
+SEEDS, SAMPLES, LENGTH, WINDOWS = (0, 1, 2), 64, 256, 256
 MODELS = {
     "pystdlib-5m": SHARED / "models" / "pystdlib-5m",
     "stories260k": SHARED / "models" / "stories260k",
@@ -115,43 +119,37 @@ class WarmShardGroup(ShardGroup):
     """A group of one shard whose actor outlives it."""
 
     worker: ClassVar[Any] = None
-    spent: ClassVar[list[float]] = []  # the shard's CPU seconds as each pass of evaluation began, and as it ended
+    spent: ClassVar[list[float]] = []  # the shard's CPU seconds once its tensors were loaded, and at the end
 
     def _started(self, threads: int, run_file: str | None) -> list[Any]:
         kept = type(self)
         kept.worker = kept.worker or ray.remote(num_cpus=threads, **OPTIONS)(WarmWorker).remote()
-        kept.spent = []
         ray.get(kept.worker.take_up.remote(*self.specs, threads, run_file))
         return [kept.worker]
 
-    def measure(self, *stream: Any, **options: Any) -> Any:
-        self.spent.append(ray.get(self.worker.cpu_seconds.remote()))
-        measures = super().measure(*stream, **options)
-        self.spent.append(ray.get(self.worker.cpu_seconds.remote()))
-        return measures
+    def open(self) -> list[ShardFacts]:
+        facts = super().open()
+        self.spent[:] = [ray.get(self.worker.cpu_seconds.remote())]
+        return facts
 
     def __exit__(self, *exception: object) -> None:
-        pass
+        self.spent.append(ray.get(self.worker.cpu_seconds.remote()))
 
 
 class Subject:
-    """A model with its texts, and what the dense one makes of the questions."""
+    """A model with its texts, and what the dense one makes of them."""
 
     def __init__(self, name: str, scratch: Path) -> None:
         self.name, self.model, self.scratch = name, str(MODELS[name]), scratch / name
         self.scratch.mkdir(parents=True, exist_ok=True)
-        calibration, held_out = _texts(name, self.scratch)
-        settings = argparse.Namespace(
-            model=self.model,
-            calibration=calibration,
-            eval=held_out,
-            scratch=self.scratch,
-            windows=WINDOWS,
-            length=LENGTH,
-        )
-        self.calibration, self.evaluation = texts_for(settings)
-        dense, tokenizer = load(self.model)
-        self.questions = questions_for(tokenizer, held_out.read_text(), "identifier")
+        self.calibration, held_out = _texts(name, self.scratch)
+        dense, tokenizer = load(self.model, dtype="float32")
+        text = held_out.read_text()
+        self.tokens = _windows(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        self.dense = dense.get_output_embeddings(), _hidden(dense, self.tokens)
+        with torch.no_grad():
+            self.dense_perplexity = measure(*self.dense, self.tokens).perplexity
+        self.questions = questions_for(tokenizer, text, "identifier")
         self.dense_choices = accuracy(dense, self.questions)
 
     def run(self, recipe: str, target: str, seed: int) -> dict[str, Any]:
@@ -162,7 +160,6 @@ class Subject:
                     model=self.model,
                     output=f"{home}/out",
                     calibration=str(self.calibration),
-                    eval=str(self.evaluation),
                     samples=SAMPLES,
                     length=LENGTH,
                     shards=1,
@@ -175,10 +172,12 @@ class Subject:
                 ),
                 Quiet(),
             )
-            pruned, _ = load(result.output)
-            choices = accuracy(pruned, self.questions)
-        assert result.perplexity and result.dense_perplexity and result.kl is not None
-        _, begun, ended, _ = WarmShardGroup.spent
+            pruned, _ = load(result.output, dtype="float32")
+        choices = accuracy(pruned, self.questions)
+        with torch.no_grad():
+            hidden = _hidden(pruned, self.tokens)
+            measures = measure(pruned.get_output_embeddings(), hidden, self.tokens, self.dense)
+        begun, ended = WarmShardGroup.spent
         units = [unit for block in result.run["blocks"] for unit in block["units"]]
         seconds = result.run["seconds"]
         return {
@@ -186,10 +185,10 @@ class Subject:
             "recipe": recipe,
             "target": target,
             "seed": seed,
-            "perplexity": round(result.perplexity, 5),
-            "dense_perplexity": round(result.dense_perplexity, 5),
-            "kl": round(result.kl, 5),
-            "top1_agreement": round(result.top1_agreement or 0.0, 5),
+            "perplexity": round(measures.perplexity, 5),
+            "dense_perplexity": round(self.dense_perplexity, 5),
+            "kl": round(measures.kl or 0.0, 5),
+            "top1_agreement": round(measures.top1_agreement or 0.0, 5),
             "choice_accuracy": round(choices, 4),
             "dense_choice_accuracy": round(self.dense_choices, 4),
             "seconds": round(seconds.get("stream", 0.0) + seconds["work"], 2),
@@ -209,6 +208,18 @@ def _texts(model: str, scratch: Path) -> tuple[Path, Path]:
         return calibration, held_out
     name = {"pystdlib-5m": "pystdlib", "stories260k": "stories"}[model]
     return SHARED / "data" / f"{name}-calib.txt", SHARED / "data" / f"{name}-valid.txt"
+
+
+def _windows(ids: Tensor) -> Tensor:
+    """At most WINDOWS windows (S, LENGTH) of a text's tokens (T,), evenly spread: its first pages are few files."""
+    whole = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    return whole[:: max(1, len(whole) // WINDOWS)][:WINDOWS]
+
+
+@torch.no_grad()
+def _hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """What the head reads of windows (S, T): (S, T, D)."""
+    return torch.cat([model.base_model(batch).last_hidden_state for batch in tokens.split(8)])
 
 
 def read(record: Path) -> list[dict[str, Any]]:
