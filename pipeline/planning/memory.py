@@ -165,8 +165,12 @@ def _set_aside(
 ) -> tuple[int, int]:
     """Activations that wait for the work, and those carried from block to block."""
     kept = 0.0 if recipe is None else _kept_streams(recipe) * _kept_width(facts, recipe)
-    carries = resident == "one" or (recipe is not None and recipe.sequential)
-    return int(kept * tokens * item * (last - first)), 2 * tokens * facts.travels * item if carries else 0
+    carried = 0
+    if resident == "one" or (recipe is not None and recipe.sequential):
+        carried += 2 * facts.travels
+    if recipe is not None and recipe.corrected:
+        carried += _going_on(recipe) * max(facts.travels, *(c.attention for block in facts.components for c in block))
+    return int(kept * tokens * item * (last - first)), carried * tokens * item
 
 
 def _host(facts: ModelInfo, window: int, batch: int, arithmetic: Arithmetic) -> int:
@@ -188,6 +192,14 @@ def _kept_streams(recipe: Recipe) -> float:
             return 1
         return 2 if recipe.gathers and not recipe.sequential else 0
     return (kind.streams + (kind.sweep_streams or 0 if recipe.sweeps else 0)) / recipe.blocks_per_unit
+
+
+def _going_on(recipe: Recipe) -> int:
+    """How often the activations of all tokens are kept between the passes that find the masks of one unit with
+    corrected targets, dense and pruned: what attention's last matrix reads, and from block to block what reaches the
+    next, beside what reached the one before."""
+    kind = find_unit(recipe.pruned_together)
+    return 2 * min(3, recipe.blocks_per_unit) if kind is not None and kind.whole_blocks else 0
 
 
 def _kept_width(facts: ModelInfo, recipe: Recipe) -> float:

@@ -32,6 +32,27 @@ class Weight:
         return matrix.T if self.transposed else matrix
 
 
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """The matrix that a component ends with: what it gives is the component's output as it is.
+
+    `beside`: what the component gives with it, all None; None if it gives that tensor alone.
+    """
+
+    component: str
+    weight: Weight
+    beside: tuple[None, ...] | None
+
+    def comes_after(self, name: str) -> bool:
+        """Whether that weight is another one of the component."""
+        return name != self.weight.name and name.startswith(f"{self.component}.")
+
+    def output(self, block: nn.Module, x: Tensor) -> Any:
+        """What the component gives when the matrix reads `x`."""
+        given = block.get_submodule(self.weight.module)(x)
+        return given if self.beside is None else (given, *self.beside)
+
+
 @dataclass(slots=True)
 class Unit:
     """One component with the norms that belong to it, as module names relative to the block."""
@@ -44,6 +65,7 @@ class Unit:
     frozen: tuple[str, ...] = ()  # modules inside that are not fitted
     parallel: bool = False  # reads the same residual stream as another component: neither sees the other's output
     adds: bool = True  # what it gives is as wide as what it reads, and is added to the stream
+    closing: Closing | None = None  # where the component is one module, with no more to it behind its last matrix
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -126,12 +148,14 @@ def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> A
     """
     inputs: dict[str, Tensor] = {}  # holding the tensors keeps their identity unique during the pass
     outputs: dict[str, Tensor] = {}
+    beside: dict[str, tuple[Any, ...] | None] = {}
     calls: dict[str, Call] = {}
     entered: list[Tensor] = []  # what the block is given
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs[name], outputs[name] = Call.hidden_of(args, kwargs), first(output)
+            beside[name] = tuple(output[1:]) if isinstance(output, tuple | list) else None
             calls[name] = inner_call(passage, Call.seen(args, kwargs), inputs[name])
 
         return hook
@@ -166,6 +190,12 @@ def trace(block: nn.Module, run: Callable[[], object], layout: BlockLayout) -> A
         frozen = tuple(router for router in layout.routers if router.startswith(f"{name}."))
         chain = layout.chains.get(name, ())
         units.append(Unit(name, next(iter(before), None), next(iter(after), None), weights, chain, frozen))
+        last = next((weight for weight in weights if weight.expert is None and outputs[weight.module] is exit_), None)
+        plain_call = (
+            passage is None and not chain and exit_.ndim == 3 and all(one is None for one in beside[name] or ())
+        )
+        if last is not None and plain_call and inputs[last.module].ndim == 3:
+            units[-1].closing = Closing(name, last, beside[name])
     for unit in units:
         stream = inputs[unit.modules[0]]
         unit.parallel = any(inputs[other.modules[0]] is stream for other in units if other is not unit)

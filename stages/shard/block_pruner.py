@@ -18,15 +18,17 @@ from espalier.stages.devices import on_accelerator
 from espalier.stages.loading.skeleton import Skeleton
 from espalier.stages.masks import count_zeros, masked
 from espalier.stages.metrics.profile import Timeline, release_memory
+from espalier.stages.model.anatomy import Closing
 from espalier.stages.model.hooks import activation_hooks
 from espalier.stages.precision import computing, fitted_in
 from espalier.stages.recipe import BlockTask, Recipe, derived_seed
 from espalier.stages.reconstruction.fit import FitSettings, fit, rate_unit, split_samples
+from espalier.stages.reconstruction.passes import Place, UnitPasses, batches, portions
 from espalier.stages.reconstruction.shapes import Routing, component_shapes
 from espalier.stages.reconstruction.target import Target
 from espalier.stages.reconstruction.units import FitUnit, Group, UnitModules, groups_of
 from espalier.stages.shard.calibration import BlockCalibration
-from espalier.stages.shard.gathering import Dense, Gathered, Stage, batches, blocks_of, gather, stages_of
+from espalier.stages.shard.gathering import Gathered, Stage, blocks_of, closing_of, gather, stages_of
 from espalier.stages.shard.mask_selection import MaskSelector
 from espalier.stages.shard.memory import Arithmetic, work_bytes
 from espalier.stages.storage.spool import Spool
@@ -139,23 +141,39 @@ class BlockPruner:
         """Score, mask and refine every prunable weight of the group; pruned weights become +0."""
         recipe, unit = self.recipe, group.whole
         anatomies = {block: self.calibrations[block].anatomy for block in blocks_of(unit)}
-        dense = self._dense(unit) if recipe.corrected else None
-        for number, stage in enumerate(stages_of(unit, anatomies, recipe.corrected)):
-            gathered: Gathered = {}
-            if recipe.gathers:
-                given = self._captured(unit, captured) if recipe.sequential else self._entry(unit).inputs[unit.source]
-                # The first of dense inputs reads what the dense unit reads; an expert's tokens have no counterpart.
-                beside = dense if (number or recipe.sequential) and not stage.experts else None
-                samples = split_samples(len(given))[0] if recipe.spares_held_out else None
-                gathered = gather(unit, stage, self.modules, given, recipe.needs, self.skeleton.device, beside, samples)
-            self._mask_stage(stage, gathered)
+        stages = stages_of(unit, anatomies, recipe.corrected)
+        if not recipe.gathers:
+            for stage in stages:
+                self._mask_stage(stage, {})
+            return
+        given = self._captured(unit, captured) if recipe.sequential else self._entry(unit).inputs[unit.source]
+        samples = split_samples(len(given))[0] if recipe.spares_held_out else None
+        with ExitStack() as held:
+            passes, dense = UnitPasses(unit, self.modules, given), None
+            if recipe.corrected:
+                going_on = closing_of(stages[:-1], anatomies, self.modules)
+                passes = UnitPasses(unit, self.modules, given, self._spool, going_on)
+                held.callback(passes.close)
+                # What an expert's pass through the whole of it sees is of use to the last stage, too.
+                dense = self._dense(
+                    unit, closing_of(stages, anatomies, self.modules) if stages[0].experts else going_on
+                )
+                held.callback(dense.close)
+            as_dense = not recipe.sequential  # whether stages read what they do in the dense unit
+            for stage in stages:
+                on, beside = passes, None if stage.experts else dense  # an expert's tokens have no counterpart
+                if dense is not None and as_dense:
+                    on, beside, as_dense = dense, None, stage.experts
+                gathered = gather(on, stage, recipe.needs, self.skeleton.device, beside, samples)
+                self._mask_stage(stage, gathered)
 
-    def _dense(self, unit: FitUnit) -> Dense:
+    def _dense(self, unit: FitUnit, closing: Mapping[Place, Closing]) -> UnitPasses:
         """The unit as it is before any weight of it is pruned, and what it reads in the dense model."""
         modules = {
             block: self.skeleton.assembled(block, dict(self.modules[block].state_dict())) for block in blocks_of(unit)
         }
-        return Dense(modules, self._entry(unit).inputs[unit.source])
+        inputs = self._entry(unit).inputs[unit.source]
+        return UnitPasses(unit, modules, inputs, self._spool, closing, final=True)
 
     def _mask_stage(self, stage: Stage, gathered: Gathered) -> None:
         for (block, parameter), weights in stage.parameters().items():
@@ -202,7 +220,8 @@ class BlockPruner:
 
         block = self.modules[unit.first]
         with torch.no_grad(), computing(block), activation_hooks(block, entry.anatomy, None, {module: [reached]}):
-            for samples, (batch,) in batches(self._carried, self.skeleton.device):
+            numbers = portions(self._carried)
+            for samples, (batch,) in zip(numbers, batches(numbers, self.skeleton.device, [self._carried]), strict=True):
                 with suppress(_Reached):
                     entry.call.at(samples).run(block, batch)
         return spool

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from espalier.stages.devices import on_accelerator
 from espalier.stages.errors import OutOfStep
 from espalier.stages.loading.skeleton import Skeleton
 from espalier.stages.model.anatomy import trace
@@ -100,13 +99,11 @@ class CalibrationStore:
         """The blocks whose calibration is whole, and the sweep whose inputs each of them holds (0: none)."""
         return {index: c.drifted_for for index, c in self._calibrations.items() if c.complete}
 
-    def make_room(self, training: int) -> None:
-        """Move activations to disk, the last blocks' first, so that they and the work together stay within the larger
-        of the two's own bounds: on a CPU, where one memory holds both."""
-        if on_accelerator(self._spec.device):
-            return
+    def make_room(self, work: int) -> None:
+        """Move activations to disk, the last blocks' first, so that they and `work` bytes beside them stay within the
+        larger of the two's own bounds."""
         for index in sorted(self._calibrations, reverse=True):
-            if self._budget.used + training <= max(training, self._budget.limit):
+            if self._budget.used + work <= max(work, self._budget.limit):
                 return
             self._calibrations[index].spill()
 

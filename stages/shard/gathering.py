@@ -6,31 +6,21 @@ unit has x: beside G = Σ x̃ x̃ᵀ the cross sums C = Σ x̃ xᵀ are gathered
 what those before it lost. stages/README.md §5b.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from espalier.stages.model.anatomy import Anatomy, Weight
-from espalier.stages.model.hooks import SeenInput, activation_hooks
+from espalier.stages.model.anatomy import Anatomy, Closing, Weight
 from espalier.stages.precision import computing
-from espalier.stages.reconstruction.units import FitUnit, UnitModules
+from espalier.stages.reconstruction.passes import Place, UnitPasses, batches, portions
+from espalier.stages.reconstruction.units import FitUnit
 from espalier.stages.shard.calibration import Counting, new_statistics
 from espalier.stages.statistics import InputStatistics
-from espalier.stages.storage.spool import Spool
-from espalier.stages.storage.staging import prefetch
 
-PASS_TOKENS = 2048  # run through a unit at a time where its activations are needed once more
-
-Seer = Callable[[int, tuple[Weight, ...], Tensor], None]  # of a block, weights that read one tensor, and that tensor
+WIDE = 2  # times what a component gives: an input of its last matrix up to so wide is kept
 Gathered = dict[int, dict[str, InputStatistics]]  # block -> weight name -> statistics of what it reads
-
-
-class _Seen(Exception):
-    """Ends a pass when all that was looked for has been seen."""
 
 
 @dataclass(frozen=True)
@@ -80,45 +70,40 @@ def blocks_of(unit: FitUnit) -> list[int]:
     return list(dict.fromkeys(step.block for step in unit.steps))
 
 
-def batches(
-    samples: Spool, device: str, *others: Spool, chosen: Sequence[int] | None = None
-) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """All samples, or those `chosen`, in order, a few at a time, with their numbers, on the device, and those of
-    `others` with them; the next are on their way meanwhile."""
-    step = max(1, PASS_TOKENS // len(samples[0])) if len(samples) and not samples.ragged else 1
-    chosen = range(len(samples)) if chosen is None else chosen
-    numbers = [list(chosen[start : start + step]) for start in range(0, len(chosen), step)]
-    made = ([functools.partial(spool.batch, indices) for spool in (samples, *others)] for indices in numbers)
-    for indices, ready in zip(numbers, prefetch(made, device), strict=True):
-        yield indices, [batch() for batch in ready]
-
-
-@dataclass(frozen=True)
-class Dense:
-    """The dense model beside which statistics are gathered: the unit's blocks as they were, and what it reads there."""
-
-    modules: Mapping[int, nn.Module]
-    inputs: Spool
+def closing_of(
+    stages: Sequence[Stage], anatomies: Mapping[int, Anatomy], modules: Mapping[int, nn.Module]
+) -> dict[Place, Closing]:
+    """The weights of these stages that components end with, those whose input is worth keeping: not so wide that to
+    keep it would cost more than to compute it again."""
+    found: dict[Place, Closing] = {}
+    for block, anatomy in ((block, anatomy) for stage in stages for block, anatomy in stage.anatomies.items()):
+        read = {weight for group in anatomy.shared_inputs for weight in group}
+        for closing in (unit.closing for unit in anatomies[block].units):
+            if closing is not None and closing.weight in read:
+                weight = closing.weight
+                outputs, inputs = weight.of(modules[block].get_parameter(weight.parameter)).shape
+                if inputs <= WIDE * outputs:
+                    found[block, weight.name] = closing
+    return found
 
 
 def gather(
-    unit: FitUnit,
+    unit: UnitPasses,
     stage: Stage,
-    modules: Mapping[int, nn.Module],
-    given: Spool,
     needs: frozenset[str],
     device: str,
-    dense: Dense | None = None,
+    dense: UnitPasses | None = None,
     samples: Sequence[int] | None = None,
 ) -> Gathered:
-    """Statistics of what the stage's weights read when the unit, as it is in `modules`, is given `given`, or `samples`
+    """Statistics of what the stage's weights read when the unit, as it is, is given all that it is given, or `samples`
     of it; with `dense` also the cross sums with what they read in the dense unit.
 
     Raises Refusal for a NaN or an infinity in what is read, naming block, weight and sample.
     """
+    modules = unit.modules
     gathered = {block: new_statistics(anatomy, modules[block], needs) for block, anatomy in stage.anatomies.items()}
     counts = {block: Counting(gathered[block], modules[block], f"calibration, block {block}") for block in gathered}
-    waiting: dict[tuple[int, str], list[Tensor]] = {}  # what the dense unit read, until the pruned one has read it
+    waiting: dict[Place, list[Tensor]] = {}  # what the dense unit read, until the pruned one has read it
 
     def seen_dense(block: int, group: tuple[Weight, ...], x: Tensor) -> None:
         waiting.setdefault((block, group[0].name), []).append(x)
@@ -128,42 +113,18 @@ def gather(
         if dense is not None:
             gathered[block][group[0].name].update_cross(x, waiting[block, group[0].name].pop(0))
 
-    chain, calls = UnitModules(unit, modules), [step.call for step in unit.steps]
-    dense_chain = chain if dense is None else UnitModules(unit, dense.modules)
-    beside = () if dense is None or dense.inputs is given else (dense.inputs,)
-    with computing(chain), computing(dense_chain):
-        for numbers, batch in batches(given, device, *beside, chosen=samples):
-            called = [call.at(numbers) for call in calls]
-            if dense is not None:
-                with _watched(unit, stage, dense.modules, seen_dense, len(numbers)):
-                    dense_chain(batch[-1], called)
-            with _watched(unit, stage, modules, seen, len(numbers)):
-                chain(batch[0], called)
+    with ExitStack() as held:
+        walked = [] if dense is None else [(dense, seen_dense)]
+        walked.append((unit, seen))
+        for passes, _ in walked:
+            held.enter_context(computing(passes.chain))
+        numbers = portions(unit.given, samples)
+        sources = list(dict.fromkeys(source for passes, _ in walked for source in passes.sources))
+        watched = [held.enter_context(passes.watched(stage.anatomies, see, stage.experts)) for passes, see in walked]
+        for portion, batch in zip(numbers, batches(numbers, device, sources), strict=True):
+            loaded = dict(zip(sources, batch, strict=True))
+            for passing in watched:
+                passing.run(portion, loaded)
             for count in counts.values():
                 count.settle()
     return gathered
-
-
-@contextmanager
-def _watched(unit: FitUnit, stage: Stage, modules: Mapping[int, nn.Module], see: Seer, samples: int) -> Iterator[None]:
-    """Within it a pass through the unit hands `see` what the stage's weights read, and ends when all has been seen."""
-    unseen = {
-        (block, group[0].name): samples for block, anatomy in stage.anatomies.items() for group in anatomy.shared_inputs
-    }
-
-    def seeing(block: int) -> SeenInput:
-        def hook(group: tuple[Weight, ...], x: Tensor) -> None:
-            see(block, group, x)
-            unseen[block, group[0].name] -= len(x)
-            if not stage.experts and not any(unseen.values()):
-                raise _Seen
-
-        return hook
-
-    with ExitStack() as hooks:
-        for block, anatomy in stage.anatomies.items():
-            root = next(step.module for step in unit.steps if step.block == block)
-            hooks.enter_context(activation_hooks(modules[block], anatomy, seeing(block), root=root))
-        hooks.enter_context(torch.no_grad())
-        with suppress(_Seen):
-            yield

@@ -14,10 +14,10 @@ from espalier.stages.criteria.scoring import find_criterion
 from espalier.stages.metrics.perplexity import HEAD_POSITIONS
 from espalier.stages.recipe import Recipe
 from espalier.stages.reconstruction.fit import STEPPED_AT_A_TIME
+from espalier.stages.reconstruction.passes import PASS_TOKENS
 from espalier.stages.reconstruction.shapes import UnitShape, joined
 from espalier.stages.reconstruction.units import find_unit
 from espalier.stages.refine import grow_and_prune, sparse_swaps
-from espalier.stages.shard.gathering import PASS_TOKENS
 from espalier.stages.sparsegpt import DOUBLE_UP_TO
 from espalier.stages.statistics import CPU_CHUNK, GRAM_TOKENS
 from espalier.stages.storage.staging import SLAB, SLABS

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from espalier.stages.allocation import outlier_share
 from espalier.stages.criteria.scoring import score_rows
 from espalier.stages.device_errors import out_of_memory_refused
+from espalier.stages.devices import on_accelerator
 from espalier.stages.errors import OutOfStep
 from espalier.stages.loading.ends import copy_ends
 from espalier.stages.loading.skeleton import Skeleton, read_config
@@ -283,8 +284,10 @@ class Shard:
         )
         del blocks
         self.blocks.release()  # the dense blocks go, matrix by matrix, as their pruned copies are made
-        self.gathered.make_room(work.training_bytes(self.spec.length))
-        work.run()
+        beside = 0 if on_accelerator(self.spec.device) else work.training_bytes(self.spec.length)  # in the same memory
+        self.gathered.make_room(beside)
+        with self.budget.leaving(beside):
+            work.run()
         self._commits.hand_over(work, dict(self._streamed))
         if carry:
             for index in order.blocks:

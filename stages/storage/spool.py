@@ -6,7 +6,7 @@ count as the process's memory, and its bound is a promise.
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,20 @@ class SpoolBudget:
         self.limit = limit
         self.used = 0
         self.peak = 0
+        self._left = 0  # to other work
+
+    @contextlib.contextmanager
+    def leaving(self, room: int) -> Iterator[None]:
+        """Within it, what is taken leaves so many of the bytes for work in the same memory."""
+        self._left += room
+        try:
+            yield
+        finally:
+            self._left -= room
 
     def take(self, wanted: int) -> bool:
         """True, and counted, if `wanted` more bytes fit."""
-        if self.used + wanted > self.limit:
+        if self.used + self._left + wanted > self.limit:
             return False
         self.used += wanted
         self.peak = max(self.peak, self.used)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from espalier.stages.masks import masked
 from espalier.stages.model.anatomy import Weight
 from espalier.stages.recipe import Recipe
+from espalier.stages.reconstruction.passes import UnitPasses
 from espalier.stages.reconstruction.units import Group, groups_of
 from espalier.stages.shard.calibration import BlockCalibration
-from espalier.stages.shard.gathering import Dense, gather, stages_of
+from espalier.stages.shard.gathering import gather, stages_of
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import block_file
 
@@ -74,7 +75,8 @@ def test_cross_sums_pair_what_is_read_now_with_what_was_read_in_the_dense_block(
     }
     pruned.load_state_dict(halved, strict=False, assign=True)
     stage = stages_of(unit, {1: calibration.anatomy}, corrected=True)[place]
-    gathered = gather(unit, stage, {1: pruned}, inputs, CORRECTED.needs, "cpu", Dense({1: dense}, inputs))
+    passes = [UnitPasses(unit, {1: module}, inputs) for module in (pruned, dense)]
+    gathered = gather(passes[0], stage, CORRECTED.needs, "cpu", passes[1])
     found = gathered[1][module]
     assert list(gathered) == [1] and {id(statistics) for statistics in gathered[1].values()} == {id(found)}
     everything = inputs.batch(list(range(SAMPLES)))
@@ -96,7 +98,7 @@ def test_a_pass_ends_where_all_that_was_looked_for_has_been_read(shard: Shard) -
     block = shard.blocks.hold([1])[1]
     stage = stages_of(unit, {1: calibration.anatomy}, corrected=True)[1]
     with reading(block, "mlp.down_proj") as seen:
-        gather(unit, stage, {1: block}, calibration.inputs[unit.source], CORRECTED.needs, "cpu")
+        gather(UnitPasses(unit, {1: block}, calibration.inputs[unit.source]), stage, CORRECTED.needs, "cpu")
     assert not seen
 
 

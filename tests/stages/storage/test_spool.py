@@ -121,6 +121,20 @@ def test_spools_share_one_budget(tmp_path) -> None:
     assert same_bits(second.batch([3, 0, 5, 4]), data[[3, 0, 1, 0]])
 
 
+def test_work_in_the_same_memory_is_left_its_part(tmp_path) -> None:
+    data = samples(2, torch.float32)
+    budget = SpoolBudget(3 * data[0].nbytes)
+    first, second, third = (Spool(tmp_path / f"{name}.arrow", budget) for name in range(3))
+    with budget.leaving(2 * data[0].nbytes):
+        first.append(data)
+        assert (budget.used, first.disk_bytes) == (data[0].nbytes, data[0].nbytes)
+        with budget.leaving(5 * data[0].nbytes):
+            second.append(data)
+    assert (budget.used, second.disk_bytes) == (data[0].nbytes, 2 * data[0].nbytes)
+    third.append(data)
+    assert third.disk_bytes == 0
+
+
 def test_a_full_disk_is_refused_with_the_remedies(tmp_path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
