@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md", "tests/README.md")),
     *(ROOT / floor / "README.md" for floor in ("stages", "cluster", "pipeline")),
-    ROOT / "tests" / "benchmarks" / "README.md",
+    *(ROOT / folder / "README.md" for folder in ("cluster/deploy", "tests/benchmarks")),
 ]
 READMES = ["README.md", "stages/README.md", "cluster/README.md", "pipeline/README.md"]
 PATH = re.compile(r"`((?:stages|cluster|pipeline|tests|espalier)/[\w/.-]*)`")

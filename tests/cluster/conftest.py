@@ -1,4 +1,5 @@
-"""A real Ray cluster of two raylets with token authentication, for every test that asks for `two_raylets`."""
+"""A real Ray cluster of two raylets with token authentication, for every test that asks for `two_raylets`; and a small
+run whose bytes are known."""
 
 import contextlib
 import json
@@ -6,12 +7,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from whole_runs import LENGTH, MICROBATCH, SAMPLES, add_tokenizer, prune_without_ray, write_text
+
+from espalier.pipeline.config.prune import PruneConfig
 
 CPUS_EACH = 2  # logical: what Ray may schedule, not cores
 STARTUP_SECONDS = 120
@@ -112,3 +117,27 @@ def _end(process: subprocess.Popen[str]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             survivor.kill()
     psutil.wait_procs(left, timeout=5)
+
+
+@pytest.fixture(scope="session")
+def wanted(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The options of a small run, but for its output."""
+    home = tmp_path_factory.mktemp("wanted")
+    model = home / "model"
+    model.mkdir()
+    for file in tiny_checkpoint().iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    add_tokenizer(model)
+    return {
+        "model": str(model),
+        "calibration": str(write_text(home / "text.txt", 4000, seed=1)),
+        "eval": str(write_text(home / "held-out.txt", 500, seed=2)),
+        "samples": SAMPLES,
+        "length": LENGTH,
+        "microbatch": MICROBATCH,
+    }
+
+
+@pytest.fixture(scope="session")
+def expected(wanted: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return prune_without_ray(PruneConfig(**wanted, output=str(tmp_path_factory.mktemp("expected") / "out")))

@@ -3,23 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import (
-    LENGTH,
-    MICROBATCH,
-    SAMPLES,
-    Command,
-    Listener,
-    add_tokenizer,
-    prune_without_ray,
-    users_modules,
-    weights_of,
-    write_text,
-)
+from whole_runs import Command, Listener, prune_line, users_modules, weights_of
 
 from espalier.pipeline.cli.main import main
 from espalier.pipeline.config.prune import PruneConfig
@@ -28,42 +16,12 @@ from espalier.pipeline.pruning.prune import prune
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def wanted(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The options of a small run, but for its output."""
-    home = tmp_path_factory.mktemp("wanted")
-    model = home / "model"
-    model.mkdir()
-    for file in tiny_checkpoint().iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    add_tokenizer(model)
-    return {
-        "model": str(model),
-        "calibration": str(write_text(home / "text.txt", 4000, seed=1)),
-        "eval": str(write_text(home / "held-out.txt", 500, seed=2)),
-        "samples": SAMPLES,
-        "length": LENGTH,
-        "microbatch": MICROBATCH,
-    }
-
-
-@pytest.fixture(scope="module")
-def expected(wanted: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return prune_without_ray(PruneConfig(**wanted, output=str(tmp_path_factory.mktemp("expected") / "out")))
-
-
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri
-
-
-def flags(wanted: dict[str, Any], **more: object) -> list[str]:
-    options = {name: value for name, value in wanted.items() if name != "model"} | more
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
-    return ["prune", wanted["model"], *(part for pair in pairs for part in pair)]
 
 
 def test_the_bytes_are_the_same_with_shards_on_two_nodes_and_one_node_lost(
@@ -95,7 +53,7 @@ def test_a_submitted_run_gives_the_same_bytes_and_a_complete_record(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = flags(wanted, output="out", shards=2, experiment="submitted")
+    command = prune_line(wanted, output="out", shards=2, experiment="submitted")
     assert main(["submit", "--address", member.dashboard_url, "--", *command]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^block \d .* \d/4 blocks", out, re.MULTILINE) and str(tmp_path / "out") in out
@@ -112,7 +70,7 @@ def test_a_submitted_run_gives_the_same_bytes_and_a_complete_record(
 def test_a_refusal_inside_the_job_comes_back_as_its_one_line_and_exit_code_2(
     member: Any, wanted: dict[str, Any], database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = flags(wanted | {"samples": 1000}, output="out")
+    command = prune_line(wanted | {"samples": 1000}, output="out")
     assert main(["submit", "--address", member.dashboard_url, "--", *command]) == 2
     captured = capsys.readouterr()
     said = [line for line in (captured.out + captured.err).splitlines() if line.startswith("espalier: ")]
@@ -132,7 +90,7 @@ def test_a_criterion_of_one_s_own_goes_along_to_the_cluster(
 ) -> None:
     (tmp_path / "own_scores.py").write_text(OWN)
     more = {"criterion": "own_scores.slow_wanda", "refine": "none", "reconstruct": "none", "shards": 2}
-    command = flags({name: value for name, value in wanted.items() if name != "eval"}, output="out", **more)
+    command = prune_line({name: value for name, value in wanted.items() if name != "eval"}, output="out", **more)
     if way == "submit":
         command = ["submit", "--address", member.dashboard_url, "--", *command]
     else:
@@ -146,7 +104,7 @@ def test_a_submitted_run_heeds_no_module_of_the_users_that_has_a_name_of_ours(
 ) -> None:
     users = users_modules(tmp_path / "users")
     more = {"criterion": "cluster.mine", "refine": "none", "reconstruct": "none", "shards": 2}
-    command = flags({k: v for k, v in wanted.items() if k != "eval"}, output=tmp_path / "out", **more)
+    command = prune_line({k: v for k, v in wanted.items() if k != "eval"}, output=tmp_path / "out", **more)
     path = os.pathsep.join([str(users), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = Command(["submit", "--address", member.dashboard_url, "--", *command], {"PYTHONPATH": path}, users)
     assert run.finish()[0] == 0, run.lines

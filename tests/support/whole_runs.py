@@ -87,6 +87,13 @@ def recorded_outside_the_table(run: Path) -> set[str]:
     return {name for name in recorded if not known.fullmatch(name)}
 
 
+def prune_line(wanted: dict[str, Any], **more: object) -> list[str]:
+    """The command line of `prune` with these options, those in `more` before those in `wanted`."""
+    options = {name: value for name, value in wanted.items() if name != "model"} | more
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
+    return ["prune", wanted["model"], *(part for pair in pairs for part in pair)]
+
+
 def prune_without_ray(config: PruneConfig) -> dict[str, str]:
     """`weights_of` what `config` asks for, made by one plain Shard in this process."""
     model, output = Path(config.model), Path(config.output)
