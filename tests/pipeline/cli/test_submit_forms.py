@@ -107,3 +107,17 @@ def test_help_of_each_word_shows_an_example_and_fits_80_columns(
     assert main(["submit", word, "-h"]) == 0
     out = capsys.readouterr().out
     assert f"Example: espalier submit {word}" in out and "…" not in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_ctrl_c_while_a_job_is_followed_is_one_line_that_says_how_to_look_at_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed(*_: Any, **__: Any) -> None:
+        stop = KeyboardInterrupt()
+        stop.add_note("job ray_1 goes on; `espalier submit logs -f ray_1` follows it")
+        raise stop
+
+    monkeypatch.setattr(submit, "submit_command", pressed)
+    assert main(["submit", "--", *PRUNE]) == 130
+    said = "espalier: interrupted; job ray_1 goes on; `espalier submit logs -f ray_1` follows it\n"
+    assert capsys.readouterr().err == said
