@@ -10,6 +10,7 @@ from ray.exceptions import ObjectLostError, RayActorError
 from espalier.cluster.connection.room import first_of
 from espalier.cluster.shard_actor import ShardState
 from espalier.cluster.streaming import answers
+from espalier.stages.block_report import BlockReport
 from espalier.stages.errors import DeviceLost, OutOfStep
 from espalier.stages.recipe import BlockTask
 from espalier.stages.shard.spec import ShardSpec
@@ -41,7 +42,7 @@ class Orders:
                 order = self._todo[shard].popleft()
                 self._working[actors[shard].work.remote(order)] = (shard, order)
 
-    def step(self, actors: Sequence[Any]) -> list[dict[str, Any]] | None:
+    def step(self, actors: Sequence[Any]) -> list[BlockReport] | None:
         """What comes to an end next: the reports of blocks that are on disk; None for work, which is to be written now.
 
         Raises one of LOST, with the order to be done again, or what the shard refused.
@@ -50,7 +51,7 @@ class Orders:
         written = done in self._writing
         shard, order = (self._writing if written else self._working).pop(done)
         try:
-            reports: list[dict[str, Any]] | None = answers(done)
+            reports: list[BlockReport] | None = answers(done)
         except LOST:
             self._todo[shard].appendleft(order)
             raise

@@ -20,9 +20,10 @@ import torch
 
 from espalier.cluster.arithmetic import steady_products
 from espalier.cluster.transport import pack, unpack
+from espalier.stages.block_report import BlockReport
 from espalier.stages.device_errors import context_lost
 from espalier.stages.errors import DeviceLost, OutOfStep, Refusal, first_line
-from espalier.stages.metrics.profile import peak_bytes
+from espalier.stages.metrics.profile import Phase, peak_bytes
 from espalier.stages.recipe import BlockTask
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec
@@ -158,7 +159,7 @@ class ShardWorker:
         self._open.work(order)
 
     @ray.method(concurrency_group=COMMITTING)
-    def committed(self, order: BlockTask) -> list[dict[str, Any]]:
+    def committed(self, order: BlockTask) -> list[BlockReport]:
         return self._open.committed(order)
 
     def keeps(self, microbatches: int) -> bool:
@@ -172,7 +173,7 @@ class ShardWorker:
     def copy_ends(self) -> dict[str, list[str]]:
         return self._open.copy_ends()
 
-    def record(self) -> tuple[int, list[dict[str, Any]]]:
+    def record(self) -> tuple[int, list[Phase]]:
         """Peak memory in bytes, and the phases so far."""
         phases = [] if self._shard is None else self._shard.timeline.export()
         return peak_bytes(self._spec.device), phases

@@ -15,8 +15,10 @@ from espalier.cluster.losses import cause_of, given_up
 from espalier.cluster.orders import LOST, Orders
 from espalier.cluster.shard_actor import RESTARTS, ShardActor, ShardFacts, ShardState
 from espalier.cluster.streaming import Stream, answers, begin, blockwise, pipelined, receiving, windowed
+from espalier.stages.block_report import BlockReport
 from espalier.stages.errors import Refusal, first_line
 from espalier.stages.metrics.perplexity import Measures
+from espalier.stages.metrics.profile import Phase
 from espalier.stages.recipe import BlockTask
 from espalier.stages.shard.spec import ShardSpec
 
@@ -123,7 +125,7 @@ class ShardGroup:
 
         return self._recovering(attempt)
 
-    def work(self, stream: Stream, orders: Sequence[BlockTask]) -> Iterator[list[dict[str, Any]]]:
+    def work(self, stream: Stream, orders: Sequence[BlockTask]) -> Iterator[list[BlockReport]]:
         """Reports of `orders` as they are on disk, every shard on its own in order, all shards at once."""
         left, sweep = Orders(self.specs, orders), orders[0].sweep
 
@@ -148,7 +150,7 @@ class ShardGroup:
                     yield reports
             left.start(self._actors)
 
-    def work_in_order(self, stream: Stream, orders: Sequence[BlockTask]) -> Iterator[list[dict[str, Any]]]:
+    def work_in_order(self, stream: Stream, orders: Sequence[BlockTask]) -> Iterator[list[BlockReport]]:
         """Reports of `orders` as they are on disk, block after block: each reads what the pruned blocks before it give.
 
         After a loss all is streamed once more, through the blocks finished by then. Work whose every order is in
@@ -161,9 +163,7 @@ class ShardGroup:
             except LOST as loss:
                 self._note(loss)
 
-    def _one_after_another(
-        self, stream: Stream, left: dict[tuple[int, ...], BlockTask]
-    ) -> Iterator[list[dict[str, Any]]]:
+    def _one_after_another(self, stream: Stream, left: dict[tuple[int, ...], BlockTask]) -> Iterator[list[BlockReport]]:
         """One try at what is `left`, from which each order goes when it is on disk."""
         if self._recipe is not None and self._recipe.streams_dense:
             self._calibrate_missing(stream, {block for blocks in left for block in blocks}, lambda _: None)
@@ -171,7 +171,7 @@ class ShardGroup:
         last = max(left)[0]
         writing: dict[Any, tuple[int, ...]] = {}
 
-        def written_before(working: Any = None) -> Iterator[list[dict[str, Any]]]:
+        def written_before(working: Any = None) -> Iterator[list[BlockReport]]:
             """Reports of what comes to be on disk before `working` is answered; without one, of all there is."""
             while writing and (done := first_of([*writing, *([] if working is None else [working])])) != working:
                 reports = answers(done)
@@ -203,7 +203,7 @@ class ShardGroup:
 
         return self._recovering(attempt)
 
-    def record(self) -> list[tuple[int, list[dict[str, Any]]]]:
+    def record(self) -> list[tuple[int, list[Phase]]]:
         """Each shard's peak memory in bytes and its phases."""
         return answers([actor.record.remote() for actor in self._actors])
 

@@ -14,6 +14,7 @@ FLOORS = ("stages", "cluster", "pipeline")  # each may import those before it
 ROOMS = [
     *(
         "stages/errors",
+        "stages/block_report",
         "stages/devices",
         "stages/device_errors",
         "stages/storage",

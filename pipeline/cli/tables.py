@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from espalier.pipeline.record.mlflow_client import ui_command
+from espalier.pipeline.record.run_record import PruneRecord, RetrainRecord
 from espalier.pipeline.reports.format import count, duration, nats, percent, perplexity, size
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def result_table(run: Mapping[str, Any]) -> Group:
+def result_table(run: PruneRecord) -> Group:
     """One finished run: results, the estimate beside the actual memory, where everything is."""
     table = _table("", "dense", "pruned")
     table.add_row("perplexity", perplexity(run["dense_perplexity"]), perplexity(run["perplexity"]))
@@ -118,7 +119,7 @@ def job_table(jobs: Sequence["JobState"]) -> Group:
     return Group(*(lines or [Text("no jobs")]))
 
 
-def training_table(run: Mapping[str, Any]) -> Group:
+def training_table(run: RetrainRecord) -> Group:
     """One finished training run: the curve's ends, what each rank held, where everything is."""
     from espalier.stages.metrics.perplexity import perplexity_of
 

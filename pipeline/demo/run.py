@@ -15,6 +15,7 @@ from espalier.cluster.connection.folders import own_folder
 from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.demo.sources import write_texts
 from espalier.pipeline.pruning.prune import prune
+from espalier.pipeline.record.run_record import PruneRecord
 from espalier.pipeline.run.directory import check_free
 from espalier.pipeline.run.progress import reporter_for
 from espalier.stages.storage.hf_checkpoint import resolve
@@ -86,7 +87,7 @@ def _default_outputs() -> Iterator[Path]:
     yield from (Path(f"demo-run-{number}") for number in itertools.count(2))
 
 
-def _row(recipe: str, run: dict[str, Any], perplexity: float, sparsity: float, *phases: str) -> dict[str, Any]:
+def _row(recipe: str, run: PruneRecord, perplexity: float | None, sparsity: float, *phases: str) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "perplexity": perplexity,

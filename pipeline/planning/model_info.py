@@ -7,10 +7,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig
 
+from espalier.pipeline.record.run_record import ModelRecord
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.accounted import check_tensors, remarks
 from espalier.stages.loading.ends import ENDS_FILE_BYTES
@@ -69,7 +69,7 @@ class ModelInfo:
     def total_bytes(self) -> int:
         return sum(self.block_bytes) + self.ends_bytes + self.copied_bytes
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> ModelRecord:
         """For run.json."""
         return {
             "path": self.path,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from espalier.cluster.connection.inventory import Node, nodes, smallest_gpu_bytes, units_everywhere
 from espalier.pipeline.config.prune import ClusterConfig, PruneConfig
@@ -18,6 +18,7 @@ from espalier.pipeline.planning.memory import (
 )
 from espalier.pipeline.planning.model_info import ModelInfo
 from espalier.pipeline.planning.windows import microbatch_size, window_length
+from espalier.pipeline.record.run_record import Estimate
 from espalier.stages.devices import has_units
 from espalier.stages.errors import Refusal
 from espalier.stages.precision import COMPUTED, Compute, chosen_compute, dtype_of, own_compute
@@ -52,7 +53,7 @@ class ShardLayout:
     specs: list[ShardSpec]
     resident: Literal["all", "one"]
     compute: Compute  # what blocks are computed in
-    estimate: dict[str, Any]
+    estimate: Estimate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +108,7 @@ class Layout:
             )
             for index, (first, last) in enumerate(ranges)
         ]
-        estimate = {"driver": DRIVER_BYTES, "resident": resident, "shards": as_dicts(estimates[resident])}
+        estimate: Estimate = {"driver": DRIVER_BYTES, "resident": resident, "shards": as_dicts(estimates[resident])}
         return ShardLayout(specs=specs, resident=resident, compute=compute, estimate=estimate)
 
 

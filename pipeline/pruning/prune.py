@@ -1,15 +1,17 @@
 """`espalier prune` and its resume: the request is checked before anything is written, then the run is made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from espalier.pipeline.config.options import build_config, located
 from espalier.pipeline.config.prune import PruneConfig
 from espalier.pipeline.planning.model_info import ModelInfo, check_headers
 from espalier.pipeline.planning.placement import Load, arrange, check_disk
 from espalier.pipeline.planning.resolve import check_recipe_fits, resolve_auto
-from espalier.pipeline.pruning.run import PRUNED_MEASURES, PruneRun
+from espalier.pipeline.pruning.run import PruneRun
+from espalier.pipeline.record.run_record import PruneRecord
 from espalier.pipeline.run.directory import RunDirectory, check_free, check_same_model
 from espalier.pipeline.run.inputs import check_calibration
 from espalier.pipeline.run.new_family import tried_facts
@@ -20,7 +22,17 @@ from espalier.stages.shadow.store import check_shadow
 from espalier.stages.storage.hf_checkpoint import Checkpoint, resolve
 
 SUMMARY = (
-    *("output", "sparsity", "dense_perplexity", *PRUNED_MEASURES, "seconds", "peak_memory", "estimate"),
+    *(
+        "output",
+        "sparsity",
+        "dense_perplexity",
+        "perplexity",
+        "kl",
+        "top1_agreement",
+        "seconds",
+        "peak_memory",
+        "estimate",
+    ),
     *("shards", "blocks", "mlflow_run_id", "tracking_uri", "warnings"),
 )
 
@@ -35,11 +47,12 @@ class PruneResult:
     dense_perplexity: float | None
     kl: float | None  # KL(dense || pruned), nats a token
     top1_agreement: float | None
-    run: dict[str, Any]
+    run: PruneRecord
 
     def summary(self) -> dict[str, Any]:
         """The object that `prune --json` prints."""
-        return {name: self.run[name] for name in SUMMARY}
+        run: Mapping[str, Any] = self.run
+        return {name: run[name] for name in SUMMARY}
 
 
 def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
@@ -55,8 +68,8 @@ def prune(config: PruneConfig, reporter: Reporter | None = None) -> PruneResult:
     layout = arrange(config, facts, Load.of_pruning(config))
     check_disk(output, facts)
     asked = config.model_dump(mode="json")
-    directory, run = RunDirectory.begin(output, "prune", asked, model=facts.summary(), fingerprint=fingerprint)
-    single = PruneRun(config, facts, layout, directory, run, reporter)
+    directory, run = RunDirectory.begin(output, "prune", asked, fingerprint, facts.summary())
+    single = PruneRun(config, facts, layout, directory, cast(PruneRecord, run), reporter)
     with directory.at_work(lambda: single.worked):
         return _result(single)
 
@@ -66,7 +79,8 @@ def resume(output: Path, shards: int | None = None, reporter: Reporter | None = 
 
     Raises Refusal if there is no run to go on with, or the model is not the one it began with.
     """
-    directory, run = RunDirectory.reopen(output.expanduser().absolute())
+    directory, reopened = RunDirectory.reopen(output.expanduser().absolute())
+    run = cast(PruneRecord, reopened)
     with directory.at_work():
         config = build_config(recorded_request(run["config"], shards), PruneConfig)
         if "compute" in run:  # what the run found units for, whatever this machine has
@@ -80,8 +94,15 @@ def resume(output: Path, shards: int | None = None, reporter: Reporter | None = 
 def _result(single: PruneRun) -> PruneResult:
     """What the run gave, run to its end."""
     run = single.go()
-    names = ("sparsity", "perplexity", "dense_perplexity", "kl", "top1_agreement")
-    return PruneResult(Path(run["output"]), **{name: run[name] for name in names}, run=run)
+    return PruneResult(
+        Path(run["output"]),
+        run["sparsity"],
+        run["perplexity"],
+        run["dense_perplexity"],
+        run["kl"],
+        run["top1_agreement"],
+        run,
+    )
 
 
 def _located(config: PruneConfig) -> PruneConfig:

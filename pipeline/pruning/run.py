@@ -21,6 +21,7 @@ from espalier.pipeline.planning.resolve import removes_nothing
 from espalier.pipeline.planning.windows import microbatch_size, window_length
 from espalier.pipeline.record.metric_names import COMPUTE_TAG, block_metrics, total_metrics
 from espalier.pipeline.record.recorder import Recorder, recorded_run
+from espalier.pipeline.record.run_record import Measured, PruneRecord, ShardRecord, Span
 from espalier.pipeline.reports.prune import write_report
 from espalier.pipeline.run.costs import CostMeter
 from espalier.pipeline.run.directory import RunDirectory, disk_full_refused
@@ -30,6 +31,7 @@ from espalier.pipeline.run.own_modules import criteria_of, own_files
 from espalier.pipeline.run.progress import Reporter, reporter_for
 from espalier.pipeline.run.stopping import at_the_last
 from espalier.stages.allocation import owl
+from espalier.stages.block_report import BlockReport
 from espalier.stages.data.image_table import ImageTable
 from espalier.stages.data.token_table import TokenTable
 from espalier.stages.loading.skeleton import read_config
@@ -40,7 +42,6 @@ from espalier.stages.recipe import BlockTask
 from espalier.stages.shard.mask_selection import EXPERT_TOKENS
 from espalier.stages.storage.hf_checkpoint import resolve
 
-PRUNED_MEASURES = ("perplexity", "kl", "top1_agreement")  # the last two: beside the dense model
 PACKAGES = ("torch", "transformers", "ray", "mlflow", "datasets", "pyarrow", "safetensors", "espalier-llm")
 
 
@@ -53,7 +54,7 @@ class PruneRun:
         facts: ModelInfo,
         layout: Layout,
         directory: RunDirectory,
-        run: dict[str, Any],
+        run: PruneRecord,
         reporter: Reporter | None,
     ) -> None:
         self.config, self.facts, self.layout, self.directory, self.run = config, facts, layout, directory, run
@@ -67,7 +68,7 @@ class PruneRun:
         self.worked = False  # whether there is anything to go on from
         self.scratch = Path(config.scratch) / run["run_id"] if config.scratch else directory.home / "scratch"
 
-    def go(self) -> dict[str, Any]:
+    def go(self) -> PruneRecord:
         """The whole run, and its run.json. On any failure the directory stays as `espalier resume` wants it."""
         with ExitStack() as held:
             held.enter_context(disk_full_refused(self.directory.output))
@@ -78,7 +79,7 @@ class PruneRun:
                 self._warn(nothing)
             return self._recorded_run(*self._tokens())
 
-    def _recorded_run(self, calibration: TokenTable | ImageTable, evaluation: TokenTable | None) -> dict[str, Any]:
+    def _recorded_run(self, calibration: TokenTable | ImageTable, evaluation: TokenTable | None) -> PruneRecord:
         recorder = self._recorder()
         try:
             with ExitStack() as held:
@@ -127,7 +128,7 @@ class PruneRun:
             )
             self.nodes = len(nodes())
             placed = layout.place(str(self.directory.output), str(self.scratch), self.recipe)
-        shards = [{"index": spec.index, "first": spec.first, "last": spec.last - 1} for spec in placed.specs]
+        shards = [ShardRecord(index=spec.index, first=spec.first, last=spec.last - 1) for spec in placed.specs]
         self.run |= {"estimate": placed.estimate, "shards": shards, "compute": placed.compute}
         self.directory.write(self.run)
         return placed
@@ -143,7 +144,7 @@ class PruneRun:
         with self.spending.phase("load"):
             facts = group.open()
         for shard, fact in zip(self.run["shards"], facts, strict=True):
-            shard |= {"node": fact.node, "device": fact.device}
+            shard["node"], shard["device"] = fact.node, fact.device
         self.reporter.note(self._headline(layout))
         for remark in self.facts.remarks:
             self._warn(remark)
@@ -161,14 +162,20 @@ class PruneRun:
         records = group.record()
         self.run["peak_memory"] = {"shards": [peak for peak, _ in records]}
         self.run["timeline"] = [
-            phase | {"shard": shard, "start": phase["start"] - self.started, "end": phase["end"] - self.started}
+            Span(
+                phase=phase.phase,
+                block=phase.block,
+                start=phase.start - self.started,
+                end=phase.end - self.started,
+                shard=shard,
+            )
             for shard, (_, phases) in enumerate(records)
             for phase in phases
         ]
 
     def _sweeps(
         self, group: ShardGroup, layout: ShardLayout, stream: Stream, samples: int, recorder: Recorder
-    ) -> dict[int, dict[str, Any]]:
+    ) -> dict[int, BlockReport]:
         """Reports of the last sweep's blocks; what an earlier run of this directory finished is not done again."""
         last, everything = self.recipe.sweeps, set(range(self.facts.blocks))
         done = {sweep: self.directory.finished_blocks(sweep, last) for sweep in range(last + 1)}
@@ -202,14 +209,14 @@ class PruneRun:
         orders: list[BlockTask],
         finished: int,
         recorder: Recorder,
-    ) -> dict[int, dict[str, Any]]:
+    ) -> dict[int, BlockReport]:
         """The reports of all blocks of `orders`, each journalled as it comes."""
         todo = {block for order in orders for block in order.blocks}
         self.reporter.work_begins(
             {spec.index: len(todo & set(range(spec.first, spec.last))) for spec in layout.specs}, finished
         )
         name = self.config.mask_name if not orders[0].sweep else f"sweep {orders[0].sweep}"
-        reports: dict[int, dict[str, Any]] = {}
+        reports: dict[int, BlockReport] = {}
         for report in (report for reports in self._worked(group, stream, orders) for report in reports):
             self.directory.note("block", **report)
             recorder.metrics(block_metrics(report), step=report["block"])
@@ -218,7 +225,7 @@ class PruneRun:
             reports[report["block"]] = report
         return reports
 
-    def _worked(self, group: ShardGroup, stream: Stream, orders: list[BlockTask]) -> Iterator[list[dict[str, Any]]]:
+    def _worked(self, group: ShardGroup, stream: Stream, orders: list[BlockTask]) -> Iterator[list[BlockReport]]:
         return group.work_in_order(stream, orders) if self.recipe.sequential else group.work(stream, orders)
 
     def _ratios(self, group: ShardGroup, stream: Stream) -> list[float]:
@@ -232,7 +239,7 @@ class PruneRun:
         self.directory.note("allocation", sparsity=ratios, outlier_shares=shares)
         return ratios
 
-    def _tell_fallbacks(self, report: dict[str, Any]) -> None:
+    def _tell_fallbacks(self, report: BlockReport) -> None:
         """Say which experts saw too little to be scored."""
         if few := report["fallbacks"]:
             name, tokens = next(iter(few.items()))
@@ -254,14 +261,13 @@ class PruneRun:
         self.directory.note("dense_perplexity", value=measures.perplexity, tokens=measures.tokens)
         return measures.perplexity
 
-    def _measured(self, group: ShardGroup, table: TokenTable | None) -> dict[str, float | None]:
-        """The pruned model's PRUNED_MEASURES."""
+    def _measured(self, group: ShardGroup, table: TokenTable | None) -> Measured:
         if table is None:
-            return dict.fromkeys(PRUNED_MEASURES)
+            return Measured(perplexity=None, kl=None, top1_agreement=None)
         for entry in self.directory.noted("measured"):
-            return {name: entry[name] for name in PRUNED_MEASURES}
+            return Measured(perplexity=entry["perplexity"], kl=entry["kl"], top1_agreement=entry["top1_agreement"])
         measures = self._evaluation(group, table, "evaluate", self.recipe.sweeps, "compared")
-        values = {name: getattr(measures, name) for name in PRUNED_MEASURES}
+        values = Measured(perplexity=measures.perplexity, kl=measures.kl, top1_agreement=measures.top1_agreement)
         self.directory.note("measured", **values, tokens=measures.tokens)
         return values
 

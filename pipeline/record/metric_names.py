@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from espalier.pipeline.record.mlflow_client import key_of
+from espalier.pipeline.record.run_record import Cost, PruneRecord, RetrainRecord
+from espalier.stages.block_report import BlockReport
 
 MB = 1e6
 COMPUTE_TAG = "espalier.compute"  # an MLflow tag: fp32, bf16 or fp16, what a run turned out to be computed in
@@ -102,11 +104,11 @@ def label(name: str) -> str:
     return metric.meaning if metric.unit in ("", "share") else f"{metric.meaning} ({metric.unit})"
 
 
-def block_metrics(report: Mapping[str, Any]) -> dict[str, float]:
+def block_metrics(report: BlockReport) -> dict[str, float]:
     """MLflow metrics of one entry of run.json's `blocks`; the step is the block. Peak memory in MB (1e6 bytes)."""
     values: dict[str, float] = {}
     for unit in report.get("units", ()):
-        errors = {f"{{unit}}/{which}": unit.get(which) for which in ("error_before", "error_after")}
+        errors = {"{unit}/error_before": unit.get("error_before"), "{unit}/error_after": unit.get("error_after")}
         values |= named(errors, unit=unit["name"])
     return values | named(
         {
@@ -119,26 +121,27 @@ def block_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     )
 
 
-def total_metrics(run: Mapping[str, Any]) -> dict[str, float]:
+def total_metrics(run: PruneRecord | RetrainRecord) -> dict[str, float]:
     """MLflow metrics of a whole run.json, logged once at the end. Peak memory in MB (1e6 bytes)."""
     alone = ("sparsity", "perplexity", "dense_perplexity", "kl", "loss", "top1_agreement")
-    values = named({name: run.get(name) for name in alone})
+    fields: Mapping[str, Any] = run
+    values = named({name: fields.get(name) for name in alone})
     for what in ("seconds", "flops"):
-        for phase, amount in run.get(what, {}).items():
+        for phase, amount in fields.get(what, {}).items():
             values |= named({f"{what}/{{phase}}": amount}, phase=phase)
     for phase, joules in run.get("energy", {}).items():
-        for source, amount in joules.items():
+        for source, amount in (("cpu", joules["cpu"]), ("gpu", joules["gpu"])):
             values |= named({"joules/{phase}/{source}": amount}, phase=phase, source=source)
     peak = run.get("peak_memory", {})
     for rank, size in enumerate(peak.get("ranks", ())):
         values |= named({"peak_memory_mb/rank{n}": _megabytes(size)}, n=rank)
-    largest = max(peak.get("shards") or [None])
+    largest = max(peak.get("shards", ()), default=None)
     return values | named(
         {"peak_memory_mb/driver": _megabytes(peak.get("driver")), "peak_memory_mb/shard_max": _megabytes(largest)}
     )
 
 
-def cost_metrics(kind: str, cost: Mapping[str, Any]) -> dict[str, float]:
+def cost_metrics(kind: str, cost: Cost) -> dict[str, float]:
     """MLflow metrics of a kind of work of a whole track."""
     return named({"seconds/{phase}": cost["seconds"], "flops/{phase}": cost["flops"]}, phase=kind)
 

@@ -6,7 +6,10 @@ Figures are made without pyplot: no global state, no display, safe in any thread
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
+
+from espalier.pipeline.record.run_record import Span, TrackPoint
+from espalier.stages.block_report import BlockReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +21,7 @@ RECIPE_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PHASE_COLOURS = {"stream": SKY, "mask": GREEN, "reconstruct": BLUE, "commit": VERMILLION, "evaluate": ORANGE}
 COMPONENT_NAMES = {"self_attn": "Attention", "attn": "Attention", "attention": "Attention", "mlp": "MLP"}
+Which = Literal["error_before", "error_after"]
 DOTS_PER_INCH = 150
 PANELS_PER_ROW = 2
 
@@ -28,12 +32,12 @@ def component_title(name: str) -> str:
     return f"{plain} ({name})" if plain and plain.lower() != name else plain or name
 
 
-def unit_names(blocks: Iterable[Mapping[str, Any]]) -> list[str]:
+def unit_names(blocks: Iterable[BlockReport]) -> list[str]:
     """The names of the reconstructed units, in the order in which they first appear."""
     return list(dict.fromkeys(unit["name"] for block in blocks for unit in block.get("units", ())))
 
 
-def draw_errors(blocks: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+def draw_errors(blocks: Sequence[BlockReport], path: Path) -> Path | None:
     """Relative squared error of each unit, by block, before and after reconstruction; None if none was measured."""
     names = [name for name in unit_names(blocks) if any(_errors(blocks, name, which)[0] for which in _BEFORE_AFTER)]
     if not names:
@@ -61,10 +65,10 @@ def draw_errors(blocks: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     return _save(figure, path)
 
 
-_BEFORE_AFTER = ("error_before", "error_after")
+_BEFORE_AFTER: tuple[Which, ...] = ("error_before", "error_after")
 
 
-def _draw_error_panel(axes: "Axes", blocks: Sequence[Mapping[str, Any]], name: str) -> None:
+def _draw_error_panel(axes: "Axes", blocks: Sequence[BlockReport], name: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     size = 6 if len(blocks) <= 24 else 3
@@ -86,7 +90,7 @@ def _draw_error_panel(axes: "Axes", blocks: Sequence[Mapping[str, Any]], name: s
     axes.grid(True, which="major", alpha=0.3)
 
 
-def _errors(blocks: Iterable[Mapping[str, Any]], name: str, which: str) -> tuple[list[int], list[float]]:
+def _errors(blocks: Iterable[BlockReport], name: str, which: Which) -> tuple[list[int], list[float]]:
     found = [
         (int(block["block"]), float(unit[which]))
         for block in blocks
@@ -96,7 +100,7 @@ def _errors(blocks: Iterable[Mapping[str, Any]], name: str, which: str) -> tuple
     return [index for index, _ in found], [value for _, value in found]
 
 
-def draw_timeline(spans: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+def draw_timeline(spans: Sequence[Span], path: Path) -> Path | None:
     """What each shard was doing when, a row for a shard; None if there are no spans. Numbers in the bars are blocks."""
     if not spans:
         return None
@@ -130,7 +134,7 @@ def draw_timeline(spans: Sequence[Mapping[str, Any]], path: Path) -> Path | None
     return _save(figure, path)
 
 
-def in_lanes(spans: list[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], int, int]]:
+def in_lanes(spans: list[Span]) -> list[tuple[Span, int, int]]:
     """Each span with its lane and the number of lanes: spans that overlap in time lie in different lanes."""
     free_from: list[float] = []
     placed = []
@@ -199,7 +203,7 @@ def draw_losses(losses: Sequence[float], evaluations: Sequence[tuple[int, float]
 
 
 def draw_track(
-    points: Sequence[Mapping[str, Any]],
+    points: Sequence[TrackPoint],
     trained: float,
     published: Mapping[str, Sequence[tuple[float, float]]],
     path: Path,

@@ -7,6 +7,7 @@ from typing import Any
 
 from espalier.cluster.connection.redact import storable
 from espalier.pipeline.record.metric_names import label
+from espalier.pipeline.record.run_record import ModelRecord, PruneRecord
 from espalier.pipeline.reports.figures import component_title, draw_errors, draw_timeline, unit_names
 from espalier.pipeline.reports.format import (
     count,
@@ -20,6 +21,7 @@ from espalier.pipeline.reports.format import (
     target_share,
 )
 from espalier.pipeline.reports.sections import loading, recipe, surroundings, times, warnings
+from espalier.stages.block_report import BlockReport, UnitReport
 from espalier.stages.reconstruction.units import UNITS
 from espalier.stages.storage.files import write_text
 
@@ -31,7 +33,7 @@ ESTIMATE_PARTS = {
 }
 
 
-def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
+def write_report(run: PruneRecord, directory: Path) -> list[Path]:
     """report.md, errors.png and timeline.png in `directory`, as the list of those written.
 
     There is no errors.png where no unit was reconstructed, for then no error was measured.
@@ -61,7 +63,7 @@ def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
     return [report, *made.values()]
 
 
-def sentence(run: Mapping[str, Any]) -> str:
+def sentence(run: PruneRecord) -> str:
     """One sentence: the model, what was done to it, where, for how long, and what it cost in perplexity."""
     config, model = run.get("config", {}), run["model"]
     target = config.get("pattern") or target_share(config.get("sparsity", run.get("sparsity", 0.0)))
@@ -91,7 +93,7 @@ def sentence(run: Mapping[str, Any]) -> str:
     return text + "."
 
 
-def _what(model: Mapping[str, Any], name: str) -> str:
+def _what(model: ModelRecord, name: str) -> str:
     return f"The vision tower of {name}" if model.get("tower") == "vision" else name
 
 
@@ -100,7 +102,7 @@ def _unit_of_reconstruction(reconstructed: str) -> str:
     return UNITS[kind].title.format(blocks=size) if kind in UNITS else str(reconstructed)
 
 
-def _results(run: Mapping[str, Any]) -> str:
+def _results(run: PruneRecord) -> str:
     dense, pruned = run.get("dense_perplexity"), run.get("perplexity")
     rows = [["perplexity", perplexity(dense), perplexity(pruned)]]
     if dense and pruned and dense > 0 and pruned > 0:
@@ -114,12 +116,12 @@ def _results(run: Mapping[str, Any]) -> str:
     return table(["", "dense", "pruned"], rows)
 
 
-def _zeros(run: Mapping[str, Any]) -> tuple[int, int]:
+def _zeros(run: PruneRecord) -> tuple[int, int]:
     layers = [layer for block in run["blocks"] for layer in block.get("layers", {}).values()]
     return sum(layer["zeros"] for layer in layers), sum(layer["weights"] for layer in layers)
 
 
-def _memory(run: Mapping[str, Any]) -> str:
+def _memory(run: PruneRecord) -> str:
     estimate, peak = run.get("estimate", {}), run.get("peak_memory", {})
     rows = [_memory_row("driver", {"peak": estimate.get("driver")}, peak.get("driver"))]
     expected, measured = list(estimate.get("shards", ())), list(peak.get("shards", ()))
@@ -136,7 +138,7 @@ def _memory_row(name: str, parts: Mapping[str, Any], measured: float | None) -> 
     return [name, size(peak), size(measured), ratio, ", ".join(named)]
 
 
-def _blocks(run: Mapping[str, Any]) -> str:
+def _blocks(run: PruneRecord) -> str:
     blocks = run["blocks"]
     names = unit_names(blocks)
     header = ["block", "shard", "zeros", *(f"{component_title(name)} error" for name in names)]
@@ -150,7 +152,7 @@ def _blocks(run: Mapping[str, Any]) -> str:
     return (explained if names else "Nothing was reconstructed, so no errors were measured.\n\n") + table(header, rows)
 
 
-def _block_row(block: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _block_row(block: BlockReport, names: Sequence[str]) -> list[str]:
     units = {unit["name"]: unit for unit in block.get("units", ())}
     return [
         str(block["block"]),
@@ -164,7 +166,7 @@ def _block_row(block: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     ]
 
 
-def _error_cell(unit: Mapping[str, Any] | None) -> str:
+def _error_cell(unit: UnitReport | None) -> str:
     if unit is None or unit.get("error_before") is None:
         return "–"
     if not unit.get("improved", True):

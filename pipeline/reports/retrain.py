@@ -1,10 +1,10 @@
 """report.md of a training run and its picture, from the dictionary that run.json holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from espalier.cluster.connection.redact import storable
+from espalier.pipeline.record.run_record import RetrainRecord
 from espalier.pipeline.reports.figures import draw_losses
 from espalier.pipeline.reports.format import count, duration, number, perplexity, size, table
 from espalier.pipeline.reports.sections import loading, recipe, surroundings, times, warnings
@@ -14,7 +14,7 @@ from espalier.stages.storage.files import write_text
 HELD = {"parameters": "parameters", "optimizer": "optimizer state", "shadow": "shadow"}
 
 
-def write_report(run: Mapping[str, Any], losses: Sequence[float], directory: Path) -> list[Path]:
+def write_report(run: RetrainRecord, losses: Sequence[float], directory: Path) -> list[Path]:
     """report.md and losses.png in `directory`, as the list of those written; `losses` are those of every step."""
     run = storable(run)
     picture = draw_losses(losses, run["evaluations"], directory / "losses.png")
@@ -35,7 +35,7 @@ def write_report(run: Mapping[str, Any], losses: Sequence[float], directory: Pat
     return [report, picture]
 
 
-def sentence(run: Mapping[str, Any]) -> str:
+def sentence(run: RetrainRecord) -> str:
     """The model, how it was trained, and what came out."""
     config, model = run["config"], run["model"]
     held = ", its zeros held" if config["masked"] or config["mask"] else ""
@@ -50,12 +50,12 @@ def sentence(run: Mapping[str, Any]) -> str:
     return text + ". Times and operations are those since the run was last resumed."
 
 
-def _evaluations(run: Mapping[str, Any]) -> str:
+def _evaluations(run: RetrainRecord) -> str:
     rows = [[f"{step:,}", f"{loss:.4f}", perplexity(perplexity_of(loss))] for step, loss in run["evaluations"]]
     return table(["after step", "loss (nats a token)", "perplexity"], rows)
 
 
-def _memory(run: Mapping[str, Any]) -> str:
+def _memory(run: RetrainRecord) -> str:
     named = {name: title for name, title in HELD.items() if any(name in held for held in run["memory"])}
     rows = [
         [str(rank), *(size(held.get(name)) for name in named), size(expected["peak"]), size(peak)]

@@ -1,11 +1,11 @@
 """Sections that every report.md has: times, how to load it, how to do it again."""
 
 import shlex
-from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 import yaml
 
+from espalier.pipeline.record.run_record import CheckpointRecord, PruneRecord, RetrainRecord
 from espalier.pipeline.reports.format import duration, operations, plain, table
 from espalier.stages.metrics.energy import described
 
@@ -25,11 +25,11 @@ PHASES = {  # by the names that the terminal, run.json and MLflow have for them
 }
 
 
-def warnings(run: Mapping[str, Any]) -> str:
+def warnings(run: CheckpointRecord) -> str:
     return "\n".join(f"> **Warning.** {warning}\n>" for warning in run.get("warnings", ())).removesuffix("\n>")
 
 
-def times(run: Mapping[str, Any]) -> str:
+def times(run: CheckpointRecord) -> str:
     seconds = run.get("seconds", {})
     order = [*(phase for phase in PHASES if phase in seconds and phase != "total"), *(seconds.keys() - PHASES.keys())]
     energy, flops = run.get("energy", {}), run.get("flops", {})
@@ -47,7 +47,7 @@ def times(run: Mapping[str, Any]) -> str:
     return table(["phase", "what", "time", "energy of the machine", "floating-point operations"], rows)
 
 
-def loading(run: Mapping[str, Any]) -> str:
+def loading(run: CheckpointRecord) -> str:
     output = str(run["output"])
     opening = f"A plain checkpoint{' with exact zeros' if run.get('sparsity') else ''}:\n\n```python\n"
     if run["model"].get("images"):
@@ -65,7 +65,7 @@ def loading(run: Mapping[str, Any]) -> str:
     )
 
 
-def recipe(run: Mapping[str, Any]) -> str:
+def recipe(run: CheckpointRecord) -> str:
     config = {name: value for name, value in run.get("config", {}).items() if value is not None}
     for name in ("model", "output", "config"):  # given on the command line
         config.pop(name, None)
@@ -85,13 +85,14 @@ def recipe(run: Mapping[str, Any]) -> str:
     )
 
 
-def surroundings(run: Mapping[str, Any]) -> str:
+def surroundings(run: PruneRecord | RetrainRecord) -> str:
+    pruned = cast(PruneRecord, run)  # a training run has neither shards nor versions
     rows = [
         [f"shard {shard['index']}", f"blocks {shard['first']}–{shard['last']} on {shard['device']}, {shard['node']}"]
-        for shard in run.get("shards", ())
+        for shard in pruned.get("shards", ())
     ]
     rows += [["text", read] for read in run.get("read", {}).values() if read]
-    rows += [[name, str(version)] for name, version in run.get("versions", {}).items()]
+    rows += [[name, str(version)] for name, version in pruned.get("versions", {}).items()]
     rows += [["run", str(run.get("run_id"))], ["MLflow run", str(run.get("mlflow_run_id") or "none")]]
     rows.append(["MLflow", str(run.get("tracking_uri"))])
     return table(["", ""], rows)

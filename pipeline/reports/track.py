@@ -10,6 +10,7 @@ from rich.table import Table
 
 from espalier.cluster.connection.redact import storable
 from espalier.pipeline.record.mlflow_client import ui_command
+from espalier.pipeline.record.run_record import Cost, TrackRecord
 from espalier.pipeline.reports.figures import draw_track
 from espalier.pipeline.reports.format import count, duration, number, operations, percent, plain, table
 from espalier.stages.metrics.energy import described
@@ -18,7 +19,7 @@ from espalier.stages.storage.files import write_text
 SAME_SPARSITY = 0.015  # a published point this near, in shares, is shown in the row
 
 
-def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
+def write_report(run: TrackRecord, directory: Path) -> list[Path]:
     """report.md and curve.png in `directory`, from what run.json holds."""
     run = storable(run)
     config, model = run["config"], run["model"]
@@ -37,7 +38,7 @@ def write_report(run: Mapping[str, Any], directory: Path) -> list[Path]:
     return [report, picture]
 
 
-def sentence(run: Mapping[str, Any]) -> str:
+def sentence(run: TrackRecord) -> str:
     """The model, how it was tracked, and what came out."""
     config, model, points = run["config"], run["model"], run["points"]
     best = min(points, key=lambda point: point["tuned"])
@@ -50,7 +51,7 @@ def sentence(run: Mapping[str, Any]) -> str:
     )
 
 
-def cells(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def cells(run: TrackRecord) -> tuple[list[str], list[list[str]]]:
     """(header, rows): a row for each threshold, with what others published at its sparsity."""
     beside = run["beside"]
     header = ["zeros", "rate", f"{run['metric']}, pruned", "fine-tuned", "against trained", *beside, "time"]
@@ -69,7 +70,7 @@ def cells(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def costs(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def costs(run: TrackRecord) -> tuple[list[str], list[list[str]]]:
     """(header, rows): a row for each kind of work. The machine's joules while training are those of tracking, too."""
     header = ["work", "time", "energy of the machine", "floating-point operations"]
     rows = [
@@ -79,11 +80,11 @@ def costs(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _energy(kind: str, cost: Mapping[str, Any]) -> str:
+def _energy(kind: str, cost: Cost) -> str:
     return "with dense training" if kind == "tracking" else described(cost["energy"])
 
 
-def track_table(run: Mapping[str, Any]) -> Group:
+def track_table(run: TrackRecord) -> Group:
     """The finished experiment on a terminal."""
     return Group(
         sentence(run), "", _shown(*cells(run), "right"), "", _shown(*costs(run), "left"), "",

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -19,6 +19,7 @@ from espalier.pipeline.planning.placement import DRIVER_BYTES
 from espalier.pipeline.planning.windows import window_length
 from espalier.pipeline.record.metric_names import COMPUTE_TAG, total_metrics
 from espalier.pipeline.record.recorder import Recorder, recorded_run
+from espalier.pipeline.record.run_record import RetrainRecord, Spent
 from espalier.pipeline.reports.retrain import write_report
 from espalier.pipeline.retraining.events import RunEvents
 from espalier.pipeline.retraining.memory import check_ranks_fit, estimate_rank
@@ -60,7 +61,7 @@ class RetrainResult:
     evaluations: list[tuple[int, float]]  # (steps done, loss)
     seconds: float  # of the steps alone, since the run was last resumed
     run_id: str | None  # in MLflow
-    run: dict[str, Any]
+    run: RetrainRecord
 
     @property
     def perplexity(self) -> float | None:
@@ -68,7 +69,8 @@ class RetrainResult:
 
     def summary(self) -> dict[str, Any]:
         """The object that `retrain --json` prints."""
-        return {name: self.run[name] for name in SUMMARY}
+        run: Mapping[str, Any] = self.run
+        return {name: run[name] for name in SUMMARY}
 
 
 def retrain(
@@ -87,10 +89,8 @@ def retrain(
     facts, fingerprint = inspect(config)
     place = devices(config, facts.dtype, ranks)
     asked = config.model_dump(mode="json")
-    directory, run = RunDirectory.begin(
-        Path(config.output), "retrain", asked, model=facts.summary(), fingerprint=fingerprint
-    )
-    single = _Run(config, facts, place, directory, run, reporter, ranks, sources)
+    directory, run = RunDirectory.begin(Path(config.output), "retrain", asked, fingerprint, facts.summary())
+    single = _Run(config, facts, place, directory, cast(RetrainRecord, run), reporter, ranks, sources)
     with directory.at_work(lambda: single.events.begun):
         return single.go()
 
@@ -112,7 +112,7 @@ def resume(
         facts, fingerprint = inspect(config)
         check_same_model(run, fingerprint)
         place = devices(config, facts.dtype, ranks)
-        return _Run(config, facts, place, directory, run, reporter, ranks, sources).go()
+        return _Run(config, facts, place, directory, cast(RetrainRecord, run), reporter, ranks, sources).go()
 
 
 class _Run:
@@ -124,7 +124,7 @@ class _Run:
         facts: ModelInfo,
         place: tuple[str, int],
         directory: RunDirectory,
-        run: dict[str, Any],
+        run: RetrainRecord,
         reporter: Reporter | None,
         ranks: RankGroup | None,
         sources: Sources | None,
@@ -275,7 +275,7 @@ class _Run:
         self.warnings.append(text)
         self.reporter.note(f"warning: {text}")
 
-    def _spent(self, spec: RetrainSpec) -> dict[str, Any]:
+    def _spent(self, spec: RetrainSpec) -> Spent:
         """seconds, energy and flops by phase, since the run was last resumed."""
         events = self.events
         shapes = shapes_of(self.facts.linears, read_config(resolve(self.config.model), self.config.trust_remote_code))
@@ -283,7 +283,7 @@ class _Run:
         if spec.shadow is not None:
             flops["track"], seconds["track"] = tracking_flops(self.facts.parameters, events.snapshots), events.tracking
         spent = self.spending.record(self.nodes, shapes, self.length, flops)
-        return spent | {"seconds": seconds | spent["seconds"]}
+        return {**spent, "seconds": seconds | spent["seconds"]}
 
     def _recorder(self, spec: RetrainSpec) -> Recorder:
         config = self.config

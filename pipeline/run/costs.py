@@ -3,10 +3,10 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any, Self
 
-from espalier.stages.metrics.energy import Energy, EnergyMeter
+from espalier.pipeline.record.run_record import Spent
+from espalier.stages.metrics.energy import Energy, EnergyMeter, Joules
 from espalier.stages.metrics.flops import Shapes, forward_flops
 
 
@@ -40,7 +40,7 @@ class CostMeter:
             if samples:
                 self._samples[name] = self._samples.get(name, 0) + samples
 
-    def record(self, nodes: int, shapes: Shapes, length: int, others: Mapping[str, float]) -> dict[str, Any]:
+    def record(self, nodes: int, shapes: Shapes, length: int, others: Mapping[str, float]) -> Spent:
         """seconds, energy and flops by phase, as run.json holds them. `others`: operations that were counted elsewhere.
 
         Energy is empty, which is not measured, where the run was spread over more than this one of so many `nodes`.
@@ -49,6 +49,6 @@ class CostMeter:
         energy = {**self._energy, "total": self._meter.read()} if nodes == 1 else {}
         return {
             "seconds": {**self.seconds, "total": time.time() - self._started},
-            "energy": {phase: asdict(joules) for phase, joules in energy.items()},
+            "energy": {phase: Joules(cpu=joules.cpu, gpu=joules.gpu) for phase, joules in energy.items()},
             "flops": {**flops, **others},
         }

@@ -18,10 +18,12 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from espalier.cluster.connection.redact import storable
+from espalier.pipeline.record.run_record import Command, ModelRecord, RunRecord, Status
 from espalier.pipeline.run.stopping import at_the_last
+from espalier.stages.block_report import BlockReport
 from espalier.stages.errors import Refusal
 from espalier.stages.shard.spec import HOME, sweep_directory
 from espalier.stages.storage.files import file_digest, is_full, write_text
@@ -44,12 +46,18 @@ class RunDirectory:
 
     @classmethod
     def begin(
-        cls, output: Path, command: str, config: dict[str, Any], **facts: Any
-    ) -> tuple["RunDirectory", dict[str, Any]]:
-        """A new run's directory and the run.json that it begins with: what was asked, and `facts` of the model.
+        cls,
+        output: Path,
+        command: Command,
+        config: dict[str, Any],
+        fingerprint: str | None,
+        model: ModelRecord | None = None,
+    ) -> tuple["RunDirectory", RunRecord]:
+        """A new run's directory and the run.json that it begins with: what was asked, and of which model.
 
         Raises Refusal as `claim` does.
         """
+        facts = {} if model is None else {"model": model}
         run = {
             "run_id": uuid.uuid4().hex[:12],
             "command": command,
@@ -57,12 +65,14 @@ class RunDirectory:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": config,
             **facts,
+            "fingerprint": fingerprint,
             "output": str(output),
         }
-        return cls.claim(output, run), run
+        begun = cast(RunRecord, run)
+        return cls.claim(output, begun), begun
 
     @classmethod
-    def claim(cls, output: Path, run: dict[str, Any]) -> "RunDirectory":
+    def claim(cls, output: Path, run: RunRecord) -> "RunDirectory":
         """A new run's directory. Raises Refusal unless `output` is new or empty and can be written to."""
         directory = cls(output)
         check_free(output)
@@ -77,7 +87,7 @@ class RunDirectory:
         return directory
 
     @classmethod
-    def reopen(cls, output: Path) -> tuple["RunDirectory", dict[str, Any]]:
+    def reopen(cls, output: Path) -> tuple["RunDirectory", RunRecord]:
         """An unfinished run's directory and its run.json.
 
         Raises Refusal if there is none, if it is finished, or if another process is at work on it.
@@ -126,7 +136,7 @@ class RunDirectory:
         self._ended_as("interrupted")
         return f"`espalier resume {shlex.quote(str(self.output))}` goes on"
 
-    def _ended_as(self, status: str) -> None:
+    def _ended_as(self, status: Status) -> None:
         if (run := recorded(self.output)) is not None and not self._finished:
             with contextlib.suppress(OSError):  # of a full disk, say: what ended the run is to be told
                 self.write(run | {"status": status})
@@ -164,11 +174,11 @@ class RunDirectory:
             with self._journal.open("ab") as journal:
                 journal.write(b"\n")
 
-    def write(self, run: dict[str, Any]) -> None:
+    def write(self, run: RunRecord) -> None:
         """Replace run.json in one step."""
         write_text(self.run_file, json.dumps(storable(run), indent=1))
 
-    def finish(self, run: dict[str, Any]) -> None:
+    def finish(self, run: RunRecord) -> None:
         """Replace run.json for the last time: whatever ends the process from here on, the run is finished.
 
         Until then it is not, although its run.json, on its way to MLflow, may say so.
@@ -192,15 +202,15 @@ class RunDirectory:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            if entry["event"] == event:
+            if entry.pop("event") == event:
                 yield entry
 
-    def finished_blocks(self, sweep: int = 0, sweeps: int = 0) -> dict[int, dict[str, Any]]:
+    def finished_blocks(self, sweep: int = 0, sweeps: int = 0) -> dict[int, BlockReport]:
         """Block -> its report in one of so many sweeps, for the blocks whose files still are what the journal says."""
-        reports = {entry["block"]: entry for entry in self.noted("block") if entry["sweep"] == sweep}
+        reports = {entry["block"]: cast(BlockReport, entry) for entry in self.noted("block") if entry["sweep"] == sweep}
         directory = sweep_directory(self.output, sweep, sweeps)
         return {
-            block: {key: value for key, value in report.items() if key != "event"}
+            block: report
             for block, report in sorted(reports.items())
             if _is_whole(directory / report["file"], report["digest"])
         }
@@ -250,13 +260,13 @@ def check_free(output: Path) -> None:
     raise Refusal(f"output {output}: belongs to a run that is not finished; `espalier resume {output}` goes on with it")
 
 
-def command_of(output: Path) -> str | None:
+def command_of(output: Path) -> Command | None:
     """The command whose run is in `output`; None if there is none."""
     run = recorded(output)
     return None if run is None else run.get("command")
 
 
-def check_same_model(run: dict[str, Any], fingerprint: str) -> None:
+def check_same_model(run: RunRecord, fingerprint: str) -> None:
     """Raises Refusal unless the model that a resumed run finds is the one that it began with."""
     if fingerprint != run["fingerprint"]:
         raise Refusal(
@@ -268,13 +278,14 @@ def _is_whole(path: Path, digest: str) -> bool:
     return path.is_file() and file_digest(path) == digest
 
 
-def recorded(output: Path) -> dict[str, Any] | None:
+def recorded(output: Path) -> RunRecord | None:
     """The run.json in `output`; None where there is none, or one that Espalier did not write."""
     try:
         run = json.loads((output / HOME / "run.json").read_text())
     except (OSError, ValueError):
         return None
-    return run if isinstance(run, dict) and {"status", "config", "fingerprint"} <= run.keys() else None
+    ours = isinstance(run, dict) and {"status", "config", "fingerprint"} <= run.keys()
+    return cast(RunRecord, run) if ours else None
 
 
 @contextlib.contextmanager

@@ -59,7 +59,8 @@ def criteria_in(arguments: list[str]) -> Iterator[str]:
             yield from criteria_of(read_yaml(Path(value)))
     if arguments[:1] == ["resume"]:
         for directory in arguments[1:]:
-            yield from criteria_of((recorded(Path(directory)) or {}).get("config", {}))
+            run = recorded(Path(directory))
+            yield from criteria_of({} if run is None else run["config"])
 
 
 def _flags(arguments: list[str]) -> Iterator[tuple[str, str]]:

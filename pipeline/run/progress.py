@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from espalier.cluster.connection.redact import without_secrets
 from espalier.pipeline.reports.format import duration, number
+from espalier.stages.block_report import BlockReport
 
 
 class Reporter:
@@ -43,7 +43,7 @@ class Reporter:
         if finished:
             self.note(f"{finished} block{'s were' if finished > 1 else ' was'} finished before")
 
-    def block_done(self, report: Mapping[str, Any], recipe: str, blocks: int) -> None:
+    def block_done(self, report: BlockReport, recipe: str, blocks: int) -> None:
         """A block is committed."""
         self._blocks_done += 1
         spent = time.perf_counter() - self._work_started
@@ -80,7 +80,7 @@ class TerminalReporter(Reporter):
             for shard, count in blocks_by_shard.items()
         }
 
-    def block_done(self, report: Mapping[str, Any], recipe: str, blocks: int) -> None:
+    def block_done(self, report: BlockReport, recipe: str, blocks: int) -> None:
         self._bars.advance(self._shards[report["shard"]])
         self.note(block_line(report, recipe, blocks))
 
@@ -93,7 +93,7 @@ def reporter_for(console: Console) -> Reporter:
     return TerminalReporter(console) if console.is_terminal else Reporter(console)
 
 
-def block_line(report: Mapping[str, Any], recipe: str, blocks: int) -> str:
+def block_line(report: BlockReport, recipe: str, blocks: int) -> str:
     """`block 07   wanda 50 %   self_attn error 0.31 → 0.12   mlp error ...   4.8 s`; of so many blocks, from 0."""
     width = len(str(blocks - 1))
     errors = "".join(

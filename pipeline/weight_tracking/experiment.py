@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -25,6 +25,15 @@ from espalier.pipeline.planning.model_info import model_facts
 from espalier.pipeline.pruning import prune as driver
 from espalier.pipeline.record.metric_names import cost_metrics, named
 from espalier.pipeline.record.recorder import Recorder, recorded_run
+from espalier.pipeline.record.run_record import (
+    Cost,
+    PruneRecord,
+    RetrainRecord,
+    RunRecord,
+    TrackPoint,
+    TrackRecord,
+    TunedPoint,
+)
 from espalier.pipeline.reports.format import percent, target_share
 from espalier.pipeline.reports.track import write_report
 from espalier.pipeline.retraining import run as retrain
@@ -47,17 +56,16 @@ SHARED = (  # what an experiment and its training runs are asked for under one n
 )
 TRAINING = ("steps", "learning_rate", "warmup", "eval_every", "checkpoint_every")
 SHADOW = ("shadow_schedule", "shadow_decay", "shadow_signed", "shadow_dtype", "shadow_every")
-FIGURES = ("rate", "sparsity", "pruned", "tuned")  # of a point of the curve
 RECORD_SECONDS = 60.0  # that a run waits, at most, to be told its parent's name in MLflow
 
 
-def finished_run(output: Path) -> dict[str, Any] | None:
+def finished_run(output: Path) -> RunRecord | None:
     """The run.json in `output` if that run is finished."""
     run = recorded(output)
     return run if run is not None and run["status"] == "finished" else None
 
 
-def _stage(output: Path, begin: Callable[[], Any], go_on: Callable[[], Any]) -> dict[str, Any]:
+def _stage(output: Path, begin: Callable[[], Any], go_on: Callable[[], Any]) -> RunRecord:
     """The run.json of the part of an experiment in `output`: as it is, gone on with, or begun."""
     run = recorded(output)
     if run is None:
@@ -70,9 +78,14 @@ def _stage(output: Path, begin: Callable[[], Any], go_on: Callable[[], Any]) -> 
     return finished
 
 
-def _cost_of_points(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _cost_of_points(points: Sequence[TrackPoint]) -> dict[str, Cost]:
     kinds = dict.fromkeys(kind for point in points for kind in point["cost"])
     return {kind: summed(point["cost"][kind] for point in points if kind in point["cost"]) for kind in kinds}
+
+
+def _figures(point: TunedPoint) -> dict[str, float]:
+    """Of a point, what is drawn and recorded."""
+    return {name: point[name] for name in ("rate", "sparsity", "pruned", "tuned")}
 
 
 def _log(perplexity: float | None) -> float | None:
@@ -90,7 +103,7 @@ class Experiment:
         self,
         config: TrackConfig,
         directory: RunDirectory,
-        run: dict[str, Any],
+        run: TrackRecord,
         reporter: Reporter | None,
         ranks: RankGroup | None,
     ) -> None:
@@ -141,16 +154,17 @@ class Experiment:
 
     # -- training, pruning, fine-tuning --------------------------------------------------------------------------------
 
-    def _sweep(self) -> list[dict[str, Any]]:
+    def _sweep(self) -> list[TrackPoint]:
         trained = self._trained()
-        done = {entry["target"]: entry for entry in self.directory.noted("point")}
+        done = {entry["target"]: cast(TrackPoint, entry) for entry in self.directory.noted("point")}
         points = []
         for index, (target, rate) in enumerate(self._rates(trained)):
             point = done.get(target)
             if point is None:
                 point = self._point(target, rate, trained)
-                self.recorder.metrics(named({f"curve/{name}": point[name] for name in FIGURES}), step=index)
-            points.append({name: value for name, value in point.items() if name != "event"})
+                curve = {f"curve/{name}": value for name, value in _figures(point).items()}
+                self.recorder.metrics(named(curve), step=index)
+            points.append(point)
         return points
 
     def _trained(self) -> Path:
@@ -178,23 +192,23 @@ class Experiment:
         scores = (shadow.load([name])[name] for name, _, _ in facts.linears)
         return list(zip(config.sparsities, thresholds_for_sparsity(scores, config.sparsities), strict=True))
 
-    def _point(self, target: float, rate: float, trained: Path) -> dict[str, Any]:
+    def _point(self, target: float, rate: float, trained: Path) -> TrackPoint:
         """Prune at one threshold and fine-tune; noted once it is done. At 0 all is kept, and fine-tuned as well."""
         title = f"rate {target:g}" if self.config.rates is not None else f"sparsity {target_share(target)}"
         home = self.output / title.replace(" %", "").replace(" ", "-")
         recorder = self._point_recorder(title, rate, home)
         try:
-            point = self._pruned_and_tuned(title, rate, trained, home, recorder.wait_for_run_id(RECORD_SECONDS))
+            tuned = self._pruned_and_tuned(title, rate, trained, home, recorder.wait_for_run_id(RECORD_SECONDS))
         except BaseException as failure:
             recorder.abandon(failure)
             raise
-        recorder.metrics(named({name: point[name] for name in FIGURES}))
-        recorder.metrics(named({"seconds/{phase}": point["seconds"]}, phase="total"))
+        recorder.metrics(named(_figures(tuned)))
+        recorder.metrics(named({"seconds/{phase}": tuned["seconds"]}, phase="total"))
         if self.material.measure is None:
-            losses = {"perplexity": point["tuned"], "dense_perplexity": self.run["trained"]}
+            losses = {"perplexity": tuned["tuned"], "dense_perplexity": self.run["trained"]}
             recorder.metrics(named({name: perplexity_of(loss) for name, loss in losses.items()}))
         recorder.close()
-        point |= {"target": target, "mlflow_run_id": recorder.run_id}
+        point: TrackPoint = {**tuned, "target": target, "mlflow_run_id": recorder.run_id}
         self.directory.note("point", **point)
         self.reporter.note(
             f"{title}: rate {rate:.3f}, {percent(point['sparsity'])} zeros, {self.material.metric} "
@@ -202,9 +216,7 @@ class Experiment:
         )
         return point
 
-    def _pruned_and_tuned(
-        self, title: str, rate: float, trained: Path, home: Path, parent: str | None
-    ) -> dict[str, Any]:
+    def _pruned_and_tuned(self, title: str, rate: float, trained: Path, home: Path, parent: str | None) -> TunedPoint:
         """One point of the curve, all but what it is called."""
         started, steps = time.perf_counter(), self._finetune_steps
         pruned = self._pruned(home / "pruned", trained, rate, title, parent) if rate > 0 else None
@@ -236,7 +248,7 @@ class Experiment:
         assert config.finetune_epochs is not None
         return max(1, round(config.finetune_epochs * self.material.epoch / config.batch))
 
-    def _pruned(self, output: Path, trained: Path, rate: float, title: str, parent: str | None) -> dict[str, Any]:
+    def _pruned(self, output: Path, trained: Path, rate: float, title: str, parent: str | None) -> PruneRecord:
         request = {
             "model": str(trained),
             "output": str(output),
@@ -261,19 +273,19 @@ class Experiment:
         config = build_config(request, PruneConfig)
         if not has_room({"CPU": float(self.shard_threads)}):
             self.ranks.release()  # it would wait for what they hold
-        return _stage(
+        run = _stage(
             output, lambda: driver.prune(config, self.reporter), lambda: driver.resume(output, reporter=self.reporter)
         )
+        return cast(PruneRecord, run)
 
-    def _train(
-        self, output: Path, model: str, title: str, parent: str | None, own: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _train(self, output: Path, model: str, title: str, parent: str | None, own: Mapping[str, Any]) -> RetrainRecord:
         """The run.json of one training run of the experiment, which says by `own` what is particular to it."""
         shared = {name: getattr(self.config, name) for name in SHARED}
         where = {"model": model, "output": str(output), "data": self.config.data}
         config = build_config(shared | where | {"run_name": title, "parent_run": parent} | dict(own), RetrainConfig)
         held: Any = {"reporter": self.reporter, "ranks": self.ranks, "sources": self.material.sources}
-        return _stage(output, lambda: retrain.retrain(config, **held), lambda: retrain.resume(output, **held))
+        run = _stage(output, lambda: retrain.retrain(config, **held), lambda: retrain.resume(output, **held))
+        return cast(RetrainRecord, run)
 
     def _measured(self, checkpoint: Path, loss: float | None) -> float:
         """The metric of a model: its loss, or what this kind of data measures."""
@@ -309,7 +321,7 @@ class Experiment:
             parent=self.recorder.wait_for_run_id(RECORD_SECONDS),
         )
 
-    def _finish(self, points: list[dict[str, Any]]) -> None:
+    def _finish(self, points: list[TrackPoint]) -> None:
         run, recorder = self.run, self.recorder
         run |= {
             "points": points,

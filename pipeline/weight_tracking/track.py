@@ -9,13 +9,15 @@ OUTPUT/report.md, curve.png  and run.json in OUTPUT/espalier
 Each of these is a finished directory or is made again, so an interrupted experiment goes on from what is there.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from espalier.cluster.rank_group import RankGroup
 from espalier.pipeline.config.options import build_config, located
 from espalier.pipeline.config.track import TrackConfig
+from espalier.pipeline.record.run_record import TrackPoint, TrackRecord
 from espalier.pipeline.run.directory import RunDirectory, check_free, command_of
 from espalier.pipeline.run.progress import Reporter
 from espalier.pipeline.weight_tracking.experiment import Experiment, finished_run
@@ -35,12 +37,13 @@ class TrackResult:
 
     output: Path
     trained: float  # the metric after training, before anything is pruned
-    points: list[dict[str, Any]]
-    run: dict[str, Any]
+    points: list[TrackPoint]
+    run: TrackRecord
 
     def summary(self) -> dict[str, Any]:
         """The object that `track --json` prints."""
-        return {name: self.run[name] for name in SUMMARY}
+        run: Mapping[str, Any] = self.run
+        return {name: run[name] for name in SUMMARY}
 
 
 def track(config: TrackConfig, reporter: Reporter | None = None, ranks: RankGroup | None = None) -> TrackResult:
@@ -54,9 +57,9 @@ def track(config: TrackConfig, reporter: Reporter | None = None, ranks: RankGrou
     if command_of(output) == "track" and finished_run(output) is None:
         return resume(output, reporter, ranks, config)
     check_free(output)
-    directory, run = RunDirectory.begin(output, "track", config.model_dump(mode="json"), fingerprint=None)
+    directory, run = RunDirectory.begin(output, "track", config.model_dump(mode="json"), None)
     with directory.at_work(lambda: (output / "trained").exists()):
-        return _result(Experiment(config, directory, run, reporter, ranks))
+        return _result(Experiment(config, directory, cast(TrackRecord, run), reporter, ranks))
 
 
 def resume(
@@ -75,7 +78,7 @@ def resume(
                     f"{name.replace('_', '-')} {getattr(config, name)}: the experiment in {output} was begun with "
                     f"{was}; give that, or another --output"
                 )
-        return _result(Experiment(config or recorded, directory, run, reporter, ranks))
+        return _result(Experiment(config or recorded, directory, cast(TrackRecord, run), reporter, ranks))
 
 
 def _result(experiment: Experiment) -> TrackResult:

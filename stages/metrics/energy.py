@@ -5,11 +5,10 @@ A counter belongs to the machine and not to a process: whatever else runs on it 
 
 import ctypes
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypedDict
 
 POWERCAP = Path("/sys/class/powercap")
 SAMPLE_SECONDS = 20.0  # RAPL's smallest range, 65 kJ, is passed through in a few minutes under full load
@@ -44,8 +43,15 @@ class Energy:
         return " + ".join(parts) or NOT_MEASURED
 
 
-def described(joules: Mapping[str, float | None] | None) -> str:
-    """The same words for what a report holds: `{"cpu": …, "gpu": …}`, or None."""
+class Joules(TypedDict):
+    """An Energy as a report holds it."""
+
+    cpu: float | None
+    gpu: float | None
+
+
+def described(joules: Joules | None) -> str:
+    """The same words for what a report holds."""
     return str(Energy(**joules)) if joules else NOT_MEASURED
 
 

@@ -8,9 +8,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from espalier.stages.devices import allocated_peak
 
@@ -83,7 +82,7 @@ class Timeline:
                 start = phases.pop().start
             phases.append(Phase(name, block, start, time.time()))
 
-    def export(self) -> list[dict[str, Any]]:
+    def export(self) -> list[Phase]:
         """All phases so far, in the order in which they ended."""
         phases = [phase for one in list(self._phases.values()) for phase in list(one)]
-        return [asdict(phase) for phase in sorted(phases, key=lambda phase: phase.end)]
+        return sorted(phases, key=lambda phase: phase.end)

@@ -6,13 +6,12 @@ What goes in is dense (or, in a later sweep, what the sweep before left), what c
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from espalier.stages.block_report import LayerCount, UnitReport, WorkReport
 from espalier.stages.device_errors import out_of_memory_refused
 from espalier.stages.devices import on_accelerator
 from espalier.stages.loading.skeleton import Skeleton
@@ -78,7 +77,7 @@ class BlockPruner:
             recipe.pruned_together,
         )
         self.keep: dict[str, Tensor] = {}  # by block.parameter, in the parameter's own shape and orientation
-        self.units: dict[int, list[dict[str, Any]]] = {index: [] for index in blocks}
+        self.units: dict[int, list[UnitReport]] = {index: [] for index in blocks}
         self.seconds = {index: {"mask": 0.0, "reconstruct": 0.0} for index in blocks}
         ratios = order.sparsity or (recipe.sparsity,) * len(order.blocks)
         self.choosers = {
@@ -248,7 +247,7 @@ class BlockPruner:
         sizes = [
             (self.calibrations[block].rms[name], self._stored(block, name).numel()) for block, name in _parameters(unit)
         ]
-        parameters, report = fit(
+        parameters, done = fit(
             UnitModules(unit, self.modules),
             self.keep,
             [step.call for step in unit.steps],
@@ -267,16 +266,27 @@ class BlockPruner:
         for block in blocks_of(unit):
             prefix = f"{block}."
             self._put(block, {n.removeprefix(prefix): t for n, t in parameters.items() if n.startswith(prefix)})
-        self.units[unit.first].append({"name": unit.name, **asdict(report)})
+        self.units[unit.first].append(
+            UnitReport(
+                name=unit.name,
+                error_before=done.error_before,
+                error_after=done.error_after,
+                improved=done.improved,
+                share=done.share,
+                steps=done.steps,
+                learning_rate=done.learning_rate,
+                flops=done.flops,
+            )
+        )
 
     # -- the result ------------------------------------------------------------------------------------------------
 
-    def reports(self) -> list[dict[str, Any]]:
-        """Counted zeros, errors, seconds: a plain dict for each block, ready for the journal and for MLflow."""
+    def reports(self) -> list[WorkReport]:
+        """Counted zeros, errors, seconds of each block."""
         return [self._report(index) for index in self.order.blocks]
 
-    def _report(self, index: int) -> dict[str, Any]:
-        layers = {}
+    def _report(self, index: int) -> WorkReport:
+        layers: dict[str, LayerCount] = {}
         for weight in self.calibrations[index].anatomy.weights:
             matrix = weight.of(self._stored(index, weight.parameter))
             layers[weight.name] = {"zeros": count_zeros(matrix), "weights": matrix.numel()}

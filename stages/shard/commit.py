@@ -8,10 +8,10 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from espalier.stages.block_report import BlockReport, WorkReport
 from espalier.stages.devices import beside
 from espalier.stages.errors import OutOfStep
 from espalier.stages.loading.skeleton import Skeleton
@@ -23,7 +23,7 @@ from espalier.stages.shard.spec import ShardSpec, block_file, sweep_directory
 from espalier.stages.storage.files import clear_unfinished
 from espalier.stages.storage.hf_checkpoint import Checkpoint, write_tensors
 
-Reports = list[dict[str, Any]]
+Reports = list[BlockReport]
 
 
 class Commits:
@@ -55,7 +55,7 @@ class Commits:
                 while finished:  # each let go of when it is written
                     report, tensors = finished.pop(0)
                     streams = streamed.get(report["block"], (0, 0.0))
-                    reports.append(report | self._commit(directory, report, tensors, *streams))
+                    reports.append(self._commit(directory, report, tensors, *streams))
             return reports
 
         self.wait()
@@ -76,15 +76,16 @@ class Commits:
         return handed.result()
 
     def _commit(
-        self, directory: Path, report: dict[str, Any], tensors: dict[str, Tensor], tokens: int, streamed: float
-    ) -> dict[str, Any]:
-        """Write one block; what its report is to say of that and of the stream."""
+        self, directory: Path, report: WorkReport, tensors: dict[str, Tensor], tokens: int, streamed: float
+    ) -> BlockReport:
+        """Write one block; its report, with what there is to say of that and of the stream."""
         started, index = time.perf_counter(), report["block"]
         directory.mkdir(parents=True, exist_ok=True)
         with self._timeline.phase("commit", index):
             saved = as_saved(self._skeleton.stored(index, tensors), self._checkpoint, self._skeleton.weights)
             digest = write_tensors(directory / block_file(index), saved)
         return {
+            **report,
             "tokens": tokens,
             "tokens_per_second": tokens / max(streamed, 1e-9),
             "seconds": report["seconds"] | {"stream": streamed, "commit": time.perf_counter() - started},

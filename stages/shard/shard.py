@@ -18,12 +18,12 @@ import gc
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from espalier.stages.allocation import outlier_share
+from espalier.stages.block_report import BlockReport
 from espalier.stages.criteria.scoring import score_rows
 from espalier.stages.device_errors import out_of_memory_refused
 from espalier.stages.devices import on_accelerator
@@ -300,7 +300,7 @@ class Shard:
             del work
             gc.collect()  # modules hold themselves in cycles: without it dense blocks can be in memory still
 
-    def committed(self, order: BlockTask) -> list[dict[str, Any]]:
+    def committed(self, order: BlockTask) -> list[BlockReport]:
         """A report of each block of `order`, which was worked on, once it is on disk. May be asked in any thread.
 
         Raises what kept it from there, and OutOfStep if it was not worked on, as after a restart.

@@ -311,7 +311,7 @@ def test_one_block_is_written_while_the_next_is_worked_on_and_the_one_after_wait
     following.start()
     following.join(timeout=0.5)
     assert following.is_alive(), "block 1 is not handed over before block 0 is on disk"
-    assert [(phase["phase"], phase["block"]) for phase in shard.timeline.export()][-1] == ("mask", 1)
+    assert [(phase.phase, phase.block) for phase in shard.timeline.export()][-1] == ("mask", 1)
     disk.release(2)
     following.join(timeout=60)
     (first,), (second,) = (shard.committed(BlockTask(blocks=(block,))) for block in (0, 1))
@@ -327,7 +327,7 @@ def test_the_timeline_joins_stretches_of_one_phase(monkeypatch) -> None:
     for name in ("stream", "stream", "stream", "mask"):
         with timeline.phase(name):
             pass
-    assert [(phase["phase"], phase["start"], phase["end"]) for phase in timeline.export()] == [
+    assert [(phase.phase, phase.start, phase.end) for phase in timeline.export()] == [
         ("stream", 0.0, 2.0),
         ("stream", 5.0, 6.0),  # after a pause
         ("mask", 6.1, 7.0),
