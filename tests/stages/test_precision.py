@@ -98,10 +98,20 @@ def test_a_dtype_that_was_asked_for_is_that_of_all_that_is_written(tiny_checkpoi
     assert {t.dtype for file in files for t in load_file(tmp_path / "output" / file).values()} == {torch.float16}
 
 
+DTYPES = [("bfloat16", "fp32"), ("float16", "fp32"), ("float32", "bf16")]
+FITTED = [{}, {"inputs": "pruned"}, {"reconstruct": "window", "blocks_per_unit": 2, "sweeps": 1}]
+
+
 @pytest.mark.parametrize(
-    "recipe", [{}, {"inputs": "pruned"}, {"reconstruct": "window", "blocks_per_unit": 2, "sweeps": 1}]
+    ("stored", "compute", "recipe"),
+    [  # each dtype and each recipe once, the rest slow
+        pytest.param(
+            *dtypes, recipe, marks=() if row == column else pytest.mark.slow, id=f"{'-'.join(dtypes)}-{column}"
+        )
+        for row, dtypes in enumerate(DTYPES)
+        for column, recipe in enumerate(FITTED)
+    ],
 )
-@pytest.mark.parametrize(("stored", "compute"), [("bfloat16", "fp32"), ("float16", "fp32"), ("float32", "bf16")])
 def test_the_files_are_the_same_for_any_cut_and_the_errors_fall(
     tiny_checkpoint, tiny_tokens, tmp_path, stored, compute, recipe
 ) -> None:

@@ -69,7 +69,10 @@ def test_fits_on_an_accelerator(size: str, unit: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "method"),
-    [("8B", "swaps"), ("8B", "alps"), ("8B", "dsnot"), ("8B", "solve"), ("405B", "swaps"), ("405B", "alps")],
+    [
+        *(("8B", method) for method in ("swaps", "alps", "dsnot")),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("8B", "solve"), ("405B", "swaps"), ("405B", "alps"))),
+    ],
 )
 def test_masks_on_an_accelerator(size: str, method: str) -> None:
     assert_held(llama(*SHAPES[size]), MASKS[method])

@@ -152,10 +152,8 @@ def test_resuming_a_run_that_the_server_does_not_have_makes_a_new_one(tmp_path: 
 
 def test_a_server_that_is_down_costs_one_warning_and_leaves_every_number(tmp_path: Path, dead_server: str) -> None:
     record = recorder(tmp_path, dead_server)
-    began = time.monotonic()
     for step in range(500):
         record.metrics({"mlp/error_after": step / 7}, step=step)
-    assert time.monotonic() - began < 1
     assert record.wait_for_run_id(30) is None
     record.close(timeout_seconds=1)
     assert record.run_id is None
@@ -169,14 +167,13 @@ def test_a_server_that_is_down_costs_one_warning_and_leaves_every_number(tmp_pat
 
 
 def test_a_server_that_never_answers_holds_close_no_longer_than_its_timeout(tmp_path: Path, silent_server: str) -> None:
+    before = set(threading.enumerate())
     record = recorder(tmp_path, silent_server)
-    began = time.monotonic()
+    (sending,) = set(threading.enumerate()) - before
     for step in range(500):
         record.metrics({"x": float(step)}, step=step)
-    assert time.monotonic() - began < 1
-    began = time.monotonic()
     record.close(timeout_seconds=1.5)
-    assert time.monotonic() - began < 2.5
+    assert sending.is_alive(), "it still waits for the answer that nobody else waited for"
     assert record.warning is not None and silent_server in record.warning
     assert len(lines(tmp_path)) == 500
 

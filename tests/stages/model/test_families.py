@@ -134,7 +134,7 @@ def test_weights_that_read_the_same_tensor_share_it(checkpoint_of) -> None:
     assert of_experts[:2] == [("mlp.experts.0.gate_up_proj",), ("mlp.experts.0.down_proj",)] and len(of_experts) == 8
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_streams_as_the_whole_model_runs(checkpoint_of, tiny_tokens, tmp_path, name, dtype) -> None:
     directory, tokens = checkpoint_of(name, dtype), tiny_tokens(3, LENGTH)

@@ -175,7 +175,7 @@ def total(weight, keep, statistics) -> float:
     return float(error(weight, keep, statistics).sum() / error(weight, torch.zeros_like(keep), statistics).sum())
 
 
-@pytest.mark.parametrize("model", ["bundled", "pystdlib-5m"])
+@pytest.mark.parametrize("model", ["bundled", pytest.param("pystdlib-5m", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("patterns", [(0.5, 0.6, 0.7), ((2, 4), (4, 8))], ids=["rows", "groups"])
 def test_r2_dsnot_lowers_the_error_of_trained_layers_below_dsnot(model, patterns, shared_folder) -> None:
     directory = BUNDLED if model == "bundled" else shared_folder("models", model)

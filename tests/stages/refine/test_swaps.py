@@ -146,7 +146,7 @@ def test_the_size_of_the_inputs_does_not_matter() -> None:
     assert torch.equal(swaps(half, keep, statistics), swaps(half.float(), keep, statistics))
 
 
-@pytest.mark.parametrize("model", ["bundled", "pystdlib-5m"])
+@pytest.mark.parametrize("model", ["bundled", pytest.param("pystdlib-5m", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pattern", [0.6, (2, 4)])
 def test_trained_layers_lose_much_of_their_error_whatever_the_start(model, pattern, shared_folder) -> None:
     group, ratio = (pattern, 0.0) if isinstance(pattern, tuple) else (None, pattern)

@@ -121,7 +121,7 @@ def test_opened_pruned_it_streams_the_finished_files(shard, tiny_tokens, tiny_ch
     assert same_bits(stream([shard], tokens)[0], dense[0])  # and back
 
 
-@pytest.mark.parametrize("spool_memory", [0, 20_000, 1 << 30])
+@pytest.mark.parametrize("spool_memory", [0, 20_000, pytest.param(1 << 30, marks=pytest.mark.slow)])
 def test_work_frees_every_spool(tiny_checkpoint, tiny_tokens, tmp_path, spool_memory) -> None:
     model = tiny_checkpoint("llama", blocks=3)
     shard = make_shards(
