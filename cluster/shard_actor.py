@@ -9,8 +9,8 @@ import inspect
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,6 +25,7 @@ from espalier.stages.device_errors import context_lost
 from espalier.stages.errors import DeviceLost, OutOfStep, Refusal, first_line
 from espalier.stages.metrics.profile import Phase, peak_bytes
 from espalier.stages.recipe import BlockTask
+from espalier.stages.shard.hidden_states import Pass
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec
 
@@ -57,8 +58,13 @@ class ShardState:
     """What a shard has: nothing after a restart."""
 
     open: bool = False
-    source: int | None = None  # whose blocks it holds: the model's, or those that a sweep left
-    calibrated: dict[int, int] = field(default_factory=dict)  # see Shard.calibrated
+    sources: tuple[int | None, ...] = ()  # whose blocks it holds: the model's (None), or those that a sweep left
+    ready: tuple[int, int] | None = None  # the sweep, and the block, whose work can begin
+    shares: frozenset[int] = frozenset()  # the blocks that OWL can weigh
+
+    def can_start(self, sweep: int, block: int) -> bool:
+        """Whether the shard has what it needs to work on `block`, whose turn comes next there, in `sweep`."""
+        return self.ready is not None and self.ready[0] == sweep and self.ready[1] <= block
 
 
 def _ends_with_its_device(worker: type[Worker]) -> type[Worker]:
@@ -104,8 +110,8 @@ class ShardWorker:
             raise OutOfStep(f"shard {self._spec.index} is not open")
         return self._shard
 
-    def open(self, source: int | None = None) -> ShardFacts:
-        """Load this shard's tensors, its blocks as sweep number `source` left them if one is given.
+    def open(self, sources: Sequence[int | None] = (None,)) -> ShardFacts:
+        """Load this shard's tensors, its blocks from the model (None) or as that sweep left them, or both.
 
         Raises Refusal if this node does not see the run's directory or its model.
         """
@@ -117,22 +123,16 @@ class ShardWorker:
                 "with several nodes --output must lie on storage that all of them share"
             )
         shard = self._shard or Shard(spec)
-        shard.open(source)
+        shard.open(sources)
         self._shard = shard
         return ShardFacts(spec.index, spec.first, spec.last, _node(), os.getpid(), spec.device)
 
     def state(self) -> ShardState:
         shard = self._shard
-        return ShardState() if shard is None else ShardState(True, shard.source, shard.calibrated())
+        return ShardState() if shard is None else ShardState(True, shard.sources, shard.ready, shard.shares)
 
-    def begin(
-        self,
-        microbatches: int,
-        collect: Collection[int] = (),
-        sweep: int = 0,
-        varying: Mapping[str, np.ndarray] | None = None,
-    ) -> None:
-        self._open.begin(microbatches, collect, sweep, None if varying is None else _tensors(varying))
+    def begin(self, this: Pass, varying: Mapping[str, np.ndarray] | None = None) -> None:
+        self._open.begin(this, None if varying is None else _tensors(varying))
 
     def forward(self, microbatch: int, source: Inputs, wanted: Wanted, targets: np.ndarray | None = None) -> Any:
         """One microbatch through all blocks; `source` is the model's inputs for the shard that embeds, else hidden

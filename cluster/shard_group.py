@@ -4,7 +4,7 @@ Recompute, don't replicate: a lost actor comes back empty; the group opens it an
 shards before it once more. Finished blocks stay finished.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import ray
@@ -19,7 +19,8 @@ from espalier.stages.block_report import BlockReport
 from espalier.stages.errors import Refusal, first_line
 from espalier.stages.metrics.perplexity import Measures
 from espalier.stages.metrics.profile import Phase
-from espalier.stages.recipe import BlockTask
+from espalier.stages.recipe import BlockTask, Recipe
+from espalier.stages.shard.hidden_states import Pass
 from espalier.stages.shard.spec import ShardSpec
 
 __all__ = ["ShardGroup", "Stream"]
@@ -73,8 +74,9 @@ class ShardGroup:
         return self._recovering(attempt)
 
     def calibrate(self, stream: Stream, blocks: set[int], on_step: Callable[[int], None], sweep: int = 0) -> None:
-        """Stream the calibration, gathering in `blocks` what `sweep` needs; what a lost shard had gathered is gathered
-        again. Before a sweep, that is the dense model's activations and then the pruned model's."""
+        """Stream the calibration, so that each shard has what its work on `blocks` in `sweep` starts from; what a lost
+        shard had is streamed to it again. Before a later sweep that is the dense model's activations beside the pruned
+        one's."""
         self._recovering(lambda: self._calibrate_missing(stream, blocks, on_step, sweep))
 
     def measure(
@@ -94,8 +96,8 @@ class ShardGroup:
         def attempt() -> Measures:
             if wanted == "compared":
                 self._keep_missing(stream)
-            self._hold(source)
-            return sum(self._run(stream, len(self._actors), {}, wanted, on_step), Measures())
+            self._hold((source,))
+            return sum(self._run(stream, wanted, on_step), Measures())
 
         measures = self._recovering(attempt)
         if wanted == "compared":
@@ -112,14 +114,19 @@ class ShardGroup:
                 f"scratch {spec.scratch}: the last shard of {spec.model} does not see what {spec.reference} left; "
                 "with several nodes --scratch must lie on storage that all of them share"
             )
-        self._hold(None)
-        self._run(stream, len(self._actors), {}, "kept", lambda _: None)
+        self._hold((None,))
+        self._run(stream, "kept", lambda _: None)
 
     def outlier_shares(self, stream: Stream, blocks: Sequence[int]) -> list[float]:
-        """What OWL weighs each of `blocks` by, from their calibration."""
+        """What OWL weighs each of `blocks` by, from a pass through all of them. It also leaves with each shard what its
+        work starts from, unless the pruned model's activations are to reach it first."""
+        owned = [] if self._of_run.sequential else [spec.index for spec in self.specs]
 
         def attempt() -> list[float]:
-            self._calibrate_missing(stream, set(blocks), lambda _: None)
+            self._hold((None,))
+            if not set(blocks) <= {block for state in self._states() for block in state.shares}:
+                passes = self._passes(stream, len(self.specs) - 1, dict.fromkeys(owned, 0), shares=True)
+                self._run(stream, "nothing", lambda _: None, passes)
             owners = {block: self._actors[spec.index] for spec in self.specs for block in range(spec.first, spec.last)}
             return answers([owners[block].outlier_share.remote(block) for block in blocks])
 
@@ -165,9 +172,7 @@ class ShardGroup:
 
     def _one_after_another(self, stream: Stream, left: dict[tuple[int, ...], BlockTask]) -> Iterator[list[BlockReport]]:
         """One try at what is `left`, from which each order goes when it is on disk."""
-        if self._recipe is not None and self._recipe.streams_dense:
-            self._calibrate_missing(stream, {block for blocks in left for block in blocks}, lambda _: None)
-        self._hold(None)
+        self._hold((None,))
         last = max(left)[0]
         writing: dict[Any, tuple[int, ...]] = {}
 
@@ -179,7 +184,9 @@ class ShardGroup:
                 del left[writing.pop(done)]
                 yield reports
 
-        begin(self._actors, stream)
+        streams = self._of_run.most_streams
+        this = Pass(microbatches=stream.microbatches, streams=streams, keeps=0, onward=False, phase="stream")
+        begin(self._actors, stream, [this] * len(self._actors))
         for position, (spec, actor) in enumerate(zip(self.specs, self._actors, strict=True)):
             if spec.first > last:
                 break
@@ -210,49 +217,51 @@ class ShardGroup:
     # -- passes ----------------------------------------------------------------------------------------------------
 
     def _calibrate_missing(
-        self, stream: Stream, blocks: set[int], on_step: Callable[[int], None], sweep: int = 0
+        self, stream: Stream, blocks: Collection[int], on_step: Callable[[int], None], sweep: int = 0
     ) -> None:
-        """Passes that gather what the shards lack for `sweep` in `blocks`, after which each has what it starts from."""
-        predicts_inputs = sweep and self._recipe is not None and self._recipe.predicts_inputs
-        if predicts_inputs:  # what a unit's input will be depends on all units before it
-            blocks = set(range(max(blocks, default=-1) + 1))
-        dense = self._lacking(blocks, lambda held, block: block in held)
-        if dense:
-            self._hold(None)
-            self._run(stream, max(dense) + 1, dense, "nothing", on_step)
-        if sweep:
-            drifted = self._lacking(blocks, lambda held, block: held.get(block) == sweep)
-            self._hold(sweep - 1)
-            if drifted and predicts_inputs:
-                drifted = self._lacking(blocks, lambda held, block: False)
-            if drifted:
-                self._run(stream, max(drifted) + 1, drifted, "nothing", on_step, sweep)
-        else:
-            self._hold(None)
-
-    def _lacking(self, blocks: set[int], holds: Callable[[dict[int, int], int], bool]) -> dict[int, set[int]]:
-        """Shard -> those of `blocks` that are its own and of which it does not hold what is wanted."""
+        """A pass after which each shard has what its work on those of `blocks` that are its own starts from."""
+        self._hold(self._of_run.sources(sweep))
         states = self._states()
-        return {
-            spec.index: missing
+        lacking = {
+            spec.index
             for spec, state in zip(self.specs, states, strict=True)
-            if (missing := {b for b in blocks if spec.first <= b < spec.last and not holds(state.calibrated, b)})
+            if (own := set(blocks) & set(range(spec.first, spec.last))) and not state.can_start(sweep, min(own))
         }
+        if lacking:
+            last = max(lacking)
+            self._run(stream, "nothing", on_step, self._passes(stream, last, dict.fromkeys(lacking, sweep)))
+
+    def _passes(self, stream: Stream, last: int, keeps: Mapping[int, int], shares: bool = False) -> list[Pass]:
+        """What the shards up to number `last` do in a pass of the calibration, of which some keep what reaches them for
+        their work of that sweep."""
+        sweep = max(keeps.values(), default=0)
+        return [
+            Pass(
+                microbatches=stream.microbatches,
+                streams=len(self._of_run.sources(sweep)),
+                keeps=keeps.get(index),
+                onward=shares or index < last,
+                shares=shares,
+                phase="stream",
+            )
+            for index in range(last + 1)
+        ]
+
+    @property
+    def _of_run(self) -> Recipe:
+        assert self._recipe is not None
+        return self._recipe
 
     def _run(
-        self,
-        stream: Stream,
-        shards: int,
-        collect: dict[int, set[int]],
-        wanted: str,
-        on_step: Callable[[int], None],
-        sweep: int = 0,
+        self, stream: Stream, wanted: str, on_step: Callable[[int], None], passes: Sequence[Pass] | None = None
     ) -> list[Any]:
-        """One pass through the first `shards` shards; the last one's answers, in order."""
-        actors = self._actors[:shards]
-        begin(actors, stream, collect, sweep)
-        run = blockwise if self.specs[0].resident == "one" else pipelined
-        return run(actors, stream, wanted, on_step)
+        """One pass through as many shards as there are `passes`, or through all; the last one's answers, in order."""
+        passes = passes or [Pass(microbatches=stream.microbatches)] * len(self._actors)
+        actors = self._actors[: len(passes)]
+        begin(actors, stream, passes)
+        if self.specs[0].resident == "one":
+            return blockwise(actors, stream, wanted, on_step, passes[-1].onward)
+        return pipelined(actors, stream, wanted, on_step)
 
     # -- losses ----------------------------------------------------------------------------------------------------
 
@@ -272,10 +281,10 @@ class ShardGroup:
         pairs = zip(self._actors, self._states(), strict=True)
         answers([actor.open.remote() for actor, state in pairs if not state.open])
 
-    def _hold(self, source: int | None) -> None:
-        """Every shard with the dense model's blocks, or with those that sweep number `source` left."""
+    def _hold(self, sources: tuple[int | None, ...]) -> None:
+        """Every shard with the dense model's blocks (None), or with those that a sweep left, or both."""
         pairs = zip(self._actors, self._states(), strict=True)
-        answers([actor.open.remote(source) for actor, state in pairs if not state.open or state.source != source])
+        answers([actor.open.remote(sources) for actor, state in pairs if not state.open or state.sources != sources])
 
     def _recovering(self, attempt: Callable[[], Answer]) -> Answer:
         while True:

@@ -1,7 +1,7 @@
 """A pass of microbatches through shard actors: one after the other through all of them, or shard by shard."""
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 from espalier.cluster.connection.room import answered
 from espalier.cluster.shard_actor import Inputs
 from espalier.stages.errors import DeviceLost, OutOfStep, Refusal
+from espalier.stages.shard.hidden_states import Pass
 
 MEASURED = (
     "measures",
@@ -43,16 +44,13 @@ def answers(references: Any) -> Any:
         raise
 
 
-def begin(
-    actors: Sequence[Any], stream: Stream, collect: Mapping[int, Collection[int]] | None = None, sweep: int = 0
-) -> None:
-    """Tell the shards that a pass begins, and each in which of its blocks it is to gather what `sweep` needs.
+def begin(actors: Sequence[Any], stream: Stream, passes: Sequence[Pass]) -> None:
+    """Tell the shards that a pass begins, and each what it does in it.
 
     What varies from sample to sample is once in the object store for all of them.
     """
     varying = None if stream.varying is None else ray.put(stream.varying)
-    blocks = [(collect or {}).get(index, ()) for index in range(len(actors))]
-    answers([a.begin.remote(stream.microbatches, b, sweep, varying) for a, b in zip(actors, blocks, strict=True)])
+    answers([actor.begin.remote(this, varying) for actor, this in zip(actors, passes, strict=True)])
 
 
 def pipelined(actors: Sequence[Any], stream: Stream, wanted: str, on_step: Callable[[int], None]) -> list[Any]:
@@ -68,12 +66,18 @@ def pipelined(actors: Sequence[Any], stream: Stream, wanted: str, on_step: Calla
     return windowed(launch, stream, on_step)
 
 
-def blockwise(actors: Sequence[Any], stream: Stream, wanted: str, on_step: Callable[[int], None]) -> list[Any]:
-    """Each shard takes all microbatches through its blocks, one block in memory, before the next shard starts."""
+def blockwise(
+    actors: Sequence[Any], stream: Stream, wanted: str, on_step: Callable[[int], None], onward: bool
+) -> list[Any]:
+    """Each shard takes all microbatches through its blocks, one block in memory, before the next shard starts; the last
+    one only if they are to go `onward`."""
     for position, actor in enumerate(actors):
         receive = receiving(actors, position, stream)
         windowed(receive, stream, on_step if position == 0 else lambda _: None)
-        answers(actor.advance.remote())
+        if onward or position + 1 < len(actors):
+            answers(actor.advance.remote())
+    if not onward:
+        return []
 
     def emit(microbatch: int) -> Any:
         targets = stream.batches(microbatch) if wanted in MEASURED else None

@@ -96,9 +96,19 @@ class Recipe:
         return "hessian" in self.needs and self.reconstruct != "none"
 
     @property
-    def streams_dense(self) -> bool:
-        """Whether the dense model's activations are needed: not where only the pruned model's are, to score with."""
-        return not self.sequential or self.reconstruct != "none" or self.allocation == "owl" or self.corrected
+    def compares(self) -> bool:
+        """Whether the work needs the dense model's activations: not where it only scores with the pruned model's."""
+        return not self.sequential or self.reconstruct != "none" or self.corrected
+
+    @property
+    def most_streams(self) -> int:
+        """How often a sample travels from shard to shard at most: as the dense model has it, and as the pruned one."""
+        return 2 if self.sweeps or (self.sequential and self.compares) else 1
+
+    def sources(self, sweep: int) -> tuple[int | None, ...]:
+        """Whose blocks carry the streams that reach a shard before its work of `sweep`: the dense model's (None), and
+        beside it, for a later one, what the sweep before left."""
+        return (None, sweep - 1) if sweep else (None,)
 
     @property
     def predicts_inputs(self) -> bool:

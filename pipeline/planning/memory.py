@@ -89,7 +89,9 @@ def estimate_shard(
     arithmetic = _arithmetic(facts, compute, length, gpu)
     together = recipe.blocks_per_unit if recipe else 1
     window = together * max(facts.block_bytes[first:last])
-    weights = _ends(facts, first, last) * item + (sum(facts.block_bytes[first:last]) if resident == "all" else window)
+    blocks = sum(facts.block_bytes[first:last]) if resident == "all" else window
+    sources = 2 if recipe and recipe.sweeps else 1  # a sweep's passes go through the dense blocks and the pruned ones
+    weights = _ends(facts, first, last) * item + sources * blocks
     streaming = _streaming(facts, first, last, microbatch, recipe, arithmetic)
     training, working = 0, 0
     if recipe is not None:
@@ -163,14 +165,14 @@ def _copies(facts: ModelInfo, first: int, last: int, resident: str, recipe: Reci
 def _set_aside(
     facts: ModelInfo, first: int, last: int, resident: str, tokens: int, recipe: Recipe | None, item: int
 ) -> tuple[int, int]:
-    """Activations that wait for the work, and those carried from block to block."""
-    kept = 0.0 if recipe is None else _kept_streams(recipe) * _kept_width(facts, recipe)
-    carried = 0
-    if resident == "one" or (recipe is not None and recipe.sequential):
-        carried += 2 * facts.travels
-    if recipe is not None and recipe.corrected:
+    """Activations that the work on one window of blocks needs, and those carried from block to block."""
+    if recipe is None:
+        return 0, 2 * tokens * facts.travels * item if resident == "one" else 0
+    kept = _kept_streams(recipe) * _kept_width(facts, recipe)
+    carried = 2 * recipe.most_streams * facts.travels
+    if recipe.corrected:
         carried += _going_on(recipe) * max(facts.travels, *(c.attention for block in facts.components for c in block))
-    return int(kept * tokens * item * (last - first)), carried * tokens * item
+    return int(kept * tokens * item), carried * tokens * item
 
 
 def _host(facts: ModelInfo, window: int, batch: int, arithmetic: Arithmetic) -> int:
@@ -185,13 +187,13 @@ def _host(facts: ModelInfo, window: int, batch: int, arithmetic: Arithmetic) -> 
 
 
 def _kept_streams(recipe: Recipe) -> float:
-    """How often a block's tokens × hidden states are set aside: inputs and dense outputs of its units."""
+    """How often a window's tokens × hidden states are set aside: inputs and dense outputs of its units."""
     kind = find_unit(recipe.reconstruct)
     if kind is None:
         if recipe.corrected:
             return 1
         return 2 if recipe.gathers and not recipe.sequential else 0
-    return (kind.streams + (kind.sweep_streams or 0 if recipe.sweeps else 0)) / recipe.blocks_per_unit
+    return kind.streams + (kind.sweep_streams or 0 if recipe.sweeps else 0)
 
 
 def _going_on(recipe: Recipe) -> int:

@@ -128,6 +128,7 @@ def arrange(config: ClusterConfig, facts: ModelInfo, load: Load) -> Layout:
         compute = chosen_compute(own, has_units(own, "cuda" if gpus else "cpu"))
     microbatch_bytes = length * facts.travels * COMPUTED[compute or "fp32"].itemsize
     microbatch_bytes *= microbatch_size(config.microbatch, length, facts.packed)
+    microbatch_bytes *= load.recipe.most_streams if load.recipe else 1
     return Layout(
         config=config,
         facts=facts,

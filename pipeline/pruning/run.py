@@ -191,12 +191,13 @@ class PruneRun:
                 for blocks in spec.block_windows
                 if todo & set(blocks)
             ]
-            if self.recipe.streams_dense:
-                with self.spending.phase("stream", samples):
+            streams = self.recipe.most_streams if self.recipe.sequential else len(self.recipe.sources(sweep))
+            if not self.recipe.sequential:  # the last shard's blocks wait for its work
+                with self.spending.phase("stream", samples * streams * layout.specs[-1].first // self.facts.blocks):
                     name = f"stream, sweep {sweep}" if sweep else "stream"
                     group.calibrate(stream, todo, self.reporter.pass_begins(name, stream.microbatches), sweep)
             self.worked = True
-            with self.spending.phase("work"):
+            with self.spending.phase("work", samples * streams):
                 done[sweep] |= self._work_off(group, layout, stream, orders, len(done[sweep]), recorder)
             self.directory.drop_sweep(sweep - 1, last)
         return done[last]

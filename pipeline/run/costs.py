@@ -41,14 +41,15 @@ class CostMeter:
                 self._samples[name] = self._samples.get(name, 0) + samples
 
     def record(self, nodes: int, shapes: Shapes, length: int, others: Mapping[str, float]) -> Spent:
-        """seconds, energy and flops by phase, as run.json holds them. `others`: operations that were counted elsewhere.
+        """seconds, energy and flops by phase, as run.json holds them. `others`: operations counted elsewhere, added.
 
         Energy is empty, which is not measured, where the run was spread over more than this one of so many `nodes`.
         """
         flops = {phase: forward_flops(shapes, samples * length, length) for phase, samples in self._samples.items()}
+        flops |= {phase: flops.get(phase, 0) + counted for phase, counted in others.items()}
         energy = {**self._energy, "total": self._meter.read()} if nodes == 1 else {}
         return {
             "seconds": {**self.seconds, "total": time.time() - self._started},
             "energy": {phase: Joules(cpu=joules.cpu, gpu=joules.gpu) for phase, joules in energy.items()},
-            "flops": {**flops, **others},
+            "flops": flops,
         }

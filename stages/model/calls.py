@@ -97,7 +97,7 @@ class Varying:
         self._inputs, self._make = dict(inputs), make
         self._last: tuple[tuple[int, ...], int | None] = (), None
         self._calls: list[Call] = []
-        self._passed: dict[int, int] = {}  # block -> samples that went through it in this pass
+        self._passed: dict[tuple[int, int], int] = {}  # block and stream -> samples that went through in this pass
 
     def __len__(self) -> int:
         return len(next(iter(self._inputs.values())))
@@ -112,10 +112,11 @@ class Varying:
             self._last = tuple(samples), length
         return self._calls
 
-    def next_call(self, index: int, samples: int) -> Call:
-        """Layer `index`'s call for so many samples, the next of a pass; behind the last comes the first again."""
-        start = self._passed.get(index, 0) % len(self)
-        self._passed[index] = start + samples
+    def next_call(self, index: int, samples: int, stream: int = 0) -> Call:
+        """Layer `index`'s call for so many samples, the next of a pass; behind the last comes the first again.
+        `stream` tells apart what goes through the layer side by side."""
+        start = self._passed.get((index, stream), 0) % len(self)
+        self._passed[index, stream] = start + samples
         return self.calls(range(start, start + samples))[index]
 
     @property
@@ -161,10 +162,10 @@ class LayerCalls:
             self._alike[samples, length] = self._make(samples, length, None)
         return self._alike[samples, length]
 
-    def following(self, index: int, samples: int, length: int) -> Call:
-        """Block `index`'s call for so many samples, the next of the pass."""
+    def following(self, index: int, samples: int, length: int, stream: int = 0) -> Call:
+        """Block `index`'s call for so many samples, the next of the pass, of one of its streams."""
         if self._varying is not None:
-            return self._varying.next_call(index, samples)
+            return self._varying.next_call(index, samples, stream)
         return self._calls(samples, length)[index]
 
 

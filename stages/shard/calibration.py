@@ -1,13 +1,15 @@
-"""What the calibration stream leaves behind in one block: statistics per shared input, activations per unit."""
+"""What the work on one block needs of the calibration: statistics per shared input, activations per unit."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from espalier.stages.allocation import outlier_share
+from espalier.stages.criteria.scoring import score_rows
 from espalier.stages.devices import on_accelerator
 from espalier.stages.errors import Refusal
 from espalier.stages.model.anatomy import Anatomy, Weight
@@ -23,13 +25,13 @@ from espalier.stages.storage.staging import upload
 
 
 class BlockCalibration:
-    """Filled by the forward passes made inside `watching`, in stream order; read by the block's work.
+    """Filled by the forward passes made inside `watching`, in stream order; read by the block's work of `sweep`.
 
     `statistics`: weight name -> the statistics of its input, one object for all weights that read the same tensor.
     `inputs`, `outputs`: name of a source, or of a unit -> its dense inputs, its dense outputs, one record a sample.
-    `drifted`: source -> its inputs in the pruned model, as the last sweep left it.
+    `drifted`: source -> its inputs in the pruned model, as the sweep before left it.
     What of these the recipe has no use for is not there. `piece` is the blocks that are reconstructed together with
-    this one.
+    this one. `passing`: no work follows; a pass only looks ahead to what the blocks behind will read.
     """
 
     def __init__(
@@ -42,44 +44,44 @@ class BlockCalibration:
         piece: tuple[int, ...],
         directory: Path,
         budget: SpoolBudget,
+        sweep: int = 0,
+        passing: bool = False,
     ) -> None:
         self.index, self.anatomy, self.call = index, anatomy, call
-        self.complete = False  # set when the pass that fills it has ended
-        self.drifted_for = 0  # the sweep whose inputs `drifted` holds, all of them
         self.statistics: dict[str, InputStatistics] = {}
-        if not recipe.gathers:
+        if not (recipe.gathers or sweep):
             self.statistics = new_statistics(anatomy, block, recipe.needs)
-        elif recipe.allocation == "owl":
-            self.statistics = new_statistics(anatomy, block, frozenset())
-        self.rms = {name: weight_rms(tensor) for name, tensor in block.state_dict().items() if tensor.ndim > 1}
+        dense = {} if passing else dict(block.state_dict())
+        self.rms = {name: weight_rms(tensor) for name, tensor in dense.items() if tensor.ndim > 1}
         self._sources, self._results = _kept(index, anatomy, call, recipe, piece)
+        if passing:
+            self._results = {}
         opened = not recipe.predicts_inputs or anatomy.opens or "" in self._sources.values()
         self._entry = {} if opened else {"block": ""}  # kept in the pruned model, where no unit reads it as it is
         unit = find_unit(recipe.reconstruct)
         adding = sum(unit.adds for unit in anatomy.units)
         self._components_in_unit = adding * len(piece) if unit and unit.whole_blocks else 1
-        self._stem, self._budget = directory / f"block-{index:05d}", budget
+        self._foresees = recipe.predicts_inputs
+        self._stem, self._budget = directory / f"{'passing' if passing else 'block'}-{index:05d}", budget
         self.inputs = self._spools(self._sources, "inputs")
         self.outputs = self._spools(self._results, "outputs")
-        self.drifted: dict[str, Spool] = {}
+        self.drifted = self._spools(self._entry | self._sources, "drifted") if sweep else {}
 
     def _spools(self, names: Mapping[str, str], kind: str) -> dict[str, Spool]:
         return {name: Spool(Path(f"{self._stem}-{name}.{kind}.arrow"), self._budget) for name in names}
-
-    def begin_drift(self) -> None:
-        """Make room for the inputs that the next sweep is to see."""
-        for spool in self.drifted.values():
-            spool.close()
-        self.drifted, self.drifted_for = self._spools(self._entry | self._sources, "drifted"), 0
 
     @property
     def drifted_entry(self) -> Spool:
         """The block's own inputs in the pruned model."""
         return next(iter(self.drifted.values()))
 
+    def watching(self, stream: int, block: nn.Module) -> AbstractContextManager[None]:
+        """Within it, each forward pass of `block` adds its samples: of the dense model's stream, number 0, or of the
+        pruned one's, which comes behind it. The pass itself computes what it always does."""
+        return self._watching_pruned(block) if stream else self._watching_dense(block)
+
     @contextmanager
-    def watching(self, block: nn.Module) -> Iterator[None]:
-        """Within it, each forward pass of `block` adds its samples. The pass itself computes what it always does."""
+    def _watching_dense(self, block: nn.Module) -> Iterator[None]:
         inputs, outputs = _appending(self._sources, self.inputs), _appending(self._results, self.outputs)
         count = Counting(self.statistics, block, f"calibration, block {self.index}") if self.statistics else None
         with activation_hooks(block, self.anatomy, count, inputs, outputs):
@@ -88,15 +90,13 @@ class BlockCalibration:
             count.settle()
 
     @contextmanager
-    def watching_drift(self, block: nn.Module, foresee: bool = False) -> Iterator[None]:
-        """The same for the pruned block: only its units' inputs are kept.
-
-        With `foresee`, each pass gives what the block will give once its units, and those before, have taken back their
-        share of the error; see `espalier.stages.reconstruction.target`.
-        """
+    def _watching_pruned(self, block: nn.Module) -> Iterator[None]:
+        """Only the units' inputs are kept. Where they are foreseen, each pass gives what the block will give once its
+        units, and those before, have taken back their share of the error; see
+        `espalier.stages.reconstruction.target`."""
         keepers = _appending(self._entry | self._sources, self.drifted)
         with ExitStack() as hooked:
-            for names in self._reading_alike() if foresee else ():
+            for names in self._reading_alike() if self._foresees else ():
                 last = next((unit.modules[-1] for unit in self.anatomy.units if unit.name == names[-1]), "")
                 keep, correct = self._correcting(names[-1], None if last else self.anatomy.hidden)
                 keepers[self._sources[names[-1]]].append(keep)
@@ -133,11 +133,6 @@ class BlockCalibration:
         return [*self.inputs.values(), *self.outputs.values(), *self.drifted.values()]
 
     @property
-    def keeps_alike(self) -> bool:
-        """Whether as many samples of one tensor are kept as of any other."""
-        return len({len(spool) for spool in self._all}) < 2
-
-    @property
     def disk_bytes(self) -> int:
         return sum(spool.disk_bytes for spool in self._all)
 
@@ -147,7 +142,7 @@ class BlockCalibration:
             spool.spill()
 
     def close(self) -> None:
-        """Free the activations, in memory and on disk."""
+        """Free the activations, in memory and on disk. What comes after it starts with none."""
         for spool in self._all:
             spool.close()
 
@@ -158,7 +153,8 @@ def _kept(
     """Of which modules of block `index` the inputs, and of which the outputs are kept: name -> module."""
     groups = groups_of({index: anatomy}, {index: call}, recipe.pruned_together)
     fits = [unit for group in groups for unit in group.fits] if recipe.reconstruct != "none" else []
-    read = [*fits, *(group.whole for group in groups if recipe.gathers and (recipe.corrected or not recipe.sequential))]
+    gathered = recipe.gathers and (recipe.corrected or not recipe.sequential)
+    read = [*fits, *(group.whole for group in groups if gathered)]
     sources = {unit.source: unit.steps[0].module for unit in read if index == piece[0]}
     return sources, {unit.name: unit.steps[-1].module for unit in fits if index == piece[-1]}
 
@@ -175,6 +171,33 @@ def new_statistics(anatomy: Anatomy, block: nn.Module, needs: frozenset[str]) ->
                 shared = InputStatistics(columns, "hessian" in needs, rows if outputs else None, device=device)
             made[weight.name] = shared
     return made
+
+
+class OutlierSums:
+    """Sums over what a block's weights read, of which OWL takes its share of outliers."""
+
+    def __init__(self, index: int, block: nn.Module, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.statistics = new_statistics(anatomy, block, frozenset())
+        self._where = f"calibration, block {index}"
+
+    @contextmanager
+    def watching(self, block: nn.Module) -> Iterator[None]:
+        """Within it, each forward pass of `block` adds its samples."""
+        count = Counting(self.statistics, block, self._where)
+        with activation_hooks(block, self.anatomy, count):
+            yield
+        count.settle()
+
+    def share(self, block: nn.Module) -> float:
+        """What OWL weighs the block by, from Wanda's scores."""
+
+        def scores() -> Iterator[Tensor]:
+            for weight in self.anatomy.weights:
+                matrix = weight.of(block.get_parameter(weight.parameter))
+                yield from (part for _, part in score_rows("wanda", matrix, self.statistics[weight.name]))
+
+        return outlier_share(scores)
 
 
 class Counting:

@@ -1,17 +1,33 @@
-"""The hidden states of a whole pass, kept between two blocks where a shard takes its blocks one at a time."""
+"""The hidden states of a whole pass at one block: kept for the work to start from, or on their way block by block."""
 
 import functools
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from espalier.stages.errors import OutOfStep
 from espalier.stages.storage.hf_checkpoint import write_tensors
-from espalier.stages.storage.spool import Spool, SpoolBudget
+from espalier.stages.storage.spool import Spool
 from espalier.stages.storage.staging import Make, Room, prefetch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """What one shard does in a pass of microbatches."""
+
+    microbatches: int
+    streams: int = 1  # how often each sample travels, one behind the other in a microbatch: as the dense model has it,
+    # and as the pruned one has
+    keeps: int | None = None  # the sweep whose work here starts from what arrives, which is kept for it
+    onward: bool = True  # what arrives goes through the shard's blocks
+    shares: bool = False  # and what OWL weighs them by is gathered there
+    phase: Literal["stream", "evaluate"] = "evaluate"  # what its time goes to
 
 
 class KeptStates:
@@ -48,15 +64,17 @@ class KeptStates:
 
 
 class HiddenStateBuffer:
-    """Microbatches, received in order, that then go through block after block together.
+    """Microbatches of one stream, received in order, that then go through block after block together.
 
-    `block`: the block whose input they are. `samples`: all of them, one record a sample. `device`: where blocks run.
+    `block`: the block whose input they are. `samples`: all of them, one record a sample. `spool` makes an empty spool
+    for the input of a block. `device`: where blocks run.
     """
 
-    def __init__(self, directory: Path, budget: SpoolBudget, block: int, device: str) -> None:
-        self._directory, self._budget, self._device = directory, budget, device
+    def __init__(self, spool: Callable[[int], Spool], block: int, device: str) -> None:
+        self._spool, self._device = spool, device
         self.block = block
-        self.samples = self._spool(block)
+        self.samples = spool(block)
+        self._borrowed = False  # the samples are another's
         self._sizes: list[int] = []
         self._following = 0  # the number of the microbatch that `_coming` gives next
         self._coming: Iterator[Tensor] = iter(())
@@ -64,8 +82,9 @@ class HiddenStateBuffer:
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def _spool(self, block: int) -> Spool:
-        return Spool(self._directory / f"carry-{block:05d}.arrow", self._budget)
+    def borrow(self, other: "HiddenStateBuffer") -> None:
+        """Start from what `other` holds, which stays there."""
+        self.samples, self._sizes, self._borrowed = other.samples, list(other._sizes), True
 
     def receive(self, hidden: Tensor) -> None:
         """Take in one more microbatch (samples, length, hidden)."""
@@ -88,14 +107,76 @@ class HiddenStateBuffer:
         made: Iterator[list[Make]] = ([functools.partial(self.microbatch, n)] for n in range(number, len(self)))
         return (given() for (given,) in prefetch(made, self._device))
 
-    def advance(self, run: Callable[[Tensor], Tensor], block: int) -> None:
-        """Every microbatch becomes what `run` makes of it: the input of `block`."""
-        following = self._spool(block)
+    def advance(self, run: Callable[[Tensor], Tensor], block: int, keep: bool = True) -> int:
+        """Every microbatch becomes what `run` makes of it, the input of `block`; without `keep` nobody wants it.
+        Returns how many tokens there were."""
+        following, tokens = self._spool(block), 0
         for hidden in self._from(0):
-            following.append(run(hidden))
-        self.samples.close()
-        self.samples, self.block, self._following = following, block, 0
+            tokens += hidden.shape[0] * hidden.shape[1]
+            made = run(hidden)
+            if keep:
+                following.append(made)
+        self.close()
+        self.samples, self.block, self._following, self._borrowed = following, block, 0, False
+        return tokens
 
     def close(self) -> None:
         self._coming = iter(())
-        self.samples.close()
+        if not self._borrowed:
+            self.samples.close()
+
+
+class HiddenStreams:
+    """All streams of a pass at one block: of each sample what the dense model gives there, or the pruned one, or both.
+
+    `buffers`: a buffer a stream.
+    """
+
+    def __init__(self, buffers: list[HiddenStateBuffer], microbatches: int) -> None:
+        self.buffers, self._microbatches = buffers, microbatches
+
+    @property
+    def block(self) -> int:
+        """The block whose input they are; the last stream is the last to go on."""
+        return self.buffers[-1].block
+
+    @property
+    def whole(self) -> bool:
+        """Whether all microbatches are here."""
+        return len(self.buffers[-1]) == self._microbatches > 0
+
+    def receive(self, hidden: Tensor) -> None:
+        """Take in one more microbatch, its streams one behind the other: (streams · samples, length, hidden)."""
+        for buffer, part in zip(self.buffers, hidden.chunk(len(self.buffers)), strict=True):
+            buffer.receive(part)
+
+    def borrow(self, other: "HiddenStreams") -> None:
+        """Start from what `other` holds, which stays there."""
+        for buffer, lender in zip(self.buffers, other.buffers, strict=True):
+            buffer.borrow(lender)
+
+    def microbatch(self, number: int) -> Tensor:
+        """What `receive` took in as number `number`, as it now is."""
+        return together([buffer.microbatch(number) for buffer in self.buffers])
+
+    def on_device(self, number: int) -> list[Tensor]:
+        """The same where blocks run, a tensor a stream."""
+        return [buffer.on_device(number) for buffer in self.buffers]
+
+    @property
+    def said(self) -> str:
+        return f"{len(self.buffers[-1])} of {self._microbatches} inputs of block {self.block}"
+
+    def spill(self) -> None:
+        """Move them to disk."""
+        for buffer in self.buffers:
+            buffer.samples.spill()
+
+    def close(self) -> None:
+        for buffer in self.buffers:
+            buffer.close()
+
+
+def together(parts: list[Tensor]) -> Tensor:
+    """A microbatch's streams as one tensor, one behind the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -30,6 +30,7 @@ from espalier.stages.model.calls import tensors_in
 from espalier.stages.model.empty import auto_class
 from espalier.stages.model.structure import layout_in
 from espalier.stages.recipe import BlockTask, Recipe
+from espalier.stages.shard.hidden_states import Pass
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec
 from espalier.stages.storage.files import write_text
@@ -204,7 +205,7 @@ def _go(family: str, config: PreTrainedConfig, folder: Path, use: Use) -> int:
             return int(config.num_hidden_layers)
         step = "streaming block by block"
         shard = _shard(folder, config.num_hidden_layers)
-        _streamed(shard, tokens, whole, range(config.num_hidden_layers))
+        _streamed(shard, tokens, whole, Pass(microbatches=1, keeps=0))
         step = "looking for its matrices"
         _all_accounted(shard.skeleton)
         step = "looking at how it calls its components"
@@ -219,10 +220,10 @@ def _go(family: str, config: PreTrainedConfig, folder: Path, use: Use) -> int:
                         raise _Differs(f"block {index}, {name}: {layer['zeros']} of {layer['weights']} are zero")
         step = "loading what was written"
         shard.copy_ends()
-        shard.open(0)
+        shard.open((0,))
         _gather(folder)
         pruned = _states(_loaded(config, folder / "output"), tokens)
-        last = _streamed(shard, tokens, pruned, ())
+        last = _streamed(shard, tokens, pruned, Pass(microbatches=1))
         assert torch.isfinite(last).all()
     except Exception as error:
         raise _refusal(family, step, error) from error
@@ -284,7 +285,7 @@ def _all_given(shard: Shard) -> None:
     it could not be reconstructed."""
     generator = torch.Generator().manual_seed(1)
     for index in range(shard.spec.first, shard.spec.last):
-        call, block = shard.skeleton.calls(1, LENGTH)[index], shard.blocks.hold([index])[index]
+        call, block = shard.skeleton.calls(1, LENGTH)[index], shard.blocks.hold([index])[0][index]
         found = []
         for _ in range(2):
             hidden = torch.randn(1, LENGTH, shard.skeleton.columns(index), generator=generator)
@@ -346,9 +347,9 @@ def _shard(folder: Path, blocks: int) -> Shard:
     return made
 
 
-def _streamed(shard: Shard, tokens: Tensor, whole: Mapping[str, Tensor], collect: Any) -> Tensor:
+def _streamed(shard: Shard, tokens: Tensor, whole: Mapping[str, Tensor], this: Pass) -> Tensor:
     """The logits by way of the shard, all samples in one microbatch. Raises _Differs where they are not the model's."""
-    shard.begin(1, collect)
+    shard.begin(this)
     hidden, last = shard.forward(0, shard.embed(tokens.int())), shard.spec.last - 1
     if not torch.equal(shard.skeleton.unpacked(hidden), whole[f"block {last}"]):
         raise _Differs(f"block {last} gives other values than in the whole model")

@@ -1,31 +1,31 @@
 """A shard: some consecutive blocks of one model, and everything that is done with them. Plain torch, no Ray.
 
     shard = Shard(spec); shard.open()
-    shard.begin(microbatches, collect=...)      then for each microbatch, in order:
+    shard.begin(Pass(...))                      then for each microbatch, in order:
     hidden = shard.forward(m, hidden)           resident "all": every block is in memory
     shard.receive(m, hidden); shard.advance(); hidden = shard.emit(m)      resident "one": one block at a time
     shard.work(order)                           score, mask, refine, reconstruct one block (or window of blocks)
     reports = shard.committed(order)            once it is on disk: written meanwhile, while the next is worked on
 
-With dense inputs all shards work at once. With pruned inputs a shard receives the pruned model's activations, works
-on its blocks in order, each of which carries them on, and emits them to the next shard.
+A pass of the calibration leaves behind in a shard what reaches its first block, and nothing else. The work starts from
+there: it takes that through one block (or window) after the other, gathers what the block's own work needs, and goes on
+with what the block gave. So a shard sets aside the activations of one block, however many it has. With dense inputs all
+shards work at once. With pruned inputs what goes on is what the pruned block gives, so shards work one after the other.
 
-The blocks that `forward` runs stay as they were loaded: work writes pruned copies, so a shard can always stream again.
+The blocks that passes go through stay as they were loaded: work writes pruned copies, so a shard can always stream
+again.
 """
 
 import functools
 import gc
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from espalier.stages.allocation import outlier_share
 from espalier.stages.block_report import BlockReport
-from espalier.stages.criteria.scoring import score_rows
-from espalier.stages.device_errors import out_of_memory_refused
 from espalier.stages.devices import on_accelerator
 from espalier.stages.errors import OutOfStep
 from espalier.stages.loading.ends import copy_ends
@@ -33,16 +33,15 @@ from espalier.stages.loading.skeleton import Skeleton, read_config
 from espalier.stages.loading.vision import SKELETONS
 from espalier.stages.metrics.perplexity import Measures, measure
 from espalier.stages.metrics.profile import Timeline
-from espalier.stages.model.calls import LayerCalls
 from espalier.stages.precision import COMPUTED, Compute, computing, named_dtype, own_compute, weights_dtype
-from espalier.stages.recipe import BlockTask
+from espalier.stages.recipe import BlockTask, Recipe
 from espalier.stages.shadow.store import Shadow
-from espalier.stages.shard.block_cache import BlockCache
+from espalier.stages.shard.block_cache import BlockCache, Source
 from espalier.stages.shard.block_pruner import BlockPruner
 from espalier.stages.shard.calibration import BlockCalibration
-from espalier.stages.shard.calibration_store import CalibrationStore
 from espalier.stages.shard.commit import Commits
-from espalier.stages.shard.hidden_states import HiddenStateBuffer, KeptStates
+from espalier.stages.shard.hidden_states import HiddenStateBuffer, HiddenStreams, KeptStates, Pass, together
+from espalier.stages.shard.passage import Passage
 from espalier.stages.shard.spec import ShardSpec
 from espalier.stages.storage.hf_checkpoint import Checkpoint, resolve
 from espalier.stages.storage.spool import Spool, SpoolBudget
@@ -57,158 +56,156 @@ def open_skeleton(spec: ShardSpec, model: str, compute: Compute | None) -> tuple
     return SKELETONS[spec.tower](config, dtype, spec.device, checkpoint, named_dtype(spec.dtype)), checkpoint
 
 
-LESS_MEMORY = "use a smaller --microbatch, --resident one, more shards on more nodes, or fewer shards a node"
-
-
 class Shard:
     def __init__(self, spec: ShardSpec) -> None:
         self.spec = spec
         self.timeline = Timeline()
-        self._streamed: dict[int, tuple[int, float]] = {}  # block -> tokens of the last pass, and its seconds
+        self._streamed: dict[int, tuple[int, float]] = {}  # block -> tokens that calibrated it, and the seconds of that
         self.budget = SpoolBudget(spec.spool_memory)
         self._scratch = Path(spec.scratch) / f"shard-{spec.index}"
         self.kept = KeptStates(Path(spec.scratch) / "dense-states")
-        self._expected = self._microbatches = 0
-        self._carry: HiddenStateBuffer | None = None
+        self._pass, self._arrived = Pass(microbatches=0), 0
+        self._start: HiddenStreams | None = None  # what the work goes on from
+        self._start_of = 0  # the sweep that it is for
+        self._passing: HiddenStreams | None = None  # a pass on its way through the blocks, one at a time in memory
+        self._passed = False  # the whole pass is through the blocks
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
-    def open(self, source: int | None = None) -> None:
-        """Load what this shard owns: its blocks from the model, or as sweep number `source` left them."""
+    def open(self, sources: Sequence[Source] = (None,)) -> None:
+        """Load what this shard owns: its blocks from the model (None), or as that sweep left them; or both."""
         spec = self.spec
         with self.timeline.phase("load"), torch.no_grad():
             if not hasattr(self, "skeleton"):
                 self.skeleton, self.checkpoint = open_skeleton(spec, spec.model, spec.compute)
                 self.blocks = BlockCache(spec, self.skeleton, self.checkpoint)
-                self._calls = LayerCalls(self.skeleton.calls)
+                self.passage = Passage(spec, self.skeleton, self.blocks, self._scratch, self.budget, self.timeline)
                 self._commits = Commits(spec, self.skeleton, self.checkpoint, self.timeline)
-                self.gathered = CalibrationStore(spec, self.skeleton, self._calls, self._scratch, self.budget)
                 if spec.embeds or spec.heads:
                     self.skeleton.load_ends(self.checkpoint, embedding=spec.embeds, head=spec.heads)
             self._commits.wait()  # for what may be loaded
-            self.blocks.open(source)
+            self.blocks.open(sources)
 
     @property
-    def source(self) -> int | None:
-        """Whose blocks `forward` runs: the model's (None), or those that a sweep left."""
-        return self.blocks.source
+    def sources(self) -> tuple[Source, ...]:
+        """Whose blocks carry the streams of a pass: the model's (None), or those that a sweep left."""
+        return self.blocks.sources
 
     # -- the stream ------------------------------------------------------------------------------------------------
 
-    def begin(
-        self,
-        microbatches: int,
-        collect: Collection[int] = (),
-        sweep: int = 0,
-        varying: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Start a pass of so many microbatches, gathering in the blocks of `collect` that are ours what they need for
-        `sweep`: their calibration for the first, what their units then read for a later one.
+    def begin(self, this: Pass, varying: Mapping[str, Tensor] | None = None) -> None:
+        """Start a pass.
 
         `varying` holds, for all samples of the pass, those of their inputs that shape how blocks are called.
         """
-        self._calls.begin(varying)
+        self.passage.begin(this, varying)
         self.skeleton.unload_vision()
-        self._expected, self._microbatches = 0, microbatches
-        self.gathered.begin(collect, sweep)
-        self._streamed = dict.fromkeys(range(self.spec.first, self.spec.last), (0, 0.0))
-        self._close_carry()
+        self._pass, self._arrived, self._passed = this, 0, False
+        self._drop_passing()
+        if this.keeps is not None:
+            self._drop_start()
+            self._start, self._start_of = self._new_streams("start"), this.keeps
+            self._streamed = {}
+
+    def _new_streams(self, name: str) -> HiddenStreams:
+        def buffer(stream: int) -> HiddenStateBuffer:
+            def spool(block: int) -> Spool:
+                return self._new_spool(f"{name}-{stream}-{block:05d}")
+
+            return HiddenStateBuffer(spool, self.spec.first, self.spec.device)
+
+        return HiddenStreams([buffer(stream) for stream in range(self._pass.streams)], self._pass.microbatches)
 
     def embed(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Tokens (samples, length) int, or all that the model takes of samples with images, or of images -> the first
-        block's input (samples, length, hidden).
+        block's input (samples, length, hidden), the same in every stream of the pass.
 
         What looks at images is in memory until the pass has embedded its last microbatch."""
         inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
         if "pixel_values" in inputs and not self.skeleton.vision_loaded:
             with self.timeline.phase("load"), torch.no_grad():
                 self.skeleton.load_vision(self.checkpoint)
-        return self.skeleton.embed(inputs)
+        return together([self.skeleton.embed(inputs)] * self._pass.streams)
 
     def forward(self, microbatch: int, hidden: Tensor) -> Tensor:
-        """This shard's blocks applied to one microbatch (samples, length, hidden), all in memory."""
+        """This shard's blocks applied to one microbatch (streams · samples, length, hidden), all in memory."""
         self._in_step(microbatch)
+        if self._pass.keeps is not None:
+            assert self._start is not None
+            self._start.receive(hidden)
+        if not self._pass.onward:
+            return hidden
         for index in range(self.spec.first, self.spec.last):
-            hidden = self._through(index, hidden)
-        if microbatch + 1 == self._microbatches:
-            self.gathered.end()
+            hidden = self.passage.through(index, hidden)
+        self._passed = self._arrived == self._pass.microbatches
         return hidden
 
     def receive(self, microbatch: int, hidden: Tensor) -> None:
-        """Take in one microbatch, for `advance` or for work with pruned inputs."""
+        """Take in one microbatch, for `advance` or for the work."""
         self._in_step(microbatch)
-        if self._carry is None:
-            self._carry = HiddenStateBuffer(self._scratch, self.budget, self.spec.first, self.spec.device)
-        self._carry.receive(hidden)
+        if self._pass.keeps is None and self._passing is None:
+            self._passing = self._new_streams("passing")
+        receiver = self._start if self._pass.keeps is not None else self._passing
+        assert receiver is not None
+        receiver.receive(hidden)
 
     def advance(self) -> None:
         """Take all that was received through every block but the last, one block in memory at a time."""
-        carry = self._full_carry(self.spec.first)
+        if self._pass.keeps is not None and self._start is not None:
+            self._passing = self._new_streams("passing")
+            self._passing.borrow(self._start)
+        passing = self._whole(self._passing)
         for index in range(self.spec.first, self.spec.last - 1):
-            with computing(self.blocks.hold([index])[index]):
-                carry.advance(functools.partial(self._through, index), index + 1)
+            self.passage.carry_pass(passing, index)
 
     def emit(self, microbatch: int) -> Tensor:
-        """The last block's output for one microbatch."""
-        if self._carry is None or self._carry.block < self.spec.last - 1:
+        """The last block's output for one microbatch; with pruned inputs what the pruned block gives."""
+        given = self._passing if self._pass.onward else self._start
+        if given is None or given.block < self.spec.last - self._pass.onward:
             raise OutOfStep(f"shard {self.spec.index} has not advanced to its last block")
-        if self._carry.block < self.spec.last:
-            hidden = self._through(self.spec.last - 1, self._carry.on_device(microbatch))
+        if self._pass.onward:
+            hidden = self.passage.through(self.spec.last - 1, together(given.on_device(microbatch)))
         else:
-            hidden = self._carry.microbatch(microbatch)
-        if microbatch + 1 == self._microbatches:
-            self._close_carry()
-            self.gathered.end()
+            hidden = given.microbatch(microbatch)
+        if microbatch + 1 == self._pass.microbatches:
+            self._passed = True
+            self._drop_passing()
+            if not self._pass.onward:
+                self._drop_start()
         return hidden
 
     def pass_on(self, blocks: Sequence[int], sweep: int) -> None:
-        """Take all that was received, or came out of the block before, through blocks finished in `sweep`."""
+        """Take all that was received, or came out of the block before, through blocks finished in `sweep`: the pruned
+        model's stream through them as they are now, the dense one's through the dense ones."""
+        start = self._whole(self._start)
         for index in blocks:
-            carry = self._full_carry(index)
-            block = self.blocks.load(index, sweep)
-            with computing(block):
-                carry.advance(functools.partial(self._run, index, block), index + 1)
+            for number, buffer in enumerate(start.buffers):
+                source = sweep if number + 1 == len(start.buffers) else None
+                block = self.blocks.load(index, source)
+                with computing(block):
+                    buffer.advance(functools.partial(self.passage.run, index, block, number), index + 1)
 
     def _in_step(self, microbatch: int) -> None:
-        if microbatch != self._expected:
-            raise OutOfStep(f"shard {self.spec.index} expected microbatch {self._expected}, got {microbatch}")
-        self._expected += 1
-        if self._expected == self._microbatches:
+        if microbatch != self._arrived:
+            raise OutOfStep(f"shard {self.spec.index} expected microbatch {self._arrived}, got {microbatch}")
+        self._arrived += 1
+        if self._arrived == self._pass.microbatches:
             self.skeleton.unload_vision()
 
-    def _full_carry(self, block: int) -> HiddenStateBuffer:
-        held = len(self._carry) if self._carry is not None and self._carry.block == block else 0
-        if self._carry is None or not held == self._microbatches > 0:
-            raise OutOfStep(f"shard {self.spec.index} holds {held} of {self._microbatches} inputs of block {block}")
-        return self._carry
+    def _drop_passing(self) -> None:
+        if self._passing is not None:
+            self._passing.close()
+        self._passing = None
 
-    def _run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        hidden = upload(hidden, self.spec.device)
-        refused = out_of_memory_refused(
-            f"block {index}, {hidden.shape[0]} x {hidden.shape[1]} tokens on {self.spec.device}", LESS_MEMORY
-        )
-        with refused, torch.no_grad(), computing(block):
-            return self._calls.following(index, *hidden.shape[:2]).run(block, hidden)
+    def _drop_start(self) -> None:
+        if self._start is not None:
+            self._start.close()
+        self._start = None
 
-    def _through(self, index: int, hidden: Tensor) -> Tensor:
-        started = time.perf_counter()
-        phase = "stream" if self.gathered.under_way else "evaluate"
-        with self.timeline.phase(phase, index if self.spec.resident == "one" else None):
-            block = self.blocks.hold([index])[index]
-            with computing(block), self.gathered.watching(index, block):
-                hidden = self._run(index, block, hidden)
-        tokens, seconds = self._streamed.get(index, (0, 0.0))
-        self._streamed[index] = tokens + hidden.shape[0] * hidden.shape[1], seconds + time.perf_counter() - started
-        return hidden
-
-    def calibrated(self) -> dict[int, int]:
-        """The blocks whose calibration is here, whole, and the sweep whose inputs each of them holds (0: none)."""
-        return self.gathered.sweeps()
-
-    def _close_carry(self) -> None:
-        if self._carry is not None:
-            self._carry.close()
-        self._carry = None
+    def _whole(self, streams: HiddenStreams | None) -> HiddenStreams:
+        if streams is None or not streams.whole:
+            raise OutOfStep(f"shard {self.spec.index} holds {streams.said if streams else 'no inputs of its blocks'}")
+        return streams
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -240,65 +237,95 @@ class Shard:
 
     # -- the work --------------------------------------------------------------------------------------------------
 
+    @property
+    def ready(self) -> tuple[int, int] | None:
+        """The sweep whose work can begin here, and the block at which; None where what it starts from is not here."""
+        return (self._start_of, self._start.block) if self._start is not None and self._start.whole else None
+
+    @property
+    def shares(self) -> frozenset[int]:
+        """The blocks of which `outlier_share` can tell."""
+        return self.passage.shares if self._passed else frozenset()
+
     def outlier_share(self, index: int) -> float:
-        """What OWL weighs block `index` by, from Wanda's scores. Raises OutOfStep without its calibration."""
-        calibration = self.gathered.whole(index)
-        block = self.blocks.hold([index])[index]
+        """What OWL weighs block `index` by. Raises OutOfStep before a pass with `shares` is through."""
+        return self.passage.outlier_share(index)
 
-        def scores() -> Iterator[Tensor]:
-            for weight in calibration.anatomy.weights:
-                matrix = weight.of(block.get_parameter(weight.parameter))
-                yield from (part for _, part in score_rows("wanda", matrix, calibration.statistics[weight.name]))
+    def gather(self, order: BlockTask) -> dict[int, BlockCalibration]:
+        """What the work of `order` needs of its blocks, by block: what they read and give, as it is on its way through
+        them to the next.
 
-        return outlier_share(scores)
+        Raises OutOfStep if what is to start from here is not here, as after a restart, or has gone on; and Refusal for
+        a NaN or an infinity in it.
+        """
+        recipe, first = self._recipe, order.blocks[0]
+        start = self._whole(self._start)
+        if self._start_of != order.sweep or start.block > first or (recipe.sequential and start.block < first):
+            raise OutOfStep(
+                f"shard {self.spec.index} holds the inputs of block {start.block} for sweep {self._start_of}, not "
+                f"those of block {first} for sweep {order.sweep}"
+            )
+        if self.sources != recipe.sources(order.sweep):
+            raise OutOfStep(f"shard {self.spec.index} holds other blocks than sweep {order.sweep} starts from")
+        for index in range(start.block, first):
+            self.passage.carry_on(start, index)
+        held = self.blocks.hold(order.blocks)
+        calibrations = {index: self.passage.calibration(index, held[0][index], order.sweep) for index in order.blocks}
+        for index, calibration in calibrations.items() if recipe.compares else ():
+            started, wanted = time.perf_counter(), recipe.sequential or index + 1 < self.spec.last
+            tokens = self.passage.carry(start, index, held, calibration.watching, keep=wanted)
+            self._streamed[index] = tokens, time.perf_counter() - started
+        return calibrations
+
+    @property
+    def _recipe(self) -> Recipe:
+        assert self.spec.recipe is not None
+        return self.spec.recipe
 
     def work(self, order: BlockTask) -> None:
         """Prune and reconstruct the blocks of `order` (see `BlockPruner`), and hand them over to be written: see
-        `committed`.
+        `committed`. Orders come in the order of their blocks.
 
-        With pruned inputs the blocks then carry what was received on, so they are worked on in order.
-        Raises OutOfStep if what the stream leaves behind is not here, or not all of it, as after a restart; and what
-        kept the blocks before from being written.
+        With pruned inputs the pruned blocks then carry on what was received. Raises as `gather` does, and what kept
+        the blocks before from being written.
         """
-        recipe = self.spec.recipe
-        assert recipe is not None
-        carry = self._full_carry(order.blocks[0]) if recipe.sequential else None
-        if self.source != (order.sweep - 1 if order.sweep else None):
-            raise OutOfStep(f"shard {self.spec.index} holds other blocks than sweep {order.sweep} starts from")
-        if recipe.streams_dense:
-            calibrations = {index: self.gathered.whole(index, order.sweep) for index in order.blocks}
-        blocks = self.blocks.hold(order.blocks)
-        if not recipe.streams_dense:
-            calibrations = {index: self.gathered.of(index, block) for index, block in blocks.items()}
-        samples = carry.samples if carry else None
+        recipe = self._recipe
+        calibrations = self.gather(order)
+        start = self._whole(self._start)
+        pruned = start.buffers[-1]
         work = BlockPruner(
             recipe,
             order,
-            blocks,
+            self.blocks.hold(order.blocks)[-1],
             calibrations,
             self.skeleton,
             self.timeline,
             self._new_spool,
-            samples,
+            pruned.samples if recipe.sequential else None,
             self._importances(order, calibrations),
         )
-        del blocks
         self.blocks.release()  # the dense blocks go, matrix by matrix, as their pruned copies are made
         beside = 0 if on_accelerator(self.spec.device) else work.training_bytes(self.spec.length)  # in the same memory
-        self.gathered.make_room(beside)
+        self._make_room(beside, [start, *reversed(calibrations.values())])
         with self.budget.leaving(beside):
             work.run()
         self._commits.hand_over(work, dict(self._streamed))
-        if carry:
-            for index in order.blocks:
-                with computing(work.modules[index]):
-                    carry.advance(functools.partial(self._run, index, work.modules[index]), index + 1)
-        if order.sweep == recipe.sweeps:
-            for index in order.blocks:
-                self.gathered.drop(index)
+        for index in order.blocks if recipe.sequential else ():
+            with computing(work.modules[index]):
+                pruned.advance(functools.partial(self.passage.run, index, work.modules[index], 1), index + 1)
+        for calibration in calibrations.values():
+            calibration.close()
         if self.spec.resident == "one":
             del work
             gc.collect()  # modules hold themselves in cycles: without it dense blocks can be in memory still
+
+    def _make_room(self, beside: int, holding: Sequence[HiddenStreams | BlockCalibration]) -> None:
+        """Move activations to disk, in the order of `holding`, so that they and work of `beside` bytes in one memory
+        stay within the larger of the two's own bounds."""
+        for each in holding:
+            if self.budget.used + beside <= max(beside, self.budget.limit):
+                return
+            each.spill()
 
     def committed(self, order: BlockTask) -> list[BlockReport]:
         """A report of each block of `order`, which was worked on, once it is on disk. May be asked in any thread.

@@ -16,6 +16,7 @@ import torch
 from bench_model import SMALL, make_llama, report
 
 from espalier.stages.recipe import BlockTask, Recipe
+from espalier.stages.shard.hidden_states import Pass
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec
 
@@ -55,7 +56,7 @@ def main() -> None:
             )
         )  # fmt: skip
         shard.open()
-        shard.begin(arguments.samples, {0})
+        shard.begin(Pass(microbatches=arguments.samples, keeps=0, onward=False))
         generator = torch.Generator().manual_seed(0)
         for sample in range(arguments.samples):
             shard.forward(

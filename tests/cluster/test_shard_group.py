@@ -185,6 +185,7 @@ def taken(one_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     each = ray.remote(Holder).options(num_cpus=1)
     holders = [each.remote() for _ in range(int(ray.cluster_resources()["CPU"]))]
+    ray.get([holder.__ray_ready__.remote() for holder in holders])
     while room.has_room({"CPU": 1.0}):  # the control service hears of it a moment later
         pass
     yield

@@ -76,7 +76,7 @@ def test_every_tensor_comes_back_in_the_dtype_of_its_file(
 ) -> None:
     source = mixed_checkpoint(tiny_checkpoint("qwen3", blocks=2), tmp_path / "model", norms_wide, named)
     shards = make_shards(source, tmp_path, 1, LENGTH, blocks=2, compute=compute, recipe=recipe)
-    prune(shards, tiny_tokens(8, LENGTH), blocks=2)
+    prune(shards, tiny_tokens(8, LENGTH))
     ends = shards[0].copy_ends()
     files = [*(block_file(index) for index in range(2)), *ends]
     written = {name: tensor for file in files for name, tensor in load_file(tmp_path / "output" / file).items()}
@@ -93,7 +93,7 @@ def test_a_dtype_that_was_asked_for_is_that_of_all_that_is_written(tiny_checkpoi
     shards = make_shards(
         source, tmp_path, 1, LENGTH, blocks=1, dtype="float16", compute="fp32", recipe=Recipe(learning_rate=GENTLE)
     )
-    prune(shards, tiny_tokens(8, LENGTH), blocks=1)
+    prune(shards, tiny_tokens(8, LENGTH))
     files = [block_file(0), *shards[0].copy_ends()]
     assert {t.dtype for file in files for t in load_file(tmp_path / "output" / file).values()} == {torch.float16}
 
@@ -143,7 +143,7 @@ def test_a_mask_by_magnitude_is_that_of_the_stored_weights(tiny_checkpoint, tiny
     for compute in ("fp32", "bf16"):
         recipe = Recipe(criterion="magnitude", reconstruct="none")
         shards = make_shards(directory, tmp_path / compute, 1, LENGTH, blocks=1, compute=compute, recipe=recipe)
-        prune(shards, tokens, blocks=1)
+        prune(shards, tokens)
         written.append((tmp_path / compute / "output" / block_file(0)).read_bytes())
     assert written[0] == written[1]
 

@@ -104,7 +104,7 @@ def count_work(
         calibrations = {index: _calibration(skeleton, calls, held, index, recipe, spools, length) for index in blocks}
         passing = 0
         for index, block in held.items():
-            with computing(block), calibrations[index].watching(block):
+            with computing(block), calibrations[index].watching(0, block):
                 alone = counted.restart()
                 calls.following(index, 1, length).run(block, spools.batch([0]))
                 passing = max(passing, counted.peak - alone)

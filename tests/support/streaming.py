@@ -1,7 +1,7 @@
 """A model cut into plain shards and run in this process, for the tests: no Ray, no driver."""
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from espalier.stages.data.image_table import ImageTable
 from espalier.stages.recipe import BlockTask, Recipe
+from espalier.stages.shard.hidden_states import Pass
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec
 
@@ -71,16 +72,18 @@ def microbatches(inputs: Inputs) -> list[Any]:
     return list(inputs.split(BATCH)) if isinstance(inputs, Tensor) else inputs.parts
 
 
-def begin(shards: Sequence[Shard], inputs: Inputs, collect: Collection[int] = (), sweep: int = 0) -> None:
+def begin(shards: Sequence[Shard], inputs: Inputs, **options: Any) -> None:
     varying = None if isinstance(inputs, Tensor) else inputs.varying
     for shard in shards:
-        shard.begin(len(microbatches(inputs)), collect, sweep, varying)
+        shard.begin(Pass(microbatches=len(microbatches(inputs)), **options), varying)
 
 
-def stream(shards: Sequence[Shard], inputs: Inputs, collect: Collection[int] = (), sweep: int = 0) -> list[Tensor]:
-    """The last block's output for every microbatch."""
+def stream(
+    shards: Sequence[Shard], inputs: Inputs, keeps: int | None = None, streams: int = 1, shares: bool = False
+) -> list[Tensor]:
+    """The last block's output for every microbatch; each shard keeps what its work in sweep `keeps` starts from."""
     parts = microbatches(inputs)
-    begin(shards, inputs, collect, sweep)
+    begin(shards, inputs, keeps=keeps, streams=streams, shares=shares)
     flowing = [shards[0].embed(part) for part in parts]  # after `begin`: a sweep may have more travel along
     for shard in shards:
         if shard.spec.resident == "all":
@@ -93,19 +96,18 @@ def stream(shards: Sequence[Shard], inputs: Inputs, collect: Collection[int] = (
     return flowing
 
 
-def prune(shards: Sequence[Shard], inputs: Inputs, blocks: int = 4) -> list[dict[str, Any]]:
+def prune(shards: Sequence[Shard], inputs: Inputs) -> list[dict[str, Any]]:
     """All that the shards' recipe says, sweep by sweep or block after block: the last reports in block order."""
     recipe = shards[0].spec.recipe
     assert recipe is not None
-    if recipe.streams_dense:
-        stream(shards, inputs, range(blocks))
     if recipe.sequential:
         return _in_order(shards, inputs)
     for sweep in range(recipe.sweeps + 1):
+        sources = recipe.sources(sweep)
         if sweep:
             for shard in shards:
-                shard.open(sweep - 1)
-            stream(shards, inputs, range(blocks), sweep)
+                shard.open(sources)
+        stream(shards, inputs, sweep, len(sources))
         orders = [
             (shard, BlockTask(blocks=window, sweep=sweep)) for shard in shards for window in shard.spec.block_windows
         ]
@@ -124,9 +126,11 @@ def worked(shard: Shard, order: BlockTask) -> list[dict[str, Any]]:
 def _in_order(shards: Sequence[Shard], inputs: Inputs) -> list[dict[str, Any]]:
     """Each shard works on what the one before it emits."""
     reports: list[dict[str, Any]] = []
+    recipe = shards[0].spec.recipe
+    assert recipe is not None
+    begin(shards, inputs, keeps=0, streams=recipe.most_streams, onward=False)
     flowing = [shards[0].embed(part) for part in microbatches(inputs)]
     for shard in shards:
-        begin([shard], inputs)
         for number, hidden in enumerate(flowing):
             shard.receive(number, hidden)
         for window in shard.spec.block_windows:

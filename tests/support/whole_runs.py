@@ -112,7 +112,7 @@ def prune_without_ray(config: PruneConfig) -> dict[str, str]:
         vocab_size=facts.vocabulary,
     )
     shards = make_shards(model, home, 1, config.length, blocks=facts.blocks, recipe=config.block_recipe)
-    prune(shards, torch.from_numpy(table.rows(0, len(table)).copy()), facts.blocks)
+    prune(shards, torch.from_numpy(table.rows(0, len(table)).copy()))
     shards[0].copy_ends()
     return weights_of(home / "output")
 

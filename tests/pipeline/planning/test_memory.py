@@ -146,7 +146,7 @@ def test_what_a_gpu_takes_of_the_host_is_refused_with_the_figures(tiny_model: Ca
     facts = model_facts(read_config(tiny_model()), "tiny")
     needs = [
         estimate_shard(
-            facts, 0, 4, compute="fp32", resident="all", samples=4000, length=64, microbatch=1, spool_memory=spool,
+            facts, 0, 4, compute="fp32", resident="all", samples=8000, length=64, microbatch=1, spool_memory=spool,
             recipe=Recipe(), gpu=True,
         )
         for spool in (0, 1 << 28)

@@ -76,7 +76,7 @@ def test_matrices_stored_transposed_and_experts_score_by_their_own_importance(fa
     tokens = torch.randint(3, 100, (2, LENGTH), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     recipe = Recipe(criterion="temporal", shadow=str(tmp_path / "shadow"), reconstruct="none")
     (shard,) = make_shards(model, tmp_path, 1, LENGTH, blocks=2, recipe=recipe)
-    prune([shard], tokens, blocks=2)
+    prune([shard], tokens)
     stack = {"gpt2": "transformer.h.1.mlp.c_proj.weight", "mixtral": "model.layers.1.mlp.experts.down_proj"}[family]
     matrices = importances[stack].mT[None] if family == "gpt2" else importances[stack]
     inside = stack.split(".1.", 1)[1]

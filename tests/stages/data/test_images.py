@@ -22,6 +22,7 @@ from espalier.stages.data.image_table import ImageTable, build_image_table
 from espalier.stages.errors import Refusal
 from espalier.stages.loading.skeleton import Skeleton, read_config
 from espalier.stages.recipe import BlockTask, Recipe
+from espalier.stages.shard.hidden_states import Pass
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import block_file
 
@@ -84,7 +85,7 @@ def test_images_stream_as_the_whole_model_sees_them(seeing, folder, tmp_path, na
     expected = [whole(directory, batch) for batch in from_the_processor(directory, folder)]
     for count, resident in ((1, "all"), (2, "all"), (1, "one")):
         shards = make_shards(directory, tmp_path, count, LENGTH, blocks=LAYERS, resident=resident)
-        shards[0].begin(len(expected))
+        shards[0].begin(Pass(microbatches=len(expected)))
         for part, (entered, _) in zip(Images(table).parts, expected, strict=True):
             assert same_bits(shards[0].embed(part), entered)
         for hidden, (_, logits) in zip(stream(shards, Images(table)), expected, strict=True):
@@ -113,7 +114,7 @@ def test_the_tower_is_in_memory_only_while_images_are_embedded(seeing, folder, t
         return sum(parameters[name].untyped_storage().nbytes() for name in shard.skeleton.vision)
 
     assert held(first) < 1000
-    first.begin(2)
+    first.begin(Pass(microbatches=2))
     hidden = first.embed(Images(table).parts[0])
     assert held(first) > 10_000 and held(second) < 1000
     first.forward(0, hidden)
@@ -123,7 +124,7 @@ def test_the_tower_is_in_memory_only_while_images_are_embedded(seeing, folder, t
 
 def pruned(directory: Path, home: Path, table: ImageTable, recipe: Recipe, shards: int = 1) -> list[dict[str, Any]]:
     made = make_shards(directory, home, shards, LENGTH, blocks=LAYERS, recipe=recipe)
-    reports = prune(made, Images(table), LAYERS)
+    reports = prune(made, Images(table))
     made[0].copy_ends()
     return reports
 
@@ -197,7 +198,7 @@ def test_images_give_other_masks_than_their_captions_alone(seeing, folder, tmp_p
     pruned(directory, tmp_path / "images", table, Recipe(reconstruct="none"))
     (shard,) = make_shards(directory, tmp_path / "text", 1, LENGTH, blocks=LAYERS, recipe=Recipe(reconstruct="none"))
     tokens = [part["input_ids"] for part in Images(table).parts]
-    shard.begin(len(tokens), range(LAYERS))
+    shard.begin(Pass(microbatches=len(tokens), keeps=0))
     for number, part in enumerate(tokens):
         shard.forward(number, shard.embed(part))
     for piece in shard.spec.block_windows:

@@ -103,7 +103,7 @@ def test_images_stream_through_the_tower_as_the_whole_model_sees_them(seeing, fo
 
 def pruned(directory: Path, home: Path, name: str, table: ImageTable, recipe: Recipe, shards: int = 1) -> list[Any]:
     made = towers(directory, home, shards, recipe=recipe)
-    reports = prune(made, Images(table, TOGETHER[name]), VISION_LAYERS)
+    reports = prune(made, Images(table, TOGETHER[name]))
     made[0].copy_ends()
     return reports
 

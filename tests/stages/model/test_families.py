@@ -21,7 +21,7 @@ from espalier.stages.model.anatomy import Anatomy, Weight, prunable, trace
 from espalier.stages.model.empty import empty_model
 from espalier.stages.model.families import FAMILIES, BlockLayout
 from espalier.stages.model.hooks import activation_hooks
-from espalier.stages.recipe import Recipe
+from espalier.stages.recipe import BlockTask, Recipe
 from espalier.stages.shard.mask_selection import EXPERT_TOKENS
 from espalier.stages.shard.spec import block_file
 from espalier.stages.statistics import InputStatistics
@@ -172,9 +172,9 @@ def test_a_family_is_pruned_exactly_reconstructed_and_loaded_back(
     directory, tokens, blocks = checkpoint_of(name, dtype), tiny_tokens(16, LENGTH), layers_of(name)
     recipe = Recipe(**ratio, learning_rate=GENTLE)
     shard = make_shards(directory, tmp_path, 1, LENGTH, blocks=blocks, recipe=recipe)[0]
-    reports = prune([shard], tokens, blocks=blocks)
+    reports = prune([shard], tokens)
     shard.copy_ends()
-    shard.open(0)
+    shard.open((0,))
     streamed = [shard.logits(hidden) for hidden in stream([shard], tokens[:4])]
 
     errors = [(unit["error_before"], unit["error_after"]) for report in reports for unit in report["units"]]
@@ -215,7 +215,7 @@ def test_components_that_read_one_tensor_are_pruned_every_way(checkpoint_of, tin
     """The attention reads the very tensor that another component reads, and in Gemma 3n more than that."""
     recipe, blocks = WAYS[way], layers_of(name)
     made = make_shards(checkpoint_of(name), tmp_path, blocks // 2, LENGTH, blocks=blocks, recipe=recipe)
-    reports = prune(made, tiny_tokens(16, LENGTH), blocks=blocks)
+    reports = prune(made, tiny_tokens(16, LENGTH))
     assert all(0.5 <= report["sparsity"] < 0.505 for report in reports)  # SparseGPT's is one more a stretch of columns
     units = [unit for report in reports for unit in report["units"]]
     assert all(0 < unit["error_after"] < unit["error_before"] for unit in units)
@@ -228,10 +228,13 @@ def test_a_sweep_starts_from_what_each_block_is_given(checkpoint_of, tiny_tokens
     (shard,) = make_shards(
         checkpoint_of(name), tmp_path, 1, LENGTH, blocks=blocks, recipe=Recipe(sweeps=1, learning_rate=GENTLE)
     )
-    stream([shard], tokens, range(blocks))
-    stream([shard], tokens, range(blocks), sweep=1)
-    entered = shard.gathered.whole(0, 1).drifted_entry
-    assert same_bits(entered.batch([0, 1]), shard.embed(tokens[:2]))
+    stream([shard], tokens, 0)
+    for block in range(blocks):
+        shard.work(BlockTask(blocks=(block,)))
+    shard.open((None, 0))
+    stream([shard], tokens, 1, streams=2)
+    entered = shard.gather(BlockTask(blocks=(0,), sweep=1))[0].drifted_entry
+    assert same_bits(entered.batch([0, 1]), shard.embed(tokens[:2])[:2])
 
 
 BARE = {"gpt2": "transformer.", "opt": "model.", "llama": "model.", "mixtral": "model."}
@@ -254,9 +257,9 @@ def test_a_checkpoint_of_the_base_model_is_read_and_written_under_its_own_names(
     tokens, recipe = tiny_tokens(2, LENGTH), Recipe(reconstruct="none")
     shard = make_shards(directory, tmp_path, 1, LENGTH, blocks=LAYERS, recipe=recipe)[0]
     assert same_bits(shard.logits(stream([shard], tokens)[0]), logits_of(directory, "float32")(tokens))
-    prune([shard], tokens, blocks=LAYERS)
+    prune([shard], tokens)
     shard.copy_ends()
-    shard.open(0)
+    shard.open((0,))
     ours = shard.logits(stream([shard], tokens)[0])
     result = written(directory, tmp_path / "output")
     assert set(result) == {*tensors, *masks} and all(same_bits(result[name], masks[name]) for name in masks)
@@ -282,9 +285,9 @@ def test_a_gemma_that_also_sees_and_hears_is_pruned_as_the_text_model_in_it(
     whole = logits_of(text, "float32")
     for hidden, part in zip(stream([shard], tokens), microbatches(tokens), strict=True):
         assert same_bits(shard.logits(hidden), whole(part))
-    reports = prune([shard], tokens, blocks=4)
+    reports = prune([shard], tokens)
     shard.copy_ends()
-    shard.open(0)
+    shard.open((0,))
     ours = [shard.logits(hidden) for hidden in stream([shard], tokens)]
     result = written(directory, tmp_path / "output")
     assert set(result) == {*inside, *beside} and all(same_bits(result[name], beside[name]) for name in beside)
@@ -304,7 +307,7 @@ def test_any_cut_of_any_family_gives_the_same_bytes(checkpoint_of, tiny_tokens, 
         home = tmp_path / resident
         recipe = Recipe(learning_rate=GENTLE)
         cut = {"blocks": layers_of(name), "recipe": recipe, "resident": resident, "spool_memory": 4000}
-        reports = prune(make_shards(directory, home, count, LENGTH, **cut), tokens, blocks=layers_of(name))
+        reports = prune(make_shards(directory, home, count, LENGTH, **cut), tokens)
         found.add(tuple(report["digest"] for report in reports))
     assert len(found) == 1
 
@@ -377,7 +380,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_it_got(checkpoint_of, tmp
 def test_an_expert_with_too_few_tokens_is_pruned_by_magnitude_and_named(checkpoint_of, tiny_tokens, tmp_path) -> None:
     directory, tokens = checkpoint_of("qwen3_moe"), tiny_tokens(5, LENGTH)  # 100 tokens, 3 of 12 experts each
     shard = make_shards(directory, tmp_path, 1, LENGTH, blocks=LAYERS, recipe=Recipe(reconstruct="none"))[0]
-    reports = prune([shard], tokens, blocks=LAYERS)
+    reports = prune([shard], tokens)
     dense, few, enough = load_file(directory / "model.safetensors"), 0, 0
     for report in reports:
         pruned = load_file(tmp_path / "output" / block_file(report["block"]))
@@ -395,7 +398,7 @@ def test_an_expert_with_too_few_tokens_is_pruned_by_magnitude_and_named(checkpoi
 def test_a_router_is_left_as_it_was(checkpoint_of, tiny_tokens, tmp_path) -> None:
     directory = checkpoint_of("mixtral")
     shard = make_shards(directory, tmp_path, 1, LENGTH, blocks=LAYERS, recipe=Recipe(learning_rate=GENTLE))[0]
-    prune([shard], tiny_tokens(16, LENGTH), blocks=LAYERS)
+    prune([shard], tiny_tokens(16, LENGTH))
     dense = load_file(directory / "model.safetensors")
     pruned = load_file(tmp_path / "output" / block_file(0))
     router = "model.layers.0.block_sparse_moe.gate.weight"

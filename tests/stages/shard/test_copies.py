@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from espalier.cluster.transport import pack, unpack
 from espalier.stages.errors import Refusal
-from espalier.stages.recipe import Recipe
+from espalier.stages.recipe import BlockTask, Recipe
 from espalier.stages.storage import staging
 from espalier.stages.storage.hf_checkpoint import Checkpoint
 from espalier.stages.storage.spool import Spool, SpoolBudget
@@ -326,9 +326,10 @@ def test_a_pass_through_a_block_waits_once_for_all_its_sums(
     model = family_checkpoint(tmp_path / "families")(family, "float32")
     recipe = Recipe(reconstruct="none")
     (shard,) = make_shards(model, tmp_path, 1, LENGTH, blocks=LAYERS, recipe=recipe, device=NAME)
-    stream([shard], tiny_tokens(2, LENGTH), range(LAYERS))  # the first pass also traces the blocks
+    stream([shard], tiny_tokens(SAMPLES, LENGTH), 0)
     with device.counted() as waits:
-        stream([shard], tiny_tokens(SAMPLES, LENGTH), range(LAYERS))
+        for block in range(LAYERS):
+            shard.gather(BlockTask(blocks=(block,)))
     sums = sum(times for place, times in waits.items() if "statistics.py" in place)
     experts = sum(times for place, times in waits.items() if "experts.py" in place)
     passes = 5 * LAYERS
@@ -344,13 +345,15 @@ def test_what_is_not_finite_is_refused_by_name_as_on_a_cpu(
     for place in ("cpu", NAME):
         recipe = Recipe(reconstruct="none")
         (shard,) = make_shards(model, tmp_path / place, 1, LENGTH, blocks=LAYERS, recipe=recipe, device=place)
-        begin([shard], tiny_tokens(SAMPLES, LENGTH), range(LAYERS))
         parts = microbatches(tiny_tokens(SAMPLES, LENGTH))
-        shard.forward(0, shard.embed(parts[0]))
-        hidden = shard.embed(parts[1])
-        hidden[1, 3, 5] = float("inf")
+        begin([shard], tiny_tokens(SAMPLES, LENGTH), keeps=0, onward=False)
+        for number, part in enumerate(parts):
+            hidden = shard.embed(part)
+            if number == 1:
+                hidden[1, 3, 5] = float("inf")
+            shard.forward(number, hidden)
         with pytest.raises(Refusal) as refused:
-            shard.forward(1, hidden)
+            shard.gather(BlockTask(blocks=(0,)))
         said.append(str(refused.value))
     assert said[0] == said[1]
     assert "calibration, block 0, " in said[0] and "sample 3: NaN or infinity in its inputs" in said[0]

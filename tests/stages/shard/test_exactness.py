@@ -135,7 +135,7 @@ def test_pruned_files_are_the_same_bytes_for_any_cut_and_any_spool(
     seen = []
     for number, variant in enumerate([{"shards": 1}, *VARIANTS]):
         home = tmp_path / str(number)
-        prune(make_shards(directory, home, length=LENGTH, blocks=3, recipe=recipe, **variant), tokens, blocks=3)
+        prune(make_shards(directory, home, length=LENGTH, blocks=3, recipe=recipe, **variant), tokens)
         assert not list((home / "scratch").rglob("*.arrow")), f"{variant} left spools behind"
         seen.append(digests(home))
     assert sorted(seen[0]) == [f"model-block-{index:05d}.safetensors" for index in range(3)]
@@ -150,6 +150,6 @@ def test_reconstruction_changes_the_files(tiny_checkpoint, tiny_tokens, tmp_path
     for number, recipe in enumerate(
         [Recipe(reconstruct="none"), Recipe(learning_rate=GENTLE), Recipe(seed=1, learning_rate=GENTLE)]
     ):
-        prune(make_shards(directory, tmp_path / str(number), 1, LENGTH, blocks=1, recipe=recipe), tokens, blocks=1)
+        prune(make_shards(directory, tmp_path / str(number), 1, LENGTH, blocks=1, recipe=recipe), tokens)
         seen.append(digests(tmp_path / str(number)))
     assert all(left[name] != right[name] for left, right in itertools.combinations(seen, 2) for name in left)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from espalier.stages.masks import masked
 from espalier.stages.model.anatomy import Weight
-from espalier.stages.recipe import Recipe
+from espalier.stages.recipe import BlockTask, Recipe
 from espalier.stages.reconstruction.passes import UnitPasses
 from espalier.stages.reconstruction.units import Group, groups_of
 from espalier.stages.shard.calibration import BlockCalibration
@@ -28,7 +28,7 @@ CORRECTED = Recipe(criterion="alps", targets="corrected", reconstruct="none")
 @pytest.fixture
 def shard(tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., Tensor], tmp_path: Path) -> Shard:
     (made,) = make_shards(tiny_checkpoint(), tmp_path, 1, LENGTH, recipe=CORRECTED)
-    stream([made], tiny_tokens(SAMPLES, LENGTH), range(4))
+    stream([made], tiny_tokens(SAMPLES, LENGTH), 0)
     return made
 
 
@@ -50,7 +50,7 @@ def names(weights: list[Weight]) -> list[str]:
 
 
 def test_weights_that_read_one_tensor_are_a_stage_in_the_order_data_passes_them(shard: Shard) -> None:
-    calibration = shard.gathered.whole(1)
+    calibration = shard.gather(BlockTask(blocks=(1,)))[1]
     unit, anatomies = whole_block(calibration).whole, {1: calibration.anatomy}
     (everything,) = stages_of(unit, anatomies, corrected=False)
     assert len(everything.parameters()) == 7
@@ -63,10 +63,10 @@ def test_weights_that_read_one_tensor_are_a_stage_in_the_order_data_passes_them(
 def test_cross_sums_pair_what_is_read_now_with_what_was_read_in_the_dense_block(
     shard: Shard, place: int, module: str
 ) -> None:
-    calibration = shard.gathered.whole(1)
+    calibration = shard.gather(BlockTask(blocks=(1,)))[1]
     unit = whole_block(calibration).whole
     inputs = calibration.inputs[unit.source]
-    dense = shard.blocks.hold([1])[1]
+    dense = shard.blocks.hold([1])[0][1]
     pruned = shard.skeleton.assembled(1, dict(dense.state_dict()))
     halved = {  # q, k, v lose every second column
         name: masked(weight, torch.arange(weight.shape[1]).expand_as(weight) % 2 == 0)
@@ -93,9 +93,9 @@ def test_cross_sums_pair_what_is_read_now_with_what_was_read_in_the_dense_block(
 
 
 def test_a_pass_ends_where_all_that_was_looked_for_has_been_read(shard: Shard) -> None:
-    calibration = shard.gathered.whole(1)
+    calibration = shard.gather(BlockTask(blocks=(1,)))[1]
     unit = whole_block(calibration).whole
-    block = shard.blocks.hold([1])[1]
+    block = shard.blocks.hold([1])[0][1]
     stage = stages_of(unit, {1: calibration.anatomy}, corrected=True)[1]
     with reading(block, "mlp.down_proj") as seen:
         gather(UnitPasses(unit, {1: block}, calibration.inputs[unit.source]), stage, CORRECTED.needs, "cpu")
@@ -108,20 +108,20 @@ def test_corrected_targets_bring_blocks_nearer_to_the_dense_ones(
     """Over the calibration's own tokens, of which there are several for each weight that stays."""
     tokens, model, apart = tiny_tokens(SAMPLES * 8, LENGTH), tiny_checkpoint(), {}
     (dense,) = make_shards(model, tmp_path / "dense", 1, LENGTH, recipe=CORRECTED)
-    stream([dense], tokens, range(4))
+    stream([dense], tokens, 0)
+    kept = {block: dense.gather(BlockTask(blocks=(block,)))[block] for block in range(4)}
     everything = list(range(len(tokens)))
     for targets in ("plain", "corrected"):
         recipe = Recipe(criterion="alps", sparsity=0.7, targets=targets, reconstruct="none")
         home = tmp_path / targets
         prune(make_shards(model, home, 1, LENGTH, recipe=recipe), tokens)
-        for block, module in dense.blocks.hold(range(4)).items():
-            kept = dense.gathered.whole(block)
-            inputs = kept.inputs["block"].batch(everything)
+        for block, module in dense.blocks.hold(range(4))[0].items():
+            inputs = kept[block].inputs["block"].batch(everything)
             written = load_file(home / "output" / block_file(block))
             own = {name.removeprefix(f"model.layers.{block}."): tensor for name, tensor in written.items()}
             pruned = dense.skeleton.assembled(block, own)
             with torch.no_grad():
-                outputs = [kept.call.at(everything).run(each, inputs) for each in (pruned, module)]
+                outputs = [kept[block].call.at(everything).run(each, inputs) for each in (pruned, module)]
             apart[block, targets] = float((outputs[0] - outputs[1]).square().sum())
     assert all(apart[block, "corrected"] < apart[block, "plain"] for block in range(4))
 
@@ -131,6 +131,6 @@ def test_families_are_pruned_in_stages_to_the_exact_count(
     tmp_path: Path, tiny_tokens: Callable[..., Tensor], family: str
 ) -> None:
     (shard,) = make_shards(family_checkpoint(tmp_path)(family), tmp_path, 1, LENGTH, blocks=LAYERS, recipe=CORRECTED)
-    for report in prune([shard], tiny_tokens(SAMPLES, LENGTH), LAYERS):
+    for report in prune([shard], tiny_tokens(SAMPLES, LENGTH)):
         for name, layer in report["layers"].items():
             assert layer["zeros"] == layer["weights"] // 2, name

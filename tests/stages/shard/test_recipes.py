@@ -4,6 +4,7 @@ it."""
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_overrides_and_ratios_of_blocks_reach_their_layers(
     )
     recipe = Recipe(reconstruct="none", overrides=overrides, allocation="owl")
     (shard,) = make_shards(tiny_checkpoint(), tmp_path, 1, LENGTH, recipe=recipe)
-    stream([shard], tiny_tokens(SAMPLES, LENGTH), range(BLOCKS))
+    stream([shard], tiny_tokens(SAMPLES, LENGTH), 0, shares=True)
     shares = [shard.outlier_share(index) for index in range(BLOCKS)]
     assert all(0 <= share < 0.5 for share in shares)
     (report,) = worked(shard, BlockTask(blocks=(0,), sparsity=(0.25,)))
@@ -139,14 +140,15 @@ def test_foreseen_inputs_are_the_pruned_models_drawn_to_the_dense_at_every_unit(
 ) -> None:
     tokens, everything = tiny_tokens(SAMPLES, LENGTH), list(range(SAMPLES))
     (shard,) = make_shards(tiny_checkpoint(), tmp_path, 1, LENGTH, recipe=RECIPES["foreseeing sweeps"])
-    stream([shard], tokens, range(BLOCKS))
+    stream([shard], tokens, 0)
     for block in range(BLOCKS):
         shard.work(BlockTask(blocks=(block,)))
-    shard.open(0)
-    stream([shard], tokens, range(BLOCKS), sweep=1)
-    foreseen, units = shard.gathered.whole(0, 1).inputs["self_attn"].batch(everything), 0
-    for block, module in shard.blocks.hold(range(BLOCKS)).items():
-        kept = shard.gathered.whole(block, 1)
+    shard.open((None, 0))
+    stream([shard], tokens, 1, streams=2)
+    calibrations = {block: shard.gather(BlockTask(blocks=(block,), sweep=1))[block] for block in range(BLOCKS)}
+    foreseen, units = calibrations[0].inputs["self_attn"].batch(everything), 0
+    for block, module in shard.blocks.hold(range(BLOCKS))[1].items():
+        kept = calibrations[block]
         for group in groups_of({block: kept.anatomy}, {block: kept.call}, "component"):
             unit = group.whole
             dense, given = (spools[unit.source].batch(everything) for spools in (kept.inputs, kept.drifted))
@@ -157,23 +159,14 @@ def test_foreseen_inputs_are_the_pruned_models_drawn_to_the_dense_at_every_unit(
     assert units == 2 * BLOCKS and not torch.allclose(given, dense, atol=0.01)
 
 
-def test_a_sweep_that_sees_part_of_the_samples_is_out_of_step(
-    tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., torch.Tensor], tmp_path: Path
-) -> None:
-    (shard,) = make_shards(tiny_checkpoint(), tmp_path, 1, LENGTH, recipe=Recipe(sweeps=1))
-    stream([shard], tokens := tiny_tokens(SAMPLES, LENGTH), range(BLOCKS))
-    with pytest.raises(OutOfStep, match="kept part of the samples in sweep 1"):
-        stream([shard], tokens[: SAMPLES // 2], range(BLOCKS), sweep=1)
-
-
 def test_work_out_of_order_is_out_of_step(
     tiny_checkpoint: Callable[..., Path], tiny_tokens: Callable[..., torch.Tensor], tmp_path: Path
 ) -> None:
     (shard,) = make_shards(tiny_checkpoint(), tmp_path, 1, LENGTH, recipe=RECIPES["pruned bare"])
-    with pytest.raises(OutOfStep, match="holds 0 of 0 inputs of block 0"):
+    with pytest.raises(OutOfStep, match="holds no inputs of its blocks"):
         shard.work(BlockTask(blocks=(0,)))
     (other,) = make_shards(tiny_checkpoint(), tmp_path / "b", 1, LENGTH, recipe=RECIPES["sweeps"])
-    stream([other], tiny_tokens(SAMPLES, LENGTH), range(BLOCKS))
+    stream([other], tiny_tokens(SAMPLES, LENGTH), 1)
     with pytest.raises(OutOfStep, match="other blocks than sweep 1 starts from"):
         other.work(BlockTask(blocks=(0,), sweep=1))
 
@@ -194,3 +187,24 @@ def test_windows_start_at_multiples_whatever_the_shard() -> None:
     assert block_windows(range(7), 3) == [(0, 1, 2), (3, 4, 5), (6,)]
     assert block_windows(range(3, 7), 3) == [(3, 4, 5), (6,)]
     assert block_windows(range(2, 4), 1) == [(2,), (3,)]
+
+
+@pytest.mark.parametrize("name", ["block", "sweeps", "foreseeing sweeps", "pruned", "corrected components"])
+@pytest.mark.parametrize("resident", ["all", "one"])
+def test_what_is_set_aside_does_not_grow_with_the_blocks(
+    tiny_checkpoint: Callable[..., Path],
+    tiny_tokens: Callable[..., torch.Tensor],
+    tmp_path: Path,
+    name: str,
+    resident: Literal["all", "one"],
+) -> None:
+    peaks = []
+    for blocks in (2, 8):
+        home, model = tmp_path / str(blocks), tiny_checkpoint(blocks=blocks)
+        recipe = RECIPES[name]
+        made = make_shards(model, home, 1, LENGTH, blocks=blocks, recipe=recipe, resident=resident)
+        prune(made, tiny_tokens(SAMPLES, LENGTH))
+        peaks.append(made[0].budget.peak)
+    stream_bytes = SAMPLES * LENGTH * 32 * 4
+    assert 0 < peaks[0] <= 12 * stream_bytes
+    assert peaks[1] <= 1.1 * peaks[0]

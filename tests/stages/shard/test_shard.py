@@ -12,6 +12,7 @@ from espalier.stages.errors import OutOfStep, Refusal
 from espalier.stages.metrics.perplexity import Measures
 from espalier.stages.metrics.profile import Timeline
 from espalier.stages.recipe import BlockTask, Recipe, derived_seed
+from espalier.stages.shard.hidden_states import Pass
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec, block_file, sweep_directory
 from espalier.stages.storage.files import file_digest
@@ -29,7 +30,7 @@ def shard(tiny_checkpoint, tmp_path) -> Shard:
 
 def test_a_microbatch_out_of_order_is_out_of_step(shard, tiny_tokens) -> None:
     hidden = shard.embed(tiny_tokens(BATCH, LENGTH))
-    shard.begin(3)
+    shard.begin(Pass(microbatches=3))
     shard.forward(0, hidden)
     with pytest.raises(OutOfStep, match="expected microbatch 1, got 2"):
         shard.forward(2, hidden)
@@ -41,7 +42,7 @@ def test_a_microbatch_out_of_order_is_out_of_step(shard, tiny_tokens) -> None:
 def test_block_by_block_out_of_step(tiny_checkpoint, tiny_tokens, tmp_path) -> None:
     shard = make_shards(tiny_checkpoint("llama", blocks=3), tmp_path, 1, LENGTH, blocks=3, resident="one")[0]
     hidden = shard.embed(tiny_tokens(BATCH, LENGTH))
-    shard.begin(2)
+    shard.begin(Pass(microbatches=2))
     shard.receive(0, hidden)
     with pytest.raises(OutOfStep, match="holds 1 of 2"):
         shard.advance()
@@ -61,30 +62,33 @@ def test_what_a_killed_process_left_of_a_block_goes_when_its_replacement_opens(t
     assert [path.exists() for path in left] == [False, True, False, True]
 
 
-def test_work_before_calibration_is_out_of_step(shard, tiny_tokens) -> None:
-    with pytest.raises(OutOfStep, match="no calibration of sweep 0 for block 1"):
+def test_work_before_the_stream_is_out_of_step(shard, tiny_tokens) -> None:
+    with pytest.raises(OutOfStep, match="shard 0 holds no inputs of its blocks"):
         shard.work(BlockTask(blocks=(1,)))
-    shard.begin(2, {1})
+    shard.begin(Pass(microbatches=2, keeps=0))
     shard.forward(0, shard.embed(tiny_tokens(BATCH, LENGTH)))
-    assert shard.calibrated() == {}  # the pass has not ended
-    with pytest.raises(OutOfStep, match="no calibration of sweep 0 for block 1"):
+    assert shard.ready is None  # the pass has not ended
+    with pytest.raises(OutOfStep, match="shard 0 holds 1 of 2 inputs of block 0"):
         shard.work(BlockTask(blocks=(1,)))
     shard.forward(1, shard.embed(tiny_tokens(BATCH, LENGTH, seed=1)))
-    assert shard.calibrated() == {1: 0}
+    assert shard.ready == (0, 0)
+    with pytest.raises(OutOfStep, match="for sweep 0, not those of block 1 for sweep 1"):
+        shard.work(BlockTask(blocks=(1,), sweep=1))
     shard.work(BlockTask(blocks=(1,)))
-    with pytest.raises(OutOfStep):  # its calibration was used up
+    assert shard.ready == (0, 2)
+    with pytest.raises(OutOfStep, match="holds the inputs of block 2 for sweep 0, not those of block 1"):
         shard.work(BlockTask(blocks=(1,)))
 
 
 def test_a_broken_off_pass_is_forgotten_when_the_next_begins(shard, tiny_tokens, tiny_checkpoint, tmp_path) -> None:
     tokens = tiny_tokens(8, LENGTH)
-    shard.begin(4, range(3))
+    shard.begin(Pass(microbatches=4, keeps=0))
     shard.forward(0, shard.embed(tokens[:2]))  # and then the driver died
-    prune([shard], tokens, blocks=3)
+    prune([shard], tokens)
     other = make_shards(
         tiny_checkpoint("llama", blocks=3), tmp_path / "b", 1, LENGTH, blocks=3, recipe=Recipe(learning_rate=GENTLE)
     )[0]
-    prune([other], tokens, blocks=3)
+    prune([other], tokens)
     for index in range(3):
         ours, theirs = (tmp_path / part / block_file(index) for part in ("output", "b/output"))
         assert ours.read_bytes() == theirs.read_bytes()
@@ -93,7 +97,7 @@ def test_a_broken_off_pass_is_forgotten_when_the_next_begins(shard, tiny_tokens,
 def test_work_leaves_the_dense_blocks_as_they_were(shard, tiny_tokens) -> None:
     tokens = tiny_tokens(8, LENGTH)
     before = stream([shard], tokens)
-    prune([shard], tokens, blocks=3)
+    prune([shard], tokens)
     after = stream([shard], tokens)
     assert all(same_bits(left, right) for left, right in zip(before, after, strict=True))
 
@@ -101,8 +105,8 @@ def test_work_leaves_the_dense_blocks_as_they_were(shard, tiny_tokens) -> None:
 def test_opened_pruned_it_streams_the_finished_files(shard, tiny_tokens, tiny_checkpoint, tmp_path) -> None:
     tokens = tiny_tokens(8, LENGTH)
     dense = stream([shard], tokens)
-    prune([shard], tokens, blocks=3)
-    shard.open(0)
+    prune([shard], tokens)
+    shard.open((0,))
     pruned = stream([shard], tokens)
     assert not torch.equal(dense[0], pruned[0])
     # The same, as a whole checkpoint of the finished files, by transformers.
@@ -121,7 +125,7 @@ def test_opened_pruned_it_streams_the_finished_files(shard, tiny_tokens, tiny_ch
     assert same_bits(stream([shard], tokens)[0], dense[0])  # and back
 
 
-@pytest.mark.parametrize("spool_memory", [0, 20_000, pytest.param(1 << 30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("spool_memory", [0, 10_000, pytest.param(1 << 30, marks=pytest.mark.slow)])
 def test_work_frees_every_spool(tiny_checkpoint, tiny_tokens, tmp_path, spool_memory) -> None:
     model = tiny_checkpoint("llama", blocks=3)
     shard = make_shards(
@@ -134,7 +138,7 @@ def test_work_frees_every_spool(tiny_checkpoint, tiny_tokens, tmp_path, spool_me
         spool_memory=spool_memory,
         resident="one",
     )[0]
-    stream([shard], tiny_tokens(8, LENGTH), range(3))
+    stream([shard], tiny_tokens(8, LENGTH), 0)
     files = list((tmp_path / "scratch").rglob("*.arrow"))
     assert bool(files) == (spool_memory < 1 << 30)
     assert (shard.budget.used > 0) == (spool_memory > 0)
@@ -167,7 +171,7 @@ def test_perplexity_is_that_of_the_whole_model(tiny_checkpoint, tiny_tokens, tmp
 
 
 def test_the_report_counts_what_is_in_the_file(shard, tiny_tokens, tmp_path) -> None:
-    reports = prune([shard], tiny_tokens(8, LENGTH), blocks=3)
+    reports = prune([shard], tiny_tokens(8, LENGTH))
     for index, report in enumerate(reports):
         tensors = load_file(tmp_path / "output" / report["file"])
         zeros = {
@@ -200,10 +204,11 @@ def test_nan_in_calibration_names_block_layer_and_sample(shard, tiny_tokens) -> 
     hidden = shard.embed(tiny_tokens(BATCH, LENGTH))
     broken = hidden.clone()
     broken[1, 3, 7] = math.nan
-    shard.begin(2, {0})
+    shard.begin(Pass(microbatches=2, keeps=0, onward=False))
     shard.forward(0, hidden)
+    shard.forward(1, broken)
     with pytest.raises(Refusal, match=r"block 0, self_attn.q_proj: sample 3: NaN or infinity"):
-        shard.forward(1, broken)
+        shard.work(BlockTask(blocks=(0,)))
 
 
 def test_a_config_that_does_not_match_the_weights_is_refused(tiny_checkpoint, tmp_path) -> None:
@@ -267,7 +272,7 @@ def test_a_commit_that_fails_is_told_at_the_next_block_and_when_asked_and_can_be
         )[0]
         for part in ("failed", "fine")
     )
-    stream([shard], tokens, {1, 2})
+    stream([shard], tokens, 0)
 
     def full(path, tensors) -> str:
         raise Refusal(f"{path}: disk full")
@@ -282,9 +287,9 @@ def test_a_commit_that_fails_is_told_at_the_next_block_and_when_asked_and_can_be
     for block in (1, 2):
         with pytest.raises(OutOfStep, match=rf"blocks \({block},\) of sweep 0 are not on their way to disk here"):
             shard.committed(BlockTask(blocks=(block,)))
-    assert shard.calibrated() == {2: 0}, "what block 1 was worked on with is used up, as after any loss"
+    assert shard.ready == (0, 3), "what block 1 was worked on with is used up, as after any loss"
     for each in (shard, other):
-        stream([each], tokens, {1})
+        stream([each], tokens, 0)
     (report,), (expected,) = (worked(each, BlockTask(blocks=(1,))) for each in (shard, other))
     assert report["digest"] == expected["digest"]
 
@@ -295,7 +300,7 @@ def test_one_block_is_written_while_the_next_is_worked_on_and_the_one_after_wait
     shard = make_shards(
         tiny_checkpoint("llama", blocks=3), tmp_path, 1, LENGTH, blocks=3, recipe=Recipe(reconstruct="none")
     )[0]
-    stream([shard], tiny_tokens(8, LENGTH), range(3))
+    stream([shard], tiny_tokens(8, LENGTH), 0)
     disk, writing = threading.Semaphore(0), threading.Semaphore(0)  # room for one more block; a block that waits for it
 
     def slow(path, tensors) -> str:
