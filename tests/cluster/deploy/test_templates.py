@@ -110,6 +110,16 @@ def test_a_rayjobs_pods_have_one_image_the_shared_storage_and_what_they_mount(na
 
 
 @pytest.mark.parametrize("name", RAYJOBS)
+def test_a_rayjobs_object_stores_fit_in_the_memory_that_is_mounted_for_them(name: str) -> None:
+    cluster = template(name)["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+        limit = volumes["shared-memory"]["emptyDir"]["sizeLimit"]
+        assert limit.endswith("Gi")
+        assert 1.1 * int(group["rayStartParams"]["object-store-memory"]) < int(limit.removesuffix("Gi")) << 30
+
+
+@pytest.mark.parametrize("name", RAYJOBS)
 def test_a_rayjob_asks_for_a_token_runs_the_ray_of_the_constraints_and_a_command_that_there_is(name: str) -> None:
     spec = template(name)["spec"]
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
