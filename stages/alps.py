@@ -33,6 +33,7 @@ from espalier.stages.errors import Refusal
 from espalier.stages.masks import Scope, check_divisible, check_pattern, check_sparsity, keep_mask
 from espalier.stages.sparsegpt import check_damping
 
+PANEL = 128  # columns of the Hessian that are inverted at a time
 RHO = 0.26  # beside a Hessian with a unit diagonal
 STEPS = 10
 RELAXATION = (1.4, 1.3)  # α, at the first step and at the last
@@ -133,13 +134,19 @@ class _Scaled:
                     f"{asked}: the cross Gram matrix over {len(gram)} inputs holds NaN or infinity; check the "
                     "calibration data"
                 )
-        self.hessian_II = (gram.float() * inverse_I[:, None]).mul_(inverse_I).to(weight.device)
-        self.hessian_II.diagonal().fill_(1)
+        self._gram, self._inverse_I = gram, inverse_I
 
-    def gradient(self, values_OI: Tensor) -> Tensor:
+    def hessian(self, diagonal: float = 1.0) -> Tensor:
+        """H (I, I), or with that on its diagonal, made anew: so that beside the Gram matrix no more than one matrix of
+        its size need be there at a time."""
+        hessian_II = (self._gram.float() * self._inverse_I[:, None]).mul_(self._inverse_I).to(self.weight.device)
+        hessian_II.diagonal().fill_(diagonal)
+        return hessian_II
+
+    def gradient(self, values_OI: Tensor, hessian_II: Tensor) -> Tensor:
         """Half of what the error falls by along each value: (B₀ − B) H + S, (O, I)."""
         away_OI = self.dense_OI - values_OI
-        return away_OI @ self.hessian_II if self.shift_OI is None else self.shift_OI.addmm(away_OI, self.hessian_II)
+        return away_OI @ hessian_II if self.shift_OI is None else self.shift_OI.addmm(away_OI, hessian_II)
 
     def unscaled(self, values_OI: Tensor, keep_OI: Tensor) -> Tensor:
         """Those values as weights: +0 where they are not kept, as they were in columns that saw no input."""
@@ -158,7 +165,7 @@ def _admm(problem: _Scaled, keep_OI: Tensor, largest: Callable[[Tensor], Tensor]
     Every step reuses the same four matrices (O, I): fresh ones cost as much as the arithmetic on them.
     """
     dense_OI = problem.dense_OI
-    inverse_II = _inverse(problem.hessian_II, RHO).mul_(RHO)
+    inverse_II = _inverse(problem.hessian(1 + RHO)).mul_(RHO)
     values_OI = dense_OI * keep_OI
     dual_OI = torch.sub(dense_OI, values_OI).mul_(FIRST_DUAL)
     pull_OI, free_OI = torch.empty_like(dense_OI), torch.empty_like(dense_OI)
@@ -177,18 +184,33 @@ def _admm(problem: _Scaled, keep_OI: Tensor, largest: Callable[[Tensor], Tensor]
     return keep_OI, values_OI
 
 
-def _inverse(hessian_II: Tensor, rho: float) -> Tensor:
-    """(H + ρ1)⁻¹; H has a unit diagonal and is positive semi-definite, so float32 serves."""
-    shifted_II = hessian_II.clone()
-    shifted_II.diagonal().add_(rho)
-    failed_at = torch.empty((), dtype=torch.int32, device=shifted_II.device)
-    torch.linalg.cholesky_ex(shifted_II, out=(shifted_II, failed_at))  # in its place: one more matrix, not three
-    if int(failed_at):
-        raise Refusal(
-            f"ALPS: the Gram matrix over {len(hessian_II)} inputs is no sum of x xᵀ (it is not positive "
-            "semi-definite); check the calibration data"
-        )
-    return torch.cholesky_inverse(shifted_II, out=shifted_II)
+def _inverse(shifted_II: Tensor) -> Tensor:
+    """(H + ρ1)⁻¹ in the place of H + ρ1. H has a unit diagonal and is positive semi-definite, so float32 serves.
+
+    Panel by panel (K) the matrix is swept: with P = A_KK⁻¹, A ← A − A_:K P A_K:, A_:K ← A_:K P, A_KK ← −P; after all of
+    them it is −A⁻¹. Only blocks on the diagonal and below are kept. As many operations as LAPACK's factor and inverse
+    of it, for which torch makes another matrix of this size.
+    """
+    starts = range(0, len(shifted_II), PANEL)
+    panels = [slice(start, start + PANEL) for start in starts]
+    for start, panel in zip(starts, panels, strict=True):
+        read_IK = torch.cat([shifted_II[panel, :start].T, shifted_II[start:, panel]])
+        factor_KK, failed_at = torch.linalg.cholesky_ex(read_IK[panel])
+        if int(failed_at):
+            raise Refusal(
+                f"ALPS: the Gram matrix over {len(shifted_II)} inputs is no sum of x xᵀ (it is not positive "
+                "semi-definite); check the calibration data"
+            )
+        pivot_KK = torch.cholesky_inverse(factor_KK)
+        swept_IK = read_IK @ pivot_KK
+        for rows in panels:
+            shifted_II[rows, : rows.stop].addmm_(swept_IK[rows], read_IK[: rows.stop].T, alpha=-1)
+        shifted_II[panel, :start] = swept_IK[:start].T
+        shifted_II[start:, panel] = swept_IK[start:]
+        shifted_II[panel, panel] = pivot_KK.neg_()
+    for start, panel in zip(starts, panels, strict=True):
+        shifted_II[:start, panel] = shifted_II[panel, :start].T
+    return shifted_II.neg_()
 
 
 def _conjugate_gradients(
@@ -197,21 +219,21 @@ def _conjugate_gradients(
     """The minimum of the error over what is kept, approached from `values_OI`, each row on its own: until a row's
     gradient is RESIDUAL of that at zero; or, a product less, until all further steps would take at most `gain` of all
     rows' error, if each took as much less than the one before as the gradient has just shrunk."""
-    values_OI = values_OI * keep_OI
-    residual_OI = problem.gradient(values_OI)
+    hessian_II, values_OI = problem.hessian(), values_OI * keep_OI
+    residual_OI = problem.gradient(values_OI, hessian_II)
     error = torch.zeros(()) if gain is None else (problem.dense_OI - values_OI).mul_(residual_OI).sum().abs()
     residual_OI.mul_(keep_OI)
     direction_OI = residual_OI.clone()
     left_O1 = residual_OI.square().sum(1, keepdim=True)
     enough_O1 = torch.zeros_like(left_O1)
     if gain is None:
-        at_zero_OI = problem.gradient(torch.zeros_like(values_OI)).mul_(keep_OI)
+        at_zero_OI = problem.gradient(torch.zeros_like(values_OI), hessian_II).mul_(keep_OI)
         enough_O1 = at_zero_OI.square_().sum(1, keepdim=True) * RESIDUAL**2
     for step in range(steps):
         going_O1 = left_O1 > enough_O1
         if step % LOOKED_AT == 0 and not bool(going_O1.any()):  # a row that is done stands still: looking can wait
             break
-        across_OI = (direction_OI @ problem.hessian_II).mul_(keep_OI)
+        across_OI = (direction_OI @ hessian_II).mul_(keep_OI)
         bend_O1 = (direction_OI * across_OI).sum(1, keepdim=True)
         step_O1 = torch.where(going_O1 & (bend_O1 > 0), left_O1 / bend_O1, 0.0)
         values_OI.addcmul_(step_O1, direction_OI)

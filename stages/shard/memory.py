@@ -213,9 +213,10 @@ def sparsegpt_bytes(outputs: int, inputs: int, recipe: Recipe, arithmetic: Arith
 
 
 def alps_bytes(outputs: int, inputs: int, recipe: Recipe, arithmetic: Arithmetic) -> int:
-    """The scaled Hessian and the inverse of it shifted; eight or nine matrices as large as the weight."""
-    weights, square = outputs * inputs, inputs**2
-    return max(8 * square + (33 if arithmetic.accelerator else 36) * weights, 12 * square + 27 * weights)
+    """The inverse of the scaled and shifted Hessian; eight or nine matrices as large as the weight, one more with
+    corrected targets."""
+    numbers = (34 if arithmetic.accelerator else 36) + (4 if recipe.corrected else 0)
+    return 4 * inputs**2 + numbers * outputs * inputs
 
 
 def solve_bytes(outputs: int, inputs: int) -> int:

@@ -62,7 +62,9 @@ def assert_held(config: PreTrainedConfig, recipe: Recipe, *, device: str = "meta
     assert all(BELOW <= ratio <= ABOVE for ratio in apart.values()), (apart, estimated, counted.what)
 
 
-@pytest.mark.parametrize(("size", "unit"), [*(("8B", unit) for unit in UNITS), ("70B", "component")])
+@pytest.mark.parametrize(
+    ("size", "unit"), [*(("8B", unit) for unit in UNITS), ("70B", "component"), ("405B", "component")]
+)
 def test_fits_on_an_accelerator(size: str, unit: str) -> None:
     assert_held(llama(*SHAPES[size]), UNITS[unit])
 
