@@ -89,7 +89,8 @@ def estimate_shard(
     arithmetic = _arithmetic(facts, compute, length, gpu)
     together = recipe.blocks_per_unit if recipe else 1
     window = together * max(facts.block_bytes[first:last])
-    blocks = sum(facts.block_bytes[first:last]) if resident == "all" else window
+    ahead = min(2, len(block_windows(range(first, last), together)))  # with the window that is read meanwhile
+    blocks = sum(facts.block_bytes[first:last]) if resident == "all" else ahead * window
     sources = 2 if recipe and recipe.sweeps else 1  # a sweep's passes go through the dense blocks and the pruned ones
     weights = _ends(facts, first, last) * item + sources * blocks
     streaming = _streaming(facts, first, last, microbatch, recipe, arithmetic)

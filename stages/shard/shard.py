@@ -78,7 +78,7 @@ class Shard:
         with self.timeline.phase("load"), torch.no_grad():
             if not hasattr(self, "skeleton"):
                 self.skeleton, self.checkpoint = open_skeleton(spec, spec.model, spec.compute)
-                self.blocks = BlockCache(spec, self.skeleton, self.checkpoint)
+                self.blocks = BlockCache(spec, self.skeleton, self.checkpoint, self.timeline)
                 self.passage = Passage(spec, self.skeleton, self.blocks, self._scratch, self.budget, self.timeline)
                 self._commits = Commits(spec, self.skeleton, self.checkpoint, self.timeline)
                 if spec.embeds or spec.heads:
@@ -269,13 +269,18 @@ class Shard:
             raise OutOfStep(f"shard {self.spec.index} holds other blocks than sweep {order.sweep} starts from")
         for index in range(start.block, first):
             self.passage.carry_on(start, index)
-        held = self.blocks.hold(order.blocks)
+        held = self.blocks.hold(order.blocks, self._after(order))
         calibrations = {index: self.passage.calibration(index, held[0][index], order.sweep) for index in order.blocks}
         for index, calibration in calibrations.items() if recipe.compares else ():
             started, wanted = time.perf_counter(), recipe.sequential or index + 1 < self.spec.last
             tokens = self.passage.carry(start, index, held, calibration.watching, keep=wanted)
             self._streamed[index] = tokens, time.perf_counter() - started
         return calibrations
+
+    def _after(self, order: BlockTask) -> range:
+        """The blocks whose turn is likely to come next."""
+        first = order.blocks[-1] + 1
+        return range(first, min(first + self._recipe.blocks_per_unit, self.spec.last))
 
     @property
     def _recipe(self) -> Recipe:
@@ -296,7 +301,7 @@ class Shard:
         work = BlockPruner(
             recipe,
             order,
-            self.blocks.hold(order.blocks)[-1],
+            self.blocks.hold(order.blocks, self._after(order))[-1],
             calibrations,
             self.skeleton,
             self.timeline,

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/memory.py [--shards 1] [--samples 8] [--length 256] [--spool-memory 256MB]
 
-A shard's bound is its resident weights, the larger of one unit's training state and the spool's budget, and 1 GB.
+A shard's bound is its resident weights and the block that is read meanwhile, the larger of one unit's training
+state and the spool's budget, and 1 GB.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import bench_model
 from bench_model import LARGE, report, token_ids
@@ -30,7 +32,7 @@ def bounds(shape: dict[str, int], shards: int, spool: int) -> list[int]:
     working = max(TRAINING_BYTES * max(attention, mlp) + gradient, spool)
     result = []
     for index in range(shards):
-        resident = attention + mlp + (end if index == 0 else 0) + (end if index == shards - 1 else 0)
+        resident = 2 * (attention + mlp) + (end if index == 0 else 0) + (end if index == shards - 1 else 0)
         result.append(2 * resident + working + 10**9)
     return result
 
@@ -71,7 +73,15 @@ def main() -> None:
     print(f"  driver     {run['peak_memory']['driver'] / 1e9:6.2f} GB (bound 1.20)")
     for index, (peak, bound) in enumerate(zip(run["peak_memory"]["shards"], allowed, strict=True)):
         print(f"  shard {index}    {peak / 1e9:6.2f} GB (bound {bound / 1e9:.2f})")
-    report("memory", {"checkpoint": size, "peak_memory": run["peak_memory"], "bounds": allowed})
+    seconds = {name: spent(run["timeline"], name) for name in ("read", "load")}
+    print(f"  blocks read ahead in {seconds['read']:.0f} s, waited for {seconds['load']:.0f} s")
+    report("memory", {"seconds": seconds, "checkpoint": size, "peak_memory": run["peak_memory"], "bounds": allowed})
+
+
+def spent(timeline: list[dict[str, Any]], name: str) -> float:
+    """Seconds of the phases of that name that were about one block."""
+    about = [phase for phase in timeline if phase["phase"] == name and phase["block"] is not None]
+    return sum(phase["end"] - phase["start"] for phase in about)
 
 
 if __name__ == "__main__":

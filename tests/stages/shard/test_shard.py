@@ -12,6 +12,7 @@ from espalier.stages.errors import OutOfStep, Refusal
 from espalier.stages.metrics.perplexity import Measures
 from espalier.stages.metrics.profile import Timeline
 from espalier.stages.recipe import BlockTask, Recipe, derived_seed
+from espalier.stages.shard.block_pruner import BlockPruner
 from espalier.stages.shard.hidden_states import Pass
 from espalier.stages.shard.shard import Shard
 from espalier.stages.shard.spec import ShardSpec, block_file, sweep_directory
@@ -337,3 +338,34 @@ def test_the_timeline_joins_stretches_of_one_phase(monkeypatch) -> None:
         ("stream", 5.0, 6.0),  # after a pause
         ("mask", 6.1, 7.0),
     ]
+
+
+def test_the_next_block_is_read_while_one_is_at_work(tiny_checkpoint, tiny_tokens, tmp_path, monkeypatch) -> None:
+    recipe = Recipe(learning_rate=GENTLE)
+    (shard,) = make_shards(
+        tiny_checkpoint("llama", blocks=4), tmp_path, 1, LENGTH, blocks=4, recipe=recipe, resident="one"
+    )
+    read, load, run = {index: threading.Event() for index in range(4)}, shard.skeleton.load_block, BlockPruner.run
+    at_most = []
+
+    def loading(index, checkpoint) -> torch.nn.Module:
+        block = load(index, checkpoint)
+        read[index].set()
+        return block
+
+    def working(work) -> None:
+        (index,) = work.order.blocks
+        assert index == 3 or read[index + 1].wait(60)
+        at_most.append(sum(event.is_set() for event in read.values()) - index - 1)
+        run(work)
+
+    monkeypatch.setattr(shard.skeleton, "load_block", loading)
+    monkeypatch.setattr(BlockPruner, "run", working)
+    stream([shard], tiny_tokens(8, LENGTH), 0)
+    for event in read.values():
+        event.clear()
+    for index in range(4):
+        shard.work(BlockTask(blocks=(index,)))
+    assert at_most == [1, 1, 1, 0], "and no more than the next"
+    ahead = [phase.block for phase in shard.timeline.export() if phase.phase == "read"]
+    assert ahead[-3:] == [1, 2, 3]
