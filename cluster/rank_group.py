@@ -12,12 +12,11 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import remove_placement_group
 
 from espalier.cluster.arithmetic import steady_products
 from espalier.cluster.connection.inventory import nodes
-from espalier.cluster.connection.room import WAIT_SECONDS, no_room
+from espalier.cluster.connection.room import placed, reserved
 from espalier.cluster.losses import ending_with_its_device
 from espalier.stages.errors import Refusal, first_line
 from espalier.stages.training.spec import RetrainSpec
@@ -149,10 +148,7 @@ class RankGroup:
 
     def _start(self) -> None:
         bundle = {"CPU": float(self.threads)} | ({"GPU": 1.0} if self.device == "cuda" else {})
-        self._group = placement_group([bundle] * self.ranks, strategy="PACK")
-        if not self._group.wait(WAIT_SECONDS):
-            self._stop()
-            raise Refusal(no_room(f"{self.ranks} ranks", bundle))
+        self._group = reserved(self.ranks, bundle, "ranks")
         variables = {"DS_ACCELERATOR": self.device, "OMP_NUM_THREADS": str(self.threads)}
         variables |= {"LOCAL_RANK": "0"}  # a rank sees no GPU but its own
         self._actors = [
@@ -161,7 +157,7 @@ class RankGroup:
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
                 runtime_env={"env_vars": variables | {"RANK": str(rank), "WORLD_SIZE": str(self.ranks)}},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
+                scheduling_strategy=placed(self._group, rank),
             )
             .remote(self.threads, self.device)
             for rank in range(self.ranks)

@@ -9,8 +9,9 @@ from typing import Any, Literal, TypeVar
 
 import ray
 from ray.exceptions import ActorDiedError
+from ray.util.placement_group import remove_placement_group
 
-from espalier.cluster.connection.room import first_of
+from espalier.cluster.connection.room import first_of, placed, reserved
 from espalier.cluster.losses import cause_of, given_up
 from espalier.cluster.orders import LOST, Orders
 from espalier.cluster.shard_actor import RESTARTS, ShardActor, ShardFacts, ShardState
@@ -41,15 +42,19 @@ class ShardGroup:
         self._recipe = specs[0].recipe
         self._fruitless = 0
         self._threads, self._run_file = threads, run_file
+        self._room: Any = None  # what the cluster keeps for them
         self._actors: list[Any] = self._started(threads, run_file)
 
     def _started(self, threads: int, run_file: str | None) -> list[Any]:
-        """An actor for each spec."""
+        """An actor for each spec, neighbours close together. Raises Refusal if there is no room for all of them."""
+        bundle = {"CPU": float(threads)} | ({"GPU": 1.0} if self.specs[0].device.startswith("cuda") else {})
+        self._room = reserved(len(self.specs), bundle, "shards")
         return [self._actor_of(spec) for spec in self.specs]
 
     def _actor_of(self, spec: ShardSpec) -> Any:
         gpus = 1 if spec.device.startswith("cuda") else 0
-        options = ShardActor.options(num_cpus=self._threads, num_gpus=gpus, scheduling_strategy="SPREAD")
+        strategy = placed(self._room, spec.index)
+        options = ShardActor.options(num_cpus=self._threads, num_gpus=gpus, scheduling_strategy=strategy)
         return options.remote(spec, self._threads, self._run_file)
 
     def __enter__(self) -> "ShardGroup":
@@ -58,6 +63,8 @@ class ShardGroup:
     def __exit__(self, *exception: object) -> None:
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
+        if self._room is not None:
+            remove_placement_group(self._room)
 
     def open(self) -> list[ShardFacts]:
         """Every shard's tensors loaded from the model. Raises Refusal for a shard whose process dies at every start."""

@@ -180,8 +180,7 @@ class Holder:
 @pytest.fixture
 def taken(one_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Somebody has all that is free of the cluster."""
-    for holds in (room, ranks):
-        monkeypatch.setattr(holds, "WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(room, "WAIT_SECONDS", 1.0)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     each = ray.remote(Holder).options(num_cpus=1)
     holders = [each.remote() for _ in range(int(ray.cluster_resources()["CPU"]))]
@@ -196,11 +195,12 @@ def taken(one_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_shards_and_ranks_without_room_say_what_they_ask_for_what_is_free_and_who_is_at_work(
     taken: None, specs: list[ShardSpec]
 ) -> None:
-    with ShardGroup(specs[:1], 1, None, print) as group, pytest.raises(Refusal) as shards:
-        group.open()
+    with pytest.raises(Refusal) as shards, ShardGroup(specs, 1, None, print):
+        pass
     with pytest.raises(Refusal) as placed, ranks.RankGroup(2):
         pass
-    for caught, who in (shards, "of this run's processes"), (placed, "2 ranks"):
+    for caught, who in (shards, "2 shards"), (placed, "2 ranks"):
         said = str(caught.value)
+        assert "room for 0;" in said
         assert f"{who} had to wait" in said and "each asks for 1 CPU, free on its nodes: 0 CPU" in said
         assert "Holder of job" in said and "fewer --shards or --ranks" in said and "\n" not in said
