@@ -193,14 +193,11 @@ def _inverse(shifted_II: Tensor) -> Tensor:
     """
     starts = range(0, len(shifted_II), PANEL)
     panels = [slice(start, start + PANEL) for start in starts]
+    failed = torch.zeros((), dtype=torch.int64, device=shifted_II.device)  # there: the host waits once
     for start, panel in zip(starts, panels, strict=True):
         read_IK = torch.cat([shifted_II[panel, :start].T, shifted_II[start:, panel]])
         factor_KK, failed_at = torch.linalg.cholesky_ex(read_IK[panel])
-        if int(failed_at):
-            raise Refusal(
-                f"ALPS: the Gram matrix over {len(shifted_II)} inputs is no sum of x xᵀ (it is not positive "
-                "semi-definite); check the calibration data"
-            )
+        failed += failed_at
         pivot_KK = torch.cholesky_inverse(factor_KK)
         swept_IK = read_IK @ pivot_KK
         for rows in panels:
@@ -210,6 +207,11 @@ def _inverse(shifted_II: Tensor) -> Tensor:
         shifted_II[panel, panel] = pivot_KK.neg_()
     for start, panel in zip(starts, panels, strict=True):
         shifted_II[:start, panel] = shifted_II[panel, :start].T
+    if int(failed):
+        raise Refusal(
+            f"ALPS: the Gram matrix over {len(shifted_II)} inputs is no sum of x xᵀ (it is not positive "
+            "semi-definite); check the calibration data"
+        )
     return shifted_II.neg_()
 
 
