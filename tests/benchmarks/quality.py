@@ -74,7 +74,10 @@ RECIPES: dict[str, dict[str, Any]] = {  # name in the table -> options of `prune
     "recipe best, pruned inputs": {"recipe": "best", "inputs": "pruned"},
 }
 FIRST = ("recipe best", BASE)
-NEXT = ("recipe balanced", "recipe fast (wanda)", "alps", "alps, pruned inputs", "recipe best, pruned inputs")
+NEXT = (
+    *("recipe balanced", "recipe fast (wanda)", "recipe best, pruned inputs"),
+    *("alps", "alps, pruned inputs", "alps, corrected"),
+)
 Job = tuple[str, str, str, int]  # model, recipe, target, seed
 
 
