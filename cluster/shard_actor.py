@@ -135,8 +135,8 @@ class ShardWorker:
         self._open.begin(this, None if varying is None else _tensors(varying))
 
     def forward(self, microbatch: int, source: Inputs, wanted: Wanted, targets: np.ndarray | None = None) -> Any:
-        """One microbatch through all blocks; `source` is the model's inputs for the shard that embeds, else hidden
-        states."""
+        """One microbatch, kept, or through all blocks, or both; `source` is the model's inputs for the shard that
+        embeds, else hidden states."""
         hidden = self._open.forward(microbatch, self._hidden(source, self._spec.device))
         return self._answer(microbatch, hidden, wanted, targets)
 

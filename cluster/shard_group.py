@@ -167,8 +167,8 @@ class ShardGroup:
     def work_in_order(self, stream: Stream, orders: Sequence[BlockTask]) -> Iterator[list[BlockReport]]:
         """Reports of `orders` as they are on disk, block after block: each reads what the pruned blocks before it give.
 
-        After a loss all is streamed once more, through the blocks finished by then. Work whose every order is in
-        `done` is passed through in the same way, so a resumed run goes on as one that lost its shards.
+        After a loss all is streamed once more, through the blocks finished by then. What no order is about is passed
+        through in the same way, so a resumed run goes on as one that lost its shards.
         """
         left = {order.blocks: order for order in orders}
         while left:

@@ -85,8 +85,8 @@ class Recipe:
 
     @property
     def gathers(self) -> bool:
-        """Whether statistics are gathered when a unit's turn comes, over its kept inputs, and not in the stream: a
-        Hessian is too large to wait for its turn in every block, and the pruned model's activations come last."""
+        """Whether statistics are gathered when a unit's turn comes, over its kept inputs, and not while its dense block
+        is run: a block's Hessians are too large to wait side by side, and the pruned model's activations come last."""
         return self.sequential or "hessian" in self.needs
 
     @property

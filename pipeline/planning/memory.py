@@ -94,6 +94,8 @@ def estimate_shard(
     sources = 2 if recipe and recipe.sweeps else 1  # a sweep's passes go through the dense blocks and the pruned ones
     weights = _ends(facts, first, last) * item + sources * blocks
     streaming = _streaming(facts, first, last, microbatch, recipe, arithmetic)
+    if recipe and len(block_windows(range(first, last), together)) > 1:
+        streaming += window  # the one before, which is being written
     training, working = 0, 0
     if recipe is not None:
         windows = {
@@ -149,6 +151,8 @@ def _streaming(
     passing = pass_bytes(components, facts.hidden, microbatch * arithmetic.length, arithmetic)
     if recipe is not None:
         passing += summing_bytes(max(max(component.inputs) for component in components), arithmetic, hessian=False)
+        more = recipe.most_streams - 1  # as it came, in parts and as it goes on
+        passing += 3 * more * microbatch * arithmetic.length * facts.travels * arithmetic.item
     return max(cast + passing, logits_bytes(facts.vocabulary) if last == facts.blocks else 0)
 
 
@@ -173,6 +177,8 @@ def _set_aside(
     carried = 2 * recipe.most_streams * facts.travels
     if recipe.corrected:
         carried += _going_on(recipe) * max(facts.travels, *(c.attention for block in facts.components for c in block))
+    if resident == "one":  # a pass has what is kept, what came out of a block and what comes out of the next
+        carried = max(carried, 3 * recipe.most_streams * facts.travels - int(kept))
     return int(kept * tokens * item), carried * tokens * item
 
 

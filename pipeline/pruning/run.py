@@ -182,7 +182,9 @@ class PruneRun:
         first = max((sweep + 1 for sweep in done if done[sweep].keys() == everything), default=0)
         for sweep in range(first, last + 1):
             todo = everything - done[sweep].keys()
-            ratios = self._ratios(group, stream) if sweep == 0 and self.recipe.allocation == "owl" else None
+            todo_share = len(todo) / self.facts.blocks
+            weighed = any(self.directory.noted("allocation"))
+            ratios = self._ratios(group, stream, samples) if sweep == 0 and self.recipe.allocation == "owl" else None
             orders = [
                 BlockTask(
                     blocks=blocks, sweep=sweep, sparsity=tuple(ratios[block] for block in blocks) if ratios else None
@@ -193,11 +195,12 @@ class PruneRun:
             ]
             streams = self.recipe.most_streams if self.recipe.sequential else len(self.recipe.sources(sweep))
             if not self.recipe.sequential:  # the last shard's blocks wait for its work
-                with self.spending.phase("stream", samples * streams * layout.specs[-1].first // self.facts.blocks):
+                passed = 0 if ratios and not weighed else samples * streams * layout.specs[-1].first
+                with self.spending.phase("stream", passed // self.facts.blocks):
                     name = f"stream, sweep {sweep}" if sweep else "stream"
                     group.calibrate(stream, todo, self.reporter.pass_begins(name, stream.microbatches), sweep)
             self.worked = True
-            with self.spending.phase("work", samples * streams):
+            with self.spending.phase("work", int(samples * streams * todo_share)):
                 done[sweep] |= self._work_off(group, layout, stream, orders, len(done[sweep]), recorder)
             self.directory.drop_sweep(sweep - 1, last)
         return done[last]
@@ -229,12 +232,12 @@ class PruneRun:
     def _worked(self, group: ShardGroup, stream: Stream, orders: list[BlockTask]) -> Iterator[list[BlockReport]]:
         return group.work_in_order(stream, orders) if self.recipe.sequential else group.work(stream, orders)
 
-    def _ratios(self, group: ShardGroup, stream: Stream) -> list[float]:
+    def _ratios(self, group: ShardGroup, stream: Stream, samples: int) -> list[float]:
         """Each block's sparsity by OWL, the same again when the run is resumed."""
         for entry in self.directory.noted("allocation"):
             return list(entry["sparsity"])
         blocks = range(self.facts.blocks)
-        with self.spending.phase("stream"):
+        with self.spending.phase("stream", samples):
             shares = group.outlier_shares(stream, blocks)
         ratios = owl(shares, self.config.sparsity, weights=self.facts.prunable_by_block)
         self.directory.note("allocation", sparsity=ratios, outlier_shares=shares)

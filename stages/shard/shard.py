@@ -64,7 +64,7 @@ class Shard:
         self.budget = SpoolBudget(spec.spool_memory)
         self._scratch = Path(spec.scratch) / f"shard-{spec.index}"
         self.kept = KeptStates(Path(spec.scratch) / "dense-states")
-        self._pass, self._arrived = Pass(microbatches=0), 0
+        self._pass, self._arrived, self._emitted = Pass(microbatches=0), 0, 0
         self._start: HiddenStreams | None = None  # what the work goes on from
         self._start_of = 0  # the sweep that it is for
         self._passing: HiddenStreams | None = None  # a pass on its way through the blocks, one at a time in memory
@@ -100,10 +100,11 @@ class Shard:
         """
         self.passage.begin(this, varying)
         self.skeleton.unload_vision()
-        self._pass, self._arrived, self._passed = this, 0, False
+        self._pass, self._arrived, self._emitted, self._passed = this, 0, 0, False
         self._drop_passing()
-        if this.keeps is not None:
+        if this.keeps is not None or this.phase == "evaluate":  # which comes before the work, or when it is done
             self._drop_start()
+        if this.keeps is not None:
             self._start, self._start_of = self._new_streams("start"), this.keeps
             self._streamed = {}
 
@@ -128,7 +129,8 @@ class Shard:
         return together([self.skeleton.embed(inputs)] * self._pass.streams)
 
     def forward(self, microbatch: int, hidden: Tensor) -> Tensor:
-        """This shard's blocks applied to one microbatch (streams · samples, length, hidden), all in memory."""
+        """One microbatch (streams · samples, length, hidden), kept where the pass says so, then through this shard's
+        blocks, all in memory; as it came where it goes no further."""
         self._in_step(microbatch)
         if self._pass.keeps is not None:
             assert self._start is not None
@@ -151,10 +153,10 @@ class Shard:
 
     def advance(self) -> None:
         """Take all that was received through every block but the last, one block in memory at a time."""
-        if self._pass.keeps is not None and self._start is not None:
+        if self._pass.keeps is not None and self._passing is None:
             self._passing = self._new_streams("passing")
-            self._passing.borrow(self._start)
-        passing = self._whole(self._passing)
+            self._passing.borrow(self._whole(self._start, self.spec.first))
+        passing = self._whole(self._passing, self.spec.first)
         for index in range(self.spec.first, self.spec.last - 1):
             self.passage.carry_pass(passing, index)
 
@@ -163,6 +165,9 @@ class Shard:
         given = self._passing if self._pass.onward else self._start
         if given is None or given.block < self.spec.last - self._pass.onward:
             raise OutOfStep(f"shard {self.spec.index} has not advanced to its last block")
+        if microbatch != self._emitted:
+            raise OutOfStep(f"shard {self.spec.index} was to emit microbatch {self._emitted}, not {microbatch}")
+        self._emitted += 1
         if self._pass.onward:
             hidden = self.passage.through(self.spec.last - 1, together(given.on_device(microbatch)))
         else:
@@ -177,8 +182,8 @@ class Shard:
     def pass_on(self, blocks: Sequence[int], sweep: int) -> None:
         """Take all that was received, or came out of the block before, through blocks finished in `sweep`: the pruned
         model's stream through them as they are now, the dense one's through the dense ones."""
-        start = self._whole(self._start)
         for index in blocks:
+            start = self._whole(self._start, index)
             for number, buffer in enumerate(start.buffers):
                 source = sweep if number + 1 == len(start.buffers) else None
                 block = self.blocks.load(index, source)
@@ -202,9 +207,12 @@ class Shard:
             self._start.close()
         self._start = None
 
-    def _whole(self, streams: HiddenStreams | None) -> HiddenStreams:
+    def _whole(self, streams: HiddenStreams | None, block: int | None = None) -> HiddenStreams:
+        """`streams`, all of them, at `block` if one is given: a call that comes twice must not pass for the next."""
         if streams is None or not streams.whole:
             raise OutOfStep(f"shard {self.spec.index} holds {streams.said if streams else 'no inputs of its blocks'}")
+        if block is not None and streams.block != block:
+            raise OutOfStep(f"shard {self.spec.index} holds the inputs of block {streams.block}, not of block {block}")
         return streams
 
     # -- evaluation ------------------------------------------------------------------------------------------------
@@ -272,10 +280,14 @@ class Shard:
         held = self.blocks.hold(order.blocks, self._after(order))
         calibrations = {index: self.passage.calibration(index, held[0][index], order.sweep) for index in order.blocks}
         for index, calibration in calibrations.items() if recipe.compares else ():
-            started, wanted = time.perf_counter(), recipe.sequential or index + 1 < self.spec.last
+            started, wanted = time.perf_counter(), self._goes_on(index)
             tokens = self.passage.carry(start, index, held, calibration.watching, keep=wanted)
             self._streamed[index] = tokens, time.perf_counter() - started
         return calibrations
+
+    def _goes_on(self, index: int) -> bool:
+        """Whether somebody reads what block `index` gives: the next block here, or the next shard."""
+        return index + 1 < self.spec.last or (self._recipe.sequential and not self.spec.heads)
 
     def _after(self, order: BlockTask) -> range:
         """The blocks whose turn is likely to come next."""
@@ -317,7 +329,8 @@ class Shard:
         self._commits.hand_over(work, dict(self._streamed))
         for index in order.blocks if recipe.sequential else ():
             with computing(work.modules[index]):
-                pruned.advance(functools.partial(self.passage.run, index, work.modules[index], 1), index + 1)
+                run = functools.partial(self.passage.run, index, work.modules[index], 1)
+                pruned.advance(run, index + 1, self._goes_on(index))
         for calibration in calibrations.values():
             calibration.close()
         if self.spec.resident == "one":

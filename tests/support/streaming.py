@@ -138,7 +138,8 @@ def _in_order(shards: Sequence[Shard], inputs: Inputs) -> list[dict[str, Any]]:
         reports += [
             report for window in shard.spec.block_windows for report in shard.committed(BlockTask(blocks=window))
         ]
-        flowing = [shard.emit(number) for number in range(len(flowing))]
+        if not shard.spec.heads:
+            flowing = [shard.emit(number) for number in range(len(flowing))]
     return reports
 
 

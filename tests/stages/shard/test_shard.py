@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from streaming import BATCH, GENTLE, make_shards, microbatches, prune, same_bits, stream, whole_model, worked
+from streaming import BATCH, GENTLE, begin, make_shards, microbatches, prune, same_bits, stream, whole_model, worked
 
 from espalier.stages.errors import OutOfStep, Refusal
 from espalier.stages.metrics.perplexity import Measures
@@ -49,6 +49,46 @@ def test_block_by_block_out_of_step(tiny_checkpoint, tiny_tokens, tmp_path) -> N
         shard.advance()
     with pytest.raises(OutOfStep, match="not advanced"):
         shard.emit(0)
+
+
+@pytest.mark.parametrize("keeps", [None, 0])
+def test_a_call_that_comes_twice_does_not_pass_for_the_next(tiny_checkpoint, tiny_tokens, tmp_path, keeps) -> None:
+    """Ray may repeat one whose answer was lost."""
+    shard = make_shards(
+        tiny_checkpoint("llama", blocks=3),
+        tmp_path,
+        1,
+        LENGTH,
+        blocks=3,
+        recipe=Recipe(inputs="pruned"),
+        resident="one",
+    )[0]
+    hidden = shard.embed(tiny_tokens(BATCH, LENGTH))
+    shard.begin(Pass(microbatches=2, keeps=keeps))
+    shard.receive(0, hidden)
+    shard.receive(1, hidden)
+    shard.advance()
+    with pytest.raises(OutOfStep, match="holds the inputs of block 2, not of block 0"):
+        shard.advance()
+    shard.emit(0)
+    with pytest.raises(OutOfStep, match="was to emit microbatch 1, not 0"):
+        shard.emit(0)
+    shard.emit(1)
+
+
+def test_finished_blocks_are_passed_once(tiny_checkpoint, tiny_tokens, tmp_path) -> None:
+    recipe = Recipe(inputs="pruned", reconstruct="none")
+    shard = make_shards(tiny_checkpoint("llama", blocks=3), tmp_path, 1, LENGTH, blocks=3, recipe=recipe)[0]
+    for again in (False, True):
+        begin([shard], tokens := tiny_tokens(BATCH, LENGTH), keeps=0, onward=False)
+        shard.receive(0, shard.embed(tokens))
+        if again:
+            shard.pass_on((0,), 0)
+            with pytest.raises(OutOfStep, match="holds the inputs of block 1, not of block 0"):
+                shard.pass_on((0,), 0)
+        else:
+            shard.work(BlockTask(blocks=(0,)))
+            shard.committed(BlockTask(blocks=(0,)))
 
 
 def test_what_a_killed_process_left_of_a_block_goes_when_its_replacement_opens(tiny_checkpoint, tmp_path) -> None:
