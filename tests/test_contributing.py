@@ -98,7 +98,7 @@ tokens = torch.randint(1, 128, (8, 20), generator=torch.Generator().manual_seed(
 
 def pruned(name, shards, options):
     recipe = PruneConfig(**given, **options).block_recipe
-    reports = prune(make_shards(model, home / name, shards, 20, blocks=2, recipe=recipe), tokens, blocks=2)
+    reports = prune(make_shards(model, home / name, shards, 20, blocks=2, recipe=recipe), tokens)
     assert [report["sparsity"] for report in reports] == [0.5, 0.5]
     files = (home / name / "output").glob("*.safetensors")
     return {key: tensor for file in files for key, tensor in load_file(file).items()}, len(reports[0]["units"])

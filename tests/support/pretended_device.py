@@ -15,6 +15,7 @@ CPU's kernels, so results agree with the CPU's to the bit wherever the code take
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -47,6 +48,18 @@ WAITING = {
 AT_ONCE = {aten._conj.default: aten.conj_physical.default, aten._neg_view.default: aten.neg.default}
 COPYING = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+
+
+class _InThisThread:
+    """An executor that does at once what it is given."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*arguments))
+        return done
 
 
 class MixedDevices(RuntimeError):
@@ -145,6 +158,8 @@ class PretendedDevice(TorchDispatchMode):
         for name in ("tensor", "as_tensor"):  # they make a tensor of numbers without asking any mode
             self._held.enter_context(patch.object(torch, name, _made_elsewhere(getattr(torch, name))))
         self._held.enter_context(patch.object(torch, "empty", _page_locked(torch.empty)))  # in other threads too
+        # a mode holds in the thread that entered it: what is read ahead is read at once
+        self._held.enter_context(patch("espalier.stages.shard.block_cache.ThreadPoolExecutor", _InThisThread))
         # torch would put new numbers under an old parameter, whose wrapper would not hear of it
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)

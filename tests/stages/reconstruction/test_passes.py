@@ -72,7 +72,7 @@ def test_the_same_bits_are_read_as_from_the_start(
     for anew in (False, True):
         (shard,) = make_shards(model, tmp_path / str(anew), 1, LENGTH, blocks=LAYERS, recipe=UNITS[unit])
         with counting(monkeypatch, anew) as (counted, sums):
-            prune([shard], tokens, LAYERS)
+            prune([shard], tokens)
         assert shard.budget.used == 0
         found.append(sums)
         calls.append(counted)
@@ -102,7 +102,7 @@ def test_a_mixture_is_read_in_the_dense_unit_first(
     model = family_checkpoint(tmp_path)("mixtral")
     (shard,) = make_shards(model, tmp_path, 1, LENGTH, blocks=LAYERS, recipe=UNITS["block"])
     with counting(monkeypatch) as (calls, _):
-        prune([shard], tiny_tokens(SAMPLES, LENGTH), LAYERS)
+        prune([shard], tiny_tokens(SAMPLES, LENGTH))
     assert {name: calls[name] / LAYERS for name in calls if name.startswith("self_attn")} == {
         f"self_attn.{name}_proj": count for name, count in (("q", 2), ("k", 2), ("v", 2), ("o", 1))
     }
