@@ -270,11 +270,11 @@ def test_a_fit_reads_what_was_computed(
     recipe, tokens = Recipe(criterion="sparsegpt", solve=False, reconstruct="none"), tiny_tokens(SAMPLES, LENGTH)
     spec = {"resident": "one", "spool_memory": 1 << 14}
     expected = pruned(tiny_checkpoint(), tmp_path / "here", tokens, recipe, "cpu", **spec)
-    with PretendedDevice():
+    with PretendedDevice(), monkeypatch.context() as patched:  # undone before the device's own patches are
         if fault is None:
             assert pruned(tiny_checkpoint(), tmp_path / "there", tokens, recipe, NAME, **spec) == expected
             return
-        fault(monkeypatch)
+        fault(patched)
         try:
             found = pruned(tiny_checkpoint(), tmp_path / "there", tokens, recipe, NAME, **spec)
         except Refusal as refusal:
