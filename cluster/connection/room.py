@@ -89,9 +89,8 @@ def _fitting(wanted: Mapping[str, float]) -> int:
 
 def _plain(wanted: Mapping[str, float]) -> dict[str, float]:
     """What a bundle of a placement group asks for, whose resources are named after the group as well."""
-    return {kind: amount for kind, amount in wanted.items() if kind in KINDS} or {
-        kind.partition("_group_")[0]: amount for kind, amount in wanted.items() if kind.partition("_group_")[0] in KINDS
-    }
+    plain = {kind.partition("_group_")[0]: amount for kind, amount in wanted.items()}
+    return {kind: plain[kind] for kind in KINDS if kind in plain}
 
 
 def _text(resources: Mapping[str, float]) -> str:

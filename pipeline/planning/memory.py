@@ -88,20 +88,18 @@ def estimate_shard(
     item = COMPUTED[compute].itemsize
     arithmetic = _arithmetic(facts, compute, length, gpu)
     together = recipe.blocks_per_unit if recipe else 1
-    window = together * max(facts.block_bytes[first:last])
-    ahead = min(2, len(block_windows(range(first, last), together)))  # with the window that is read meanwhile
+    window, windows = together * max(facts.block_bytes[first:last]), block_windows(range(first, last), together)
+    ahead = min(2, len(windows))  # with the window that is read meanwhile
     blocks = sum(facts.block_bytes[first:last]) if resident == "all" else ahead * window
     sources = 2 if recipe and recipe.sweeps else 1  # a sweep's passes go through the dense blocks and the pruned ones
     weights = _ends(facts, first, last) * item + sources * blocks
     streaming = _streaming(facts, first, last, microbatch, recipe, arithmetic)
-    if recipe and len(block_windows(range(first, last), together)) > 1:
+    if recipe and len(windows) > 1:
         streaming += window  # the one before, which is being written
     training, working = 0, 0
     if recipe is not None:
-        windows = {
-            facts.components[blocks[0] : blocks[-1] + 1] for blocks in block_windows(range(first, last), together)
-        }
-        training = max(work_bytes(recipe, blocks, arithmetic) for blocks in windows)
+        shapes = {facts.components[blocks[0] : blocks[-1] + 1] for blocks in windows}
+        training = max(work_bytes(recipe, each, arithmetic) for each in shapes)
         working = training + _copies(facts, first, last, resident, recipe, arithmetic)
     spooled, carried = _set_aside(facts, first, last, resident, samples * length, recipe, item)
     in_memory = min(spooled + carried, spool_memory)

@@ -182,7 +182,6 @@ class PruneRun:
         first = max((sweep + 1 for sweep in done if done[sweep].keys() == everything), default=0)
         for sweep in range(first, last + 1):
             todo = everything - done[sweep].keys()
-            todo_share = len(todo) / self.facts.blocks
             weighed = any(self.directory.noted("allocation"))
             ratios = self._ratios(group, stream, samples) if sweep == 0 and self.recipe.allocation == "owl" else None
             orders = [
@@ -200,7 +199,7 @@ class PruneRun:
                     name = f"stream, sweep {sweep}" if sweep else "stream"
                     group.calibrate(stream, todo, self.reporter.pass_begins(name, stream.microbatches), sweep)
             self.worked = True
-            with self.spending.phase("work", int(samples * streams * todo_share)):
+            with self.spending.phase("work", samples * streams * len(todo) // self.facts.blocks):
                 done[sweep] |= self._work_off(group, layout, stream, orders, len(done[sweep]), recorder)
             self.directory.drop_sweep(sweep - 1, last)
         return done[last]

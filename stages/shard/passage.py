@@ -84,17 +84,11 @@ class Passage:
                         made.append(self._seen(watch, index, blocks[index], stream, part))
         return together(made)
 
-    def carry_pass(self, streams: HiddenStreams, index: int) -> None:
-        """All microbatches of the pass, held at block `index`, through it."""
+    def carry_on(self, streams: HiddenStreams, index: int) -> None:
+        """All that is held at block `index` through it: in a pass, or where the block was finished before."""
         held = self._blocks.hold([index], self._next(index))
         with self._looking_on(index, held) as watch:
             self.carry(streams, index, held, watch, self._pass.phase)
-
-    def carry_on(self, streams: HiddenStreams, index: int) -> None:
-        """What the work is to start from, held at block `index`, through it: it was finished before."""
-        held = self._blocks.hold([index], self._next(index))
-        with self._foreseeing(index, held) as watch:
-            self.carry(streams, index, held, watch)
 
     def _next(self, index: int) -> range:
         return range(index + 1, min(index + 2, self._spec.last))

@@ -158,7 +158,7 @@ class Shard:
             self._passing.borrow(self._whole(self._start, self.spec.first))
         passing = self._whole(self._passing, self.spec.first)
         for index in range(self.spec.first, self.spec.last - 1):
-            self.passage.carry_pass(passing, index)
+            self.passage.carry_on(passing, index)
 
     def emit(self, microbatch: int) -> Tensor:
         """The last block's output for one microbatch; with pruned inputs what the pruned block gives."""
